@@ -1,0 +1,72 @@
+"""fedsim: federated parameter-efficient fine-tuning, many clients at once on one accelerator, every byte counted.
+
+The public names are imported on first use (PEP 562), so that `import fedsim` and `fedsim --help` do not wait for JAX.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedsim.cohort import Cohort as Cohort
+    from fedsim.config import Config as Config
+    from fedsim.config import Speed as Speed
+    from fedsim.core import Algorithm as Algorithm
+    from fedsim.core import Batch as Batch
+    from fedsim.core import Client as Client
+    from fedsim.core import Info as Info
+    from fedsim.core import Local as Local
+    from fedsim.core import Passes as Passes
+    from fedsim.core import Reduce as Reduce
+    from fedsim.core import Task as Task
+    from fedsim.core import mean as mean
+    from fedsim.core import stack as stack
+    from fedsim.local import fit as fit
+    from fedsim.record import load as load
+    from fedsim.report import compare as compare
+    from fedsim.simulate import run as run
+    from fedsim.testing import check_algorithm as check_algorithm
+    from fedsim.wire import Packet as Packet
+    from fedsim.wire import PerClient as PerClient
+
+_HOME = {
+    "fedsim.cohort": ("Cohort",),
+    "fedsim.config": ("Config", "Speed"),
+    "fedsim.core": ("Algorithm", "Batch", "Client", "Info", "Local", "Passes", "Reduce", "Task", "mean", "stack"),
+    "fedsim.local": ("fit",),
+    "fedsim.record": ("load",),
+    "fedsim.report": ("compare",),
+    "fedsim.simulate": ("run",),
+    "fedsim.testing": ("check_algorithm",),
+    "fedsim.wire": ("Packet", "PerClient"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605 - the one table above says it
+
+
+def _refuse_namesake() -> None:
+    """An unrelated PyTorch simulator has the same import name; with both installed, either may be the one imported."""
+    try:
+        other = importlib.metadata.version("fedsim")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    raise ImportError(
+        f"Expected this environment not to hold the distribution fedsim {other}: it is an unrelated project with the same "
+        "import name as fedsim-jax. Remove it (pip uninstall fedsim, then pip install --force-reinstall --no-deps "
+        "fedsim-jax or pip install -e . again), or use another environment."
+    )
+
+
+_refuse_namesake()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'fedsim' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

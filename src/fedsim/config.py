@@ -1,0 +1,257 @@
+"""Everything that can be set, as frozen dataclasses: what is simulated (`Config`) apart from how fast (`Speed`).
+
+No JAX here, so that `fedsim --help` and every check of the options are immediate. `Config` is flat in Python
+(`Config(peft="lora", rank=4)`) and on the command line (`--peft lora --rank 4`); its base classes only group the
+options for the reader and for `--help`. Values that come from a library are written as a call in a string: any optax
+optimizer as `"adamw(weight_decay=0.01)"`, any optax schedule as `"cosine_decay_schedule(1.0, 20)"`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is learned from, and how it is spread over the clients."""
+
+    dataset: str = "20newsgroups"
+    """Packaged name (`fedsim data list`), `tfds:NAME`, or a file: .csv, .jsonl, .npz."""
+    data_dir: str | None = None
+    """Where TFDS looks for prepared sets (default: TFDS' own)."""
+    text_column: str = "text"
+    """Column or feature with the input: of a table its text; a TFDS set's `image` is found by itself."""
+    label_column: str = "label"
+    """Column or feature with the class."""
+    tokens: int = 32
+    """Length to which texts are cut or padded, special tokens included."""
+    validation: float = 0.1
+    """Share of the training examples held out for every choice (where the set has no validation split)."""
+    examples: int | None = None
+    """Keep only this many training examples, drawn by seed (default: all)."""
+    clients: int = 100
+    """Number of clients N."""
+    partition: Literal["dirichlet", "iid"] = "dirichlet"
+    """How training examples go to clients."""
+    alpha: float = 0.3
+    """Concentration of the Dirichlet partition over labels; smaller is more skewed."""
+    min_size: int = 8
+    """Every client of the Dirichlet partition gets at least this many examples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The frozen backbone and the small part of it that is trained and travels."""
+
+    backbone: str = "minilm_l6"
+    """Name of a backbone (`fedsim list backbones`)."""
+    weights: str | None = None
+    """File or directory with its checkpoint; `random` for none (default: the packaged weights)."""
+    peft: str = "lora"
+    """What is trained beside the classification head (`fedsim list peft`); `full` is everything, `head` nothing else."""
+    rank: int = 8
+    """LoRA rank r."""
+    lora_alpha: float = 16.0
+    """LoRA scale is lora_alpha / rank."""
+    targets: tuple[str, ...] = ("query", "value")
+    """Linear layers that LoRA adapts: path patterns, `*` allowed."""
+    head_rounds: int = 0
+    """Rounds at the start that train the head alone, from cached features, before the PEFT part joins (LP-FT)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Rounds, cohorts and both optimizers."""
+
+    algorithm: str = "fed_avg"
+    """Name (`fedsim list algorithms`) or `file.py:function`, with options as a call: `"fed_prox(mu=0.1)"`."""
+    rounds: int = 20
+    """Communication rounds in all, head_rounds included."""
+    clients_per_round: int = 10
+    """Cohort size M, drawn without replacement."""
+    epochs: int = 1
+    """Passes of a client over its examples in a round."""
+    steps: int | None = None
+    """Exact number of local steps instead of epochs."""
+    batch_size: int = 8
+    """Examples in a local step."""
+    optimizer: str = "adam"
+    """Clients' optax optimizer, as a name or a call: `"sgd(momentum=0.9)"`."""
+    lr: float = 2e-3
+    """Clients' learning rate in round 1."""
+    lr_schedule: str = "constant_schedule(1.0)"
+    """optax schedule over rounds; multiplies lr."""
+    head_lr: float | None = None
+    """Clients' learning rate in the head_rounds (default: lr)."""
+    server_optimizer: str = "sgd"
+    """Server's optax optimizer on the mean update; `sgd` with server_lr 1 is plain FedAvg."""
+    server_lr: float = 1.0
+    """Server's learning rate."""
+    server_lr_schedule: str = "constant_schedule(1.0)"
+    """optax schedule over rounds; multiplies server_lr."""
+    weighting: Literal["examples", "uniform"] = "examples"
+    """Weight of a client in the mean."""
+    codec_up: Literal["none", "bfloat16", "float16"] = "none"
+    """What clients' messages are cast to on the wire."""
+    codec_down: Literal["none", "bfloat16", "float16"] = "none"
+    """What the server's messages are cast to on the wire."""
+    seed: int = 0
+    """Seed of everything: partition, cohorts, batches, initial values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """When to look at the validation set, and when to stop."""
+
+    eval_every: int = 1
+    """Rounds between evaluations on the validation set; the last round is always evaluated. The test set is read once, at the end."""
+    target_accuracy: float | None = None
+    """Stop once the validation accuracy reaches this."""
+    patience: int | None = None
+    """Stop after this many evaluations without a better validation accuracy (default: never)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Data, Model, Training, Evaluation):
+    """What is simulated. Two runs with equal `Config` and `Speed` on the same machine give the same bits."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with some options changed; checked like a new one.
+
+        Raises:
+            ValueError: an unknown option (the nearest ones are named) or an impossible value.
+        """
+        require_known(changes, [f.name for f in dataclasses.fields(self)], "option")
+        return dataclasses.replace(self, **changes)
+
+    def hash(self) -> str:
+        """First 12 hex digits of the SHA-256 of the canonical JSON of all options."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast it is simulated: no option here changes a result beyond float summation order."""
+
+    lanes: int | Literal["auto"] = "auto"
+    """Clients that train side by side on one device."""
+    devices: int | None = None
+    """Local devices to use (default: all)."""
+    parallel: Literal["shard_map", "pmap"] = "shard_map"
+    """How lanes are spread over devices."""
+    cache: Literal["auto", "on", "off"] = "auto"
+    """Compute the frozen layers below the first trained one once and keep their output as the data set."""
+    segment_steps: int | Literal["auto"] = "auto"
+    """Steps of the plan that one call of the compiled program runs."""
+    eval_batch: int = 256
+    """Examples in one evaluation step."""
+    checkpoint_every: int = 5
+    """Rounds between checkpoints; the last round is always saved."""
+    compilation_cache: bool = True
+    """Keep compiled programs on disk between runs."""
+
+    def __post_init__(self) -> None:
+        positive(lanes=self.lanes, devices=self.devices, segment_steps=self.segment_steps)
+        positive(eval_batch=self.eval_batch, checkpoint_every=self.checkpoint_every)
+        one_of(("shard_map", "pmap"), parallel=self.parallel)
+        one_of(("auto", "on", "off"), cache=self.cache)
+
+
+GROUPS: tuple[type, ...] = (Data, Model, Training, Evaluation)
+
+
+def check(config: Config) -> None:
+    """Refuses what can be refused without touching data or weights.
+
+    Raises:
+        ValueError: names the option, its value, the rule and the remedy.
+    """
+    c = config
+    positive(tokens=c.tokens, clients=c.clients, alpha=c.alpha, rank=c.rank, lora_alpha=c.lora_alpha)
+    positive(rounds=c.rounds, clients_per_round=c.clients_per_round, epochs=c.epochs, steps=c.steps)
+    positive(batch_size=c.batch_size, eval_every=c.eval_every, patience=c.patience, examples=c.examples)
+    positive(lr=c.lr, head_lr=c.head_lr, server_lr=c.server_lr)
+    if not 0 < c.validation < 1:
+        raise ValueError(f"Expected 0 < validation={c.validation} < 1; it is the share held out, e.g. 0.1.")
+    if c.target_accuracy is not None and not 0 < c.target_accuracy <= 1:
+        raise ValueError(f"Expected 0 < target_accuracy={c.target_accuracy} <= 1; write 62 % as 0.62.")
+    if c.min_size < 0:
+        raise ValueError(f"Expected min_size={c.min_size} >= 0; 0 allows empty clients.")
+    if not 0 <= c.head_rounds < c.rounds and c.peft != "head":
+        raise ValueError(
+            f"Expected 0 <= head_rounds={c.head_rounds} < rounds={c.rounds}; raise rounds, or use peft=head alone."
+        )
+    if c.clients_per_round > c.clients:
+        raise ValueError(
+            f"Expected clients_per_round={c.clients_per_round} <= clients={c.clients}; lower it or add clients."
+        )
+    one_of(("dirichlet", "iid"), partition=c.partition)
+    one_of(("examples", "uniform"), weighting=c.weighting)
+    one_of(("none", "bfloat16", "float16"), codec_up=c.codec_up, codec_down=c.codec_down)
+    for name in ("algorithm", "optimizer", "lr_schedule", "server_optimizer", "server_lr_schedule"):
+        parse_call(getattr(c, name), name)
+
+
+def positive(**values: Any) -> None:
+    """Raises `ValueError` unless every value is above zero; `None` and "auto" mean "not set" and pass."""
+    for name, value in values.items():
+        if value is None or value == "auto":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0 or value == float("inf"):
+            raise ValueError(f"Expected {name}={value!r} > 0; give a positive number.")
+
+
+def one_of(allowed: Sequence[str], **values: Any) -> None:
+    """Raises `ValueError` unless every value is one of `allowed`, naming the nearest."""
+    for name, value in values.items():
+        if value not in allowed:
+            raise ValueError(f"Expected {name}={value!r} to be one of {', '.join(allowed)}{nearest(value, allowed)}.")
+
+
+def nearest(word: object, among: Iterable[str]) -> str:
+    """`; did you mean ...?` for a misspelt word, or nothing."""
+    close = difflib.get_close_matches(str(word), list(among), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def require_known(names: Iterable[str], known: Sequence[str], what: str) -> None:
+    """Raises `ValueError` for the first name that is not among the known ones."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"Expected {what} {name!r} to be a known one{nearest(name, known)}.")
+
+
+def parse_call(text: str, option: str) -> tuple[str, list[Any], dict[str, Any]]:
+    """Splits `"name(1, key=2)"` into name, positional and keyword arguments; arguments are Python literals.
+
+    A bare name is a call without arguments. The name may contain what a path contains (`my.py:fed_mine`).
+    """
+    name, bracket, _ = text.partition("(")
+    try:
+        call = ast.parse("f" + text[len(name) :] if bracket else "f()", mode="eval").body
+        if not isinstance(call, ast.Call) or not name.strip():
+            raise ValueError("not a call")
+        args = [ast.literal_eval(a) for a in call.args]
+        options = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f'Expected {option}={text!r} to be a name or a call with literal arguments, like "sgd(momentum=0.9)" ({error}).'
+        ) from None
+    return name.strip(), args, options
+
+
+def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """Options in which two configs differ: name -> (value in a, value in b)."""
+    fields = [f.name for f in dataclasses.fields(a)]
+    return {f: (getattr(a, f), getattr(b, f)) for f in fields if getattr(a, f) != getattr(b, f)}

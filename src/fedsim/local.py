@@ -1,0 +1,82 @@
+"""Training on a client: plain minibatch descent, from which most algorithms differ by one penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from fedsim.core import Batch, Client, Local, Metrics, Params, Passes, Tree
+
+Penalty = Callable[[Params, Tree, Tree], Array]  # (params, message, memory) -> (), added to every batch's loss
+
+
+class Fit(NamedTuple):
+    """A client in training."""
+
+    params: Params
+    optimizer: Tree
+    lr: Array
+    memory: Tree
+
+
+def fit(
+    loss: Callable[[Tree, Params, Batch], tuple[Array, Metrics]],
+    optimizer: Callable[[Array], optax.GradientTransformation],
+    lr: Callable[[Array], Array],
+    passes: Passes,
+    *,
+    penalty: Penalty | None = None,
+    start: Callable[[Tree, Tree], Params] = lambda message, memory: message,
+    reply: Callable[[Params, Tree, Tree], tuple[Tree, Tree]] | None = None,
+) -> Local:
+    """A `Local` that minimises `loss` (+ `penalty`) by minibatch steps and replies with what changed.
+
+    Args:
+        optimizer: learning rate -> optax transformation; the rate is data, so a schedule recompiles nothing.
+        lr: round -> learning rate.
+        penalty: a differentiable scalar of (params, message, memory); FedProx is `proximal(mu)`.
+        start: (message, memory) -> the parameters to start from; default: the message is the parameters.
+        reply: (params, message, memory) -> reply, memory; default: params - start, and the memory as it was.
+    """
+
+    def total(params: Params, held: Tree, message: Tree, memory: Tree, batch: Batch) -> tuple[Array, Metrics]:
+        value, metrics = loss(held, params, batch)
+        return (value if penalty is None else value + penalty(params, message, memory)), metrics
+
+    def start_(held: Tree, message: Tree, client: Client, batch: Batch) -> Fit:
+        rate = lr(client.round)
+        params = start(message, client.memory)
+        return Fit(params, optimizer(rate).init(params), rate, client.memory)
+
+    def step(held: Tree, message: Tree, carry: Fit, batch: Batch) -> tuple[Fit, Metrics]:
+        grads, metrics = jax.grad(total, has_aux=True)(carry.params, held, message, carry.memory, batch)
+        with jax.numpy_dtype_promotion(
+            "standard"
+        ):  # optax mixes Python scalars and float32 in ways strict mode refuses
+            updates, state = optimizer(carry.lr).update(grads, carry.optimizer, carry.params)
+            params = optax.apply_updates(carry.params, updates)
+        return carry._replace(params=params, optimizer=state), metrics
+
+    def finish(held: Tree, message: Tree, carry: Fit, client: Client) -> tuple[Tree, Tree, Metrics]:
+        if reply is not None:
+            out, memory = reply(carry.params, message, client.memory)
+        else:
+            out, memory = jax.tree.map(jnp.subtract, carry.params, start(message, client.memory)), client.memory
+        return out, memory, {}
+
+    return Local(start_, step, finish, passes)
+
+
+def proximal(mu: float) -> Penalty:
+    """FedProx' pull to the start of the round, mu/2 |w - w0|^2 (Li et al., arXiv 1812.06127, eq. 2)."""
+
+    def penalty(params: Params, message: Tree, memory: Tree) -> Array:
+        squares = jax.tree.map(lambda w, w0: jnp.sum((w - w0) ** 2), params, message)
+        return 0.5 * mu * jax.tree.reduce(jnp.add, squares)
+
+    return penalty

@@ -1,0 +1,166 @@
+"""The plan of a round: which lane runs which client's which batch at which step. NumPy only, cost in the cohort.
+
+Clients differ in size by orders of magnitude, so they are not padded to the longest one. A fixed number of lanes runs
+clients one after another; clients go to lanes by longest-first bin packing (LPT), so the plan is never longer than the
+mean load of a lane plus the longest client.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import NamedTuple
+
+import numpy as np
+
+from fedsim.core import Passes
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Plan(NamedTuple):
+    """One exchange, for D devices of L lanes, T steps, batches of B rows, S client slots a device."""
+
+    rows: np.ndarray  # (D, T, L, B), int32: rows of the data set; 0 where there is padding
+    count: np.ndarray  # (D, T, L), int32: real rows of the batch, which come first; 0: an empty step
+    slot: np.ndarray  # (D, T, L), int32: client slot on its device; S for an idle lane
+    step: np.ndarray  # (D, T, L), int32: the client's own step number
+    first: np.ndarray  # (D, T, L), bool: the client starts here
+    last: np.ndarray  # (D, T, L), bool: the client ends here
+    length: np.ndarray  # (D,), int32: steps that the device has to run
+    member: np.ndarray  # (D, S), int32: the slot's place in the cohort; M for an unused slot
+
+    @property
+    def occupancy(self) -> tuple[float, float]:
+        """Share of lane-steps in use, and share of rows in use within them."""
+        used = self.slot < self.member.shape[1]
+        lanes = self.slot.shape[2] * int(self.length.max(initial=1)) * self.slot.shape[0]
+        return float(used.sum() / max(lanes, 1)), float(self.count.sum() / max(used.sum() * self.rows.shape[3], 1))
+
+
+def mix(*words: np.ndarray | int) -> np.ndarray:
+    """A hash of integers to uint64 (splitmix64 rounds), element by element: random numbers by counter.
+
+    The same on every platform and NumPy version, and costs nothing to start: a generator per client would.
+    """
+    state = np.zeros((), np.uint64)
+    with np.errstate(over="ignore"):
+        for word in words:
+            state = (state ^ np.asarray(word).astype(np.uint64)) + _GOLDEN
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def steps_of(sizes: np.ndarray, passes: Passes) -> np.ndarray:
+    """Local steps of clients with these numbers of examples; (M,) int64. A client without examples takes none."""
+    if passes.steps is not None:
+        return np.where(sizes > 0, passes.steps, 0)
+    return -(-sizes // passes.batch_size) * passes.epochs
+
+
+def batches(
+    ids: np.ndarray, sizes: np.ndarray, passes: Passes, seed: int, round: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Every row that the cohort visits: (member, step, column, example within the client), each (R,) int64.
+
+    An epoch visits each example once, in an order that depends on (seed, round, client, epoch) only; its last batch is
+    short. With `passes.steps` epochs follow one another without a seam and every batch is full.
+    """
+    size = passes.batch_size
+    if passes.steps is None:
+        epochs = np.full(len(ids), passes.epochs)
+    else:
+        epochs = -(-passes.steps * size // np.maximum(sizes, 1))
+    member = np.repeat(np.arange(len(ids)), sizes * epochs)  # (R,)
+    start = np.cumsum(sizes * epochs) - sizes * epochs
+    place = np.arange(len(member)) - start[member]
+    epoch, example = np.divmod(place, np.maximum(sizes, 1)[member])
+    if passes.shuffle:
+        order = np.lexsort((mix(seed, round, ids[member], epoch, example), epoch, member))
+        example = example[order]
+    if passes.steps is not None:
+        step, column = np.divmod(place, size)
+        keep = step < passes.steps
+        return member[keep], step[keep], column[keep], example[keep]
+    per_epoch = -(-sizes // size)
+    step, column = np.divmod(place - epoch * sizes[member], size)
+    return member, step + epoch * per_epoch[member], column, example
+
+
+def pack(steps: np.ndarray, devices: int, lanes: int, slots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Longest-first packing of clients into lanes.
+
+    Args:
+        steps: (M,) steps of each client; every client takes at least one place, so that it can start and finish.
+        slots: clients that fit on one device.
+
+    Returns:
+        device, lane and starting step of each client; each (M,) int64.
+    """
+    device, lane, begin = (np.zeros(len(steps), np.int64) for _ in range(3))
+    used = np.zeros(devices, np.int64)
+    # Ties go to the device whose turn it is, so that equal clients spread over devices before they fill lanes.
+    heap = [(0, place, d) for place in range(lanes) for d in range(devices)]
+    for member in np.argsort(-steps, kind="stable"):
+        load, place, d = heapq.heappop(heap)
+        while used[d] == slots:  # a full device takes no more clients; its lanes leave the heap
+            load, place, d = heapq.heappop(heap)
+        device[member], lane[member], begin[member] = d, place, load
+        used[d] += 1
+        heapq.heappush(heap, (load + max(int(steps[member]), 1), place, d))
+    return device, lane, begin
+
+
+def make(
+    ids: np.ndarray,
+    rows: np.ndarray,
+    offsets: np.ndarray,
+    passes: Passes,
+    seed: int,
+    round: int,
+    devices: int,
+    lanes: int,
+) -> Plan:
+    """The plan of one exchange.
+
+    Args:
+        ids: (M,) clients of the cohort.
+        rows, offsets: the partition; client i owns rows[offsets[i]:offsets[i + 1]].
+    """
+    begin_row = offsets[ids].astype(np.int64)
+    sizes = offsets[ids + 1].astype(np.int64) - begin_row
+    steps = steps_of(sizes, passes)
+    slots = -(-max(len(ids), 1) // devices)
+    device, lane, begin = pack(steps, devices, lanes, slots)
+    spans = np.maximum(steps, 1)
+    length = np.zeros(devices, np.int64)
+    np.maximum.at(length, device, begin + spans)
+    T = int(length.max(initial=1))
+    shape = (devices, T, lanes)
+
+    # Slots are numbered per device in the cohort's order.
+    by_device = np.argsort(device, kind="stable")
+    first_on_device = np.searchsorted(device[by_device], np.arange(devices))
+    slot_of = np.empty(len(ids), np.int64)
+    slot_of[by_device] = np.arange(len(ids)) - first_on_device[device[by_device]]
+    member = np.full((devices, slots), len(ids), np.int32)
+    member[device, slot_of] = np.arange(len(ids))
+
+    # Every place that a client holds: its slot and step number, first and last.
+    who = np.repeat(np.arange(len(ids)), spans)
+    step = np.arange(len(who)) - (np.cumsum(spans) - spans)[who]
+    at = (device[who], begin[who] + step, lane[who])
+    slot_grid = np.full(shape, slots, np.int32)
+    step_grid, count = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    first, last = np.zeros(shape, bool), np.zeros(shape, bool)
+    slot_grid[at], step_grid[at] = slot_of[who], step
+    first[at], last[at] = step == 0, step == spans[who] - 1
+
+    # Every row that a client visits.
+    grid = np.zeros((*shape, passes.batch_size), np.int32)
+    who, step, column, example = batches(ids, sizes, passes, seed, round)
+    at = (device[who], begin[who] + step, lane[who])
+    grid[(*at, column)] = rows[begin_row[who] + example]
+    np.add.at(count, at, 1)
+    return Plan(grid, count, slot_grid, step_grid, first, last, length.astype(np.int32), member)

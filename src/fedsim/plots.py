@@ -1,0 +1,188 @@
+"""Pictures of runs: accuracy against rounds and against bytes, one line a run, drawn without a display."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from fedsim.record import Round, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")  # Okabe and Ito, 2008
+INK, GRID = "#333333", "#E3E3E3"
+LOG_FROM = 20  # bytes are drawn on a log axis where the dearest run sends this many times more than the cheapest
+
+
+def save(runs: Sequence[Run], directory: Path, labels: Sequence[str] | None = None) -> list[Path]:
+    """Draws `accuracy_rounds.png` and `accuracy_bytes.png` into a folder and gives their paths.
+
+    Raises:
+        ValueError: no run has an evaluated round.
+    """
+    lines, names = [run.rounds for run in runs], list(labels or label(runs))
+    written = []
+    for against in ("rounds", "bytes"):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        draw(figure.add_subplot(), lines, names, against)
+        written.append(write(figure, directory / f"accuracy_{against}.png"))
+    return written
+
+
+def overview(runs: Sequence[Run], path: Path, labels: Sequence[str] | None = None, title: str = "") -> Path:
+    """Draws runs as one picture of two panels, accuracy against rounds and against bytes, and gives its path."""
+    lines, names = [run.rounds for run in runs], list(labels or label(runs))
+    figure = Figure(figsize=(10.6, 4.2), layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=13, fontweight="bold", color=INK, x=0.01, ha="left")
+    left, right = figure.subplots(1, 2, sharey=True)
+    draw(left, lines, names, "rounds")
+    draw(right, lines, names, "bytes")
+    right.set_ylabel("")
+    if (legend := right.get_legend()) is not None:
+        legend.remove()  # once is enough
+    return write(figure, path)
+
+
+def draw(axes: Axes, runs: Sequence[Sequence[Round]], names: Sequence[str], against: str) -> None:
+    """Draws the validation accuracy of each run on one axes; a single run shows its training accuracy too.
+
+    A hollow point is the last round of the head alone, before the PEFT part joins.
+
+    Args:
+        axes: where to.
+        runs: the rounds of each run.
+        names: one for each run.
+        against: "rounds", or "bytes": MiB sent both ways so far, without the one-off set-up.
+
+    Raises:
+        ValueError: no run has an evaluated round.
+    """
+    if not any(seen(lines) for lines in runs):
+        raise ValueError(f"Expected a validation accuracy in the rounds of {', '.join(names)}; run at least one round.")
+    place = sent if against == "bytes" else _number
+    joined = False
+    for i, (lines, name) in enumerate(zip(runs, names, strict=True)):
+        color, dashes = COLORS[i % len(COLORS)], "-" if i < len(COLORS) else "--"
+        x, y = [place(line) for line in seen(lines)], [line["validation"]["accuracy"] for line in seen(lines)]
+        marker = "o" if len(x) <= 40 else None
+        axes.plot(x, y, dashes, color=color, linewidth=2.0, marker=marker, markersize=3.5, label=name, zorder=3)
+        if len(runs) == 1:
+            train = [line for line in lines if line["accuracy"] is not None]
+            axes.plot(
+                [place(line) for line in train],
+                [line["accuracy"] for line in train],
+                color=color,
+                linewidth=1.2,
+                alpha=0.4,
+                label="on its training batches",
+                zorder=2,
+            )
+        for at, height in joins(lines, place):
+            axes.plot(
+                at, height, "o", color=color, markerfacecolor="white", markersize=7, markeredgewidth=1.8, zorder=4
+            )
+            joined = True
+    if joined:
+        hollow = {"color": "#777777", "markerfacecolor": "white", "markersize": 7, "markeredgewidth": 1.8}
+        axes.plot([], [], "o", label="PEFT joins the head", **hollow)
+    style(axes)
+    axes.set_ylabel("accuracy" if len(runs) == 1 else "validation accuracy")
+    if against == "rounds":
+        axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
+    else:
+        axes.set_xlabel("sent so far, up and down (MiB)")
+        bytes_axis(axes, [sent(lines[-1]) for lines in runs if lines])
+    # a frame without a line keeps the grid from crossing the names
+    axes.legend(fontsize=9, loc="best", labelcolor=INK, handlelength=1.6, edgecolor="none", framealpha=0.9)
+
+
+def seen(lines: Sequence[Round]) -> list[Round]:
+    """The evaluated rounds."""
+    return [line for line in lines if line["validation"] and line["validation"]["accuracy"] is not None]
+
+
+def joins(lines: Sequence[Round], place: Callable[[Round], float]) -> list[tuple[float, float]]:
+    """Points on the curve where the phase changes: the last evaluated round before each change."""
+    return [
+        (place(before), before["validation"]["accuracy"])
+        for before, after in pairwise(seen(lines))
+        if before["phase"] != after["phase"]
+    ]
+
+
+def bytes_axis(axes: Axes, ends: Sequence[float]) -> None:
+    """Ticks for MiB on the x axis, logarithmic where the runs' totals `ends` differ much."""
+    positive = [n for n in ends if n > 0]
+    if positive and max(positive) > LOG_FROM * min(positive):
+        axes.set_xscale("log", base=10)
+        axes.xaxis.set_major_locator(LogLocator(base=10, numticks=8))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.10g}"))
+
+
+def style(axes: Axes) -> None:
+    """Quiet axes: no box, a light horizontal grid."""
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#999999")
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, length=0, labelsize=9)
+    axes.tick_params(axis="x", length=3, color="#999999")
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+
+
+def label(runs: Sequence[Run]) -> list[str]:
+    """A short name for each run from the options in which they differ: `lora, rank=4`; the seed comes last.
+
+    Runs of one config get their folder's name; a single run gets its PEFT kind.
+    """
+    configs = [dataclasses.asdict(run.config) for run in runs]
+    if len(runs) == 1:
+        return [configs[0]["peft"]]
+    differing = [k for k in configs[0] if any(c[k] != configs[0][k] for c in configs)]
+    differing.sort(key=lambda k: (k != "peft", k == "seed"))
+    names = [", ".join(_option(k, c[k]) for k in differing if _matters(k, c)) for c in configs]
+    if len(set(names)) < len(names) or "" in names:
+        folders = [run.directory.resolve().name for run in runs]
+        names = [f"{n} ({f})" if n else f for n, f in zip(names, folders, strict=True)]
+    return names
+
+
+def _option(name: str, value: Any) -> str:
+    if name in ("peft", "algorithm", "dataset", "backbone"):
+        return str(value)
+    return f"{name}={'+'.join(value) if isinstance(value, (tuple, list)) else value}"
+
+
+def _matters(name: str, config: dict[str, Any]) -> bool:
+    """LoRA's options say nothing about a run without LoRA."""
+    return name not in ("rank", "lora_alpha", "targets") or config["peft"] == "lora"
+
+
+def sent(line: Round) -> float:
+    """MiB both ways up to and with this round, without the one-off set-up."""
+    return (line["total_bytes_up"] + line["total_bytes_down"]) / 2**20
+
+
+def _number(line: Round) -> float:
+    return line["round"]
+
+
+def write(figure: Figure, path: Path) -> Path:
+    """Writes a PNG of twice the screen's density, the same bytes for the same figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160, facecolor="white", metadata={"Software": "fedsim"})
+    return path

@@ -1,0 +1,187 @@
+"""Partitions by their laws, and their golden values."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedsim.config import Config
+from fedsim.data import partition
+from fedsim.data.dataset import Dataset
+from fedsim.data.partition import Partition
+
+
+def labelled(total: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that are not 0..n-1, sorted by class as the files of many sets are."""
+    rows = np.arange(total, dtype=np.int64) * 3 + 7
+    return rows, np.sort(np.arange(total) % classes).astype(np.int32)
+
+
+def holds(p: Partition, rows: np.ndarray, clients: int) -> None:
+    """What is true of every partition."""
+    assert p.rows.dtype == np.int32 and p.offsets.dtype == np.int64
+    assert np.array_equal(np.sort(p.rows), rows), "every row exactly once"
+    assert len(p.offsets) == clients + 1 and p.offsets[0] == 0 and p.offsets[-1] == len(rows)
+    assert p.clients == clients and p.sizes.min() >= 0
+    assert np.array_equal(np.concatenate([p.client(i) for i in range(clients)]), p.rows)
+
+
+def shares(p: Partition, labels_of: dict[int, int], classes: int) -> np.ndarray:
+    """Share of each class at each client, (clients, classes)."""
+    table = np.array(
+        [np.bincount([labels_of[r] for r in p.client(i).tolist()], minlength=classes) for i in range(p.clients)]
+    )
+    return table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+
+
+@given(total=st.integers(0, 300), clients=st.integers(1, 400), seed=st.integers(0, 9))
+def test_iid_law(total: int, clients: int, seed: int) -> None:
+    rows, _ = labelled(total, 3)
+    p = partition.iid(rows, clients, seed)
+    holds(p, rows, clients)
+    assert p.sizes.max() - p.sizes.min() <= 1
+
+
+@settings(deadline=None)
+@given(
+    total=st.integers(1, 300),
+    clients=st.integers(1, 60),
+    classes=st.integers(1, 12),
+    alpha=st.sampled_from([1e-3, 0.05, 0.3, 1.0, 50.0, 1e9]),
+    fill=st.floats(0, 1),
+    seed=st.integers(0, 9),
+)
+def test_dirichlet_law(total: int, clients: int, classes: int, alpha: float, fill: float, seed: int) -> None:
+    rows, labels = labelled(total, classes)
+    min_size = int(fill * (total // clients))  # up to the largest possible one
+    p = partition.dirichlet(rows, labels, clients, alpha, min_size, seed)
+    holds(p, rows, clients)
+    assert p.sizes.min() >= min_size
+
+
+def test_golden_values() -> None:
+    rows, labels = labelled(12, 3)
+    assert partition.iid(rows, 3, 0).rows.tolist() == GOLDEN["iid"]
+    p = partition.dirichlet(rows, labels, 4, 0.5, 2, 0)
+    assert p.rows.tolist() == GOLDEN["rows"]
+    assert p.offsets.tolist() == GOLDEN["offsets"]
+
+
+GOLDEN: dict[str, list[int]] = {
+    "iid": [31, 7, 13, 19, 28, 37, 16, 40, 34, 22, 25, 10],
+    "rows": [22, 40, 37, 16, 31, 13, 28, 34, 25, 7, 10, 19],
+    "offsets": [0, 2, 4, 7, 12],
+}
+
+
+def test_a_seed_is_a_partition() -> None:
+    rows, labels = labelled(500, 5)
+    first, again, other = (partition.dirichlet(rows, labels, 20, 0.3, 4, seed) for seed in (1, 1, 2))
+    assert np.array_equal(first.rows, again.rows) and np.array_equal(first.offsets, again.offsets)
+    assert not np.array_equal(first.rows, other.rows)
+
+
+def test_large_alpha_is_like_iid_and_small_alpha_is_skewed() -> None:
+    rows, labels = labelled(4000, 4)
+    of = dict(zip(rows.tolist(), labels.tolist(), strict=True))
+    even = partition.dirichlet(rows, labels, 20, 1e6, 0, 0)
+    assert np.ptp(even.sizes) <= 10, "200 each, but for rounding"
+    assert np.abs(shares(even, of, 4) - 0.25).max() < 0.02
+    skewed = partition.dirichlet(rows, labels, 20, 0.05, 0, 0)
+    assert np.ptp(skewed.sizes) > 200
+    largest = shares(skewed, of, 4)[skewed.sizes >= 20].max(axis=1)
+    assert largest.mean() > 0.8, "most clients have one class"
+
+
+def test_mean_share_follows_the_dirichlet_law() -> None:
+    """Over many seeds, the variance of a client's share of a class is (1/N)(1 - 1/N) / (N alpha + 1)."""
+    clients, alpha, rows, labels = 5, 0.4, np.arange(2000), np.zeros(2000, np.int32)
+    found = np.array([partition.dirichlet(rows, labels, clients, alpha, 0, seed).sizes / 2000 for seed in range(800)])
+    variance = (1 / clients) * (1 - 1 / clients) / (clients * alpha + 1)
+    np.testing.assert_allclose(found.mean(axis=0), 1 / clients, atol=0.03)
+    np.testing.assert_allclose(found.var(axis=0), variance, rtol=0.2)
+
+
+def test_more_clients_than_rows_of_a_class_favours_nobody() -> None:
+    """With fewer rows of a class than clients, rounding decides: it must not be the same clients for every class."""
+    rows, labels = labelled(2000, 40)  # 50 rows a class
+    sizes = partition.dirichlet(rows, labels, 100, 1e9, 0, 0).sizes
+    assert sizes.mean() == 20 and 1.5 < sizes.std() < 5, "40 draws of one half: a deviation of 3.2"
+
+
+def test_repair_takes_from_the_largest_only() -> None:
+    rows, labels = labelled(600, 3)
+    before = partition.dirichlet(rows, labels, 20, 0.1, 0, 0)
+    after = partition.dirichlet(rows, labels, 20, 0.1, 15, 0)
+    small, kept = before.sizes < 15, before.sizes.copy()
+    assert small.sum() >= 3, "the repair has work to do"
+    assert (after.sizes[small] == 15).all(), "filled up, not beyond"
+    lowered = np.flatnonzero(after.sizes < kept)
+    assert np.ptp(after.sizes[lowered]) <= 1, "lowered to one level"
+    assert kept[~small & (after.sizes == kept)].max() <= after.sizes[lowered].max(), "no larger one was spared"
+    for i in np.flatnonzero(~small):
+        assert set(after.client(i)) <= set(before.client(i)), "who gives does not receive"
+
+
+def test_repair_moves_rows_of_every_class() -> None:
+    rows, labels = labelled(4000, 4)
+    of = dict(zip(rows.tolist(), labels.tolist(), strict=True))
+    drawn = ((seed, partition.dirichlet(rows, labels, 2, 1e-3, 0, seed).sizes) for seed in range(100))
+    seed, receiver = next((seed, int(sizes.argmin())) for seed, sizes in drawn if sizes.min() == 0)
+    after = partition.dirichlet(rows, labels, 2, 1e-3, 1500, seed)
+    assert after.sizes[receiver] == 1500
+    assert np.abs(shares(after, of, 4)[receiver] - 0.25).max() < 0.05, "a fair draw from the one who had all"
+
+
+def test_rows_of_a_client_are_in_random_order() -> None:
+    rows, labels = labelled(1000, 5)
+    for p in (partition.dirichlet(rows, labels, 2, 100.0, 0, 0), partition.iid(rows, 2, 0)):
+        assert np.abs(np.corrcoef(p.client(0), np.arange(p.sizes[0]))[0, 1]) < 0.2
+
+
+def test_the_impossible_is_refused() -> None:
+    rows, labels = labelled(100, 2)
+    with pytest.raises(ValueError, match=r"min_size=11 x clients=10 = 110 <= 100 training examples; lower one"):
+        partition.dirichlet(rows, labels, 10, 0.3, 11, 0)
+    with pytest.raises(ValueError, match="alpha="):
+        partition.dirichlet(rows, labels, 10, 1e308, 0, 0)
+
+
+def dataset(total: int) -> Dataset:
+    rows, labels = labelled(total, 2)
+    y = np.zeros(rows.max() + 1, np.int32)
+    y[rows] = labels
+    empty = np.arange(0)
+    return Dataset("toy", None, y, rows, empty, empty, ("a", "b"), "array", "none", {})
+
+
+def test_make_reads_the_config() -> None:
+    toy = dataset(200)
+    iid = partition.make(Config(partition="iid", clients=20, seed=5), toy)
+    assert np.array_equal(iid.rows, partition.iid(toy.train, 20, 5).rows)
+    config = Config(clients=20, alpha=0.2, min_size=3, seed=5)
+    expected = partition.dirichlet(toy.train, toy.y[toy.train], 20, 0.2, 3, 5)
+    assert np.array_equal(partition.make(config, toy).rows, expected.rows)
+
+
+@pytest.mark.parametrize("law", ["iid", "dirichlet"])
+def test_more_clients_than_examples_only_if_they_may_be_empty(law) -> None:
+    config = Config(partition=law, clients=40, min_size=0)
+    p = partition.make(config, dataset(20))
+    assert p.sizes.sum() == 20 and (p.sizes == 0).sum() >= 20
+    with pytest.raises(ValueError, match="clients=40"):
+        partition.make(config.replace(min_size=1), dataset(20))
+
+
+@pytest.mark.slow
+def test_a_million_clients_cost_seconds_and_memory_by_examples() -> None:
+    rows, labels = labelled(2_000_000, 10)
+    start = time.perf_counter()
+    p = partition.dirichlet(rows, labels, 1_000_000, 0.3, 1, 0)
+    assert time.perf_counter() - start < 60
+    assert p.rows.nbytes + p.offsets.nbytes == 4 * 2_000_000 + 8 * 1_000_001
+    assert p.sizes.min() == 1 and p.sizes.sum() == 2_000_000
