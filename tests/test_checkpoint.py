@@ -264,6 +264,23 @@ def test_after_a_damaged_one_its_round_can_be_saved_again(saved: Path) -> None:
     assert_same(state(2), found[1])
 
 
+def test_template_may_follow_the_checkpoint_that_is_tried(tmp_path: Path) -> None:
+    """A memory grows from round to round: going back to an older checkpoint needs the older shapes."""
+    with Checkpoints(tmp_path) as checkpoints:
+        for i in (1, 2):
+            checkpoints.save(i, {"rows": np.arange(i)}, {"rows": i, "phase": f"phase {i}"})
+        checkpoints.wait()
+        shutil.rmtree(tmp_path / "2" / "arrays" / "d")
+        with pytest.warns(UserWarning, match="round 2 is damaged"):
+            found = checkpoints.restore(
+                lambda _, extra: {"rows": np.zeros(extra["rows"], np.int64)},
+                lambda number, _: {"phase": f"phase {number}"},
+            )
+    assert found is not None
+    assert found[0] == 1
+    np.testing.assert_array_equal(found[1]["rows"], [0])
+
+
 def test_all_damaged_gives_none(saved: Path) -> None:
     for i in (1, 2):
         (saved / str(i) / "meta" / "metadata").unlink()

@@ -18,6 +18,7 @@ def line(number: int, **changes) -> dict:
         "validation": {"loss": 2.0, "accuracy": 0.25},
         "total_bytes_up": number * 2**20,
         "total_bytes_down": number * 2**21,
+        "seconds": 3.0,
         "compile_seconds": 0.0,
         "clients_per_second": 12.345,
         "lane_occupancy": 0.9,
@@ -77,8 +78,8 @@ def test_time_left_leaves_compiling_out_and_one_slow_round() -> None:
     clock = Clock()
     with Progress(100, quiet=True, console=plain(), clock=clock) as progress:
         assert progress.left() is None
-        clock.now += 22.0
-        progress.update(line(1, compile_seconds=20.0))
+        clock.now += 99.0  # loading, and 22 s of the round
+        progress.update(line(1, seconds=22.0, compile_seconds=20.0))
         assert progress.left() == 99 * 2.0
         for i, seconds in ((2, 2.0), (3, 50.0), (4, 2.0)):
             clock.now += seconds
@@ -91,14 +92,14 @@ def test_time_left_is_not_guessed_from_the_head_alone() -> None:
     with Progress(10, head_rounds=2, quiet=True, console=plain(), clock=clock) as progress:
         for i in (1, 2):
             clock.now += 0.1
-            progress.update(line(i, phase="head"))
+            progress.update(line(i, phase="head", seconds=0.1))
             assert progress.left() is None
-        clock.now += 4.0
-        progress.update(line(3))
+        clock.now += 30.0  # the PEFT part is added, then a round of 4 s
+        progress.update(line(3, seconds=4.0))
         assert progress.left() == 7 * 4.0
     with Progress(10, head_rounds=10, quiet=True, console=plain(), clock=clock) as progress:
         clock.now += 0.5
-        progress.update(line(1, phase="head"))
+        progress.update(line(1, phase="head", seconds=0.5))
         assert progress.left() == pytest.approx(4.5)
 
 
@@ -107,7 +108,7 @@ def test_live_display_shows_round_bytes_and_time_left() -> None:
     with Progress(20, console=console, clock=clock) as progress:
         progress.message("compiling")
         clock.now += 2.0
-        progress.update(line(1))
+        progress.update(line(1, seconds=2.0))
         clock.now += 2.0
         progress.update(line(2, validation=None, clients_per_second=None))
     last = text(console).split("round 2/20")[-1]

@@ -43,7 +43,7 @@ _HOME = {
     "fedsim.wire": ("Packet", "PerClient"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605 - the one table above says it
+__all__ = sorted(_MODULE_OF)
 
 
 def _refuse_namesake() -> None:

@@ -1,4 +1,4 @@
-"""The command line: run, compare, check, data, list. Options are `Config` and `Speed`; JAX is imported when it is needed."""
+"""The command line: run, compare, check, data, list. Options are `Config` and `Speed`; JAX comes in where needed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fedsim.config import Config, Data, Evaluation, Model, Speed, Training, nearest
+from fedsim.config import Config, Data, Evaluation, Model, Speed, Training, main_job, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +63,16 @@ class ShowOptions(Options):
 
 def parse(kind: type[Any], argv: Sequence[str], prog: str) -> Any:
     """Options from the command line on top of those of an experiment file, if one is named first."""
-    default = kind()
+    default = grouped(kind, main_job(), Speed())
     if argv and argv[0].endswith(".py"):
-        default = from_file(kind, Path(argv[0]))
+        default = grouped(kind, *from_file(Path(argv[0])))
         argv = argv[1:]
     flat = tyro.conf.OmitArgPrefixes[kind]
     return tyro.cli(flat, prog=prog, args=list(argv), default=default)
 
 
-def from_file(kind: type[Any], file: Path) -> Any:
-    """Options with the values of an experiment file's `config` and `speed`.
+def from_file(file: Path) -> tuple[Config, Speed]:
+    """An experiment file's `config` and `speed`.
 
     Raises:
         ValueError: no such file, or it defines no `config`.
@@ -86,17 +86,17 @@ def from_file(kind: type[Any], file: Path) -> Any:
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise ValueError(f"Expected {file} to define config = fedsim.Config(...).")
+    return config, getattr(module, "speed", Speed())
+
+
+def grouped(kind: type[Any], config: Config, speed: Speed) -> Any:
+    """Options with these values, grouped as `--help` shows them."""
 
     def group(part: type[Any]) -> Any:
         return part(**{f.name: getattr(config, f.name) for f in dataclasses.fields(part)})
 
-    return kind(
-        data=group(Data),
-        model=group(Model),
-        training=group(Training),
-        evaluation=group(Evaluation),
-        speed=getattr(module, "speed", Speed()),
-    )
+    groups = {"data": Data, "model": Model, "training": Training, "evaluation": Evaluation}
+    return kind(**{name: group(part) for name, part in groups.items()}, speed=speed)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -111,9 +111,14 @@ def run(argv: Sequence[str]) -> int:
         resume_job(options.resume, quiet=options.quiet)
         return 0
     config = options.config()
-    from fedsim.job import dry_run, run_job
+    from fedsim import build
+    from fedsim.job import run_job
 
     if options.dry_run:
+        from fedsim.estimate import dry_run
+
+        build.check(config)
+        build.fetch_missing(config)
         dry_run(config, options.speed)
         return 0
     run_job(

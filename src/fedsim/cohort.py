@@ -173,15 +173,15 @@ class Cohort:
         used = plan.member < len(self.ids)
         place = np.minimum(plan.member, max(len(self.ids) - 1, 0))
         stored, seen = self.memory.gather(self.ids)
-        slots = Slots(
-            id=self.ids[place].astype(np.int32),
-            n=np.where(used, self.sizes[place], 0).astype(np.int32),
-            member=plan.member,
-            reports=used & self.reports[place],
-            seen=seen[place],
-            memory=jax.tree.map(lambda rows: rows[place], stored),
+        host = (
+            self.ids[place].astype(np.int32),
+            np.where(used, self.sizes[place], 0).astype(np.int32),
+            plan.member,
+            used & self.reports[place],
+            seen[place],
+            jax.tree.map(lambda rows: rows[place], stored),
         )
-        return jax.device_put(slots, self.engine.apart)
+        return Slots(*jax.device_put(host, self.engine.apart))
 
     def _by_slot(self, plan: planning.Plan, leaf: Any) -> Any:
         return leaf[np.minimum(plan.member, len(self.ids) - 1)]

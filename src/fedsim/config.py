@@ -53,15 +53,38 @@ class Model:
     backbone: str = "minilm_l6"
     """Name of a backbone (`fedsim list backbones`)."""
     weights: str | None = None
-    """File or directory with its checkpoint; `random` for none (default: the packaged weights)."""
+    """File, directory or hub name with its checkpoint; `random` for none (default: the packaged weights)."""
+    pool: Literal["mean", "cls", "pooler"] | None = None
+    """Features of a transformer that the head reads (default: the backbone's own)."""
+    image_size: int | None = None
+    """Side to which images are resized inside the backbone (default: as they are)."""
     peft: str = "lora"
-    """What is trained beside the classification head (`fedsim list peft`); `full` is everything, `head` nothing else."""
+    """What is trained beside the classification head (`fedsim list peft`), parts joined by `+`; `full` is everything,
+    `head` nothing else."""
     rank: int = 8
     """LoRA rank r."""
     lora_alpha: float = 16.0
     """LoRA scale is lora_alpha / rank."""
     targets: tuple[str, ...] = ("query", "value")
     """Linear layers that LoRA adapts: path patterns, `*` allowed."""
+    rslora: bool = False
+    """LoRA scale is lora_alpha / sqrt(rank)."""
+    dora: bool = False
+    """LoRA with a trained length per output of the adapted matrix."""
+    adapter: Literal["single", "houlsby", "parallel"] = "single"
+    """Adapters: one per block after its MLP, two per block (after attention too), or one beside the MLP (AdaptFormer)."""
+    adapter_width: int = 8
+    """Width of an adapter's bottleneck."""
+    prompt_tokens: int = 10
+    """Trained tokens of a prompt."""
+    prompt_depth: Literal["deep", "shallow"] = "deep"
+    """A prompt of its own for every block, or one that enters the first block and stays."""
+    prefix_tokens: int = 10
+    """Trained keys and values in every attention."""
+    bias_patch: bool = True
+    """Whether `bias` trains the bias of the patch embedding too."""
+    last_blocks: int = 1
+    """Blocks at the top that `last_k` trains."""
     head_rounds: int = 0
     """Rounds at the start that train the head alone, from cached features, before the PEFT part joins (LP-FT)."""
 
@@ -170,6 +193,28 @@ class Speed:
 
 GROUPS: tuple[type, ...] = (Data, Model, Training, Evaluation)
 
+# What `fedsim run` does without an option: head first from cached features, then LoRA in the upper third of MiniLM, whose
+# lower four blocks are evaluated once per text. Chosen on validation (docs/main_job.md).
+MAIN_JOB: dict[str, Any] = {
+    "targets": ("blocks/[45]/attention/query", "blocks/[45]/attention/value", "blocks/[45]/mlp/*"),
+    "head_rounds": 100,
+    "head_lr": 5e-3,
+    "rounds": 112,
+    "steps": 8,
+    "batch_size": 16,
+    "lr": 1e-3,
+    "eval_every": 4,
+}
+
+
+def main_job(**changes: Any) -> Config:
+    """The config of `fedsim run` without an option, with some options changed.
+
+    Raises:
+        ValueError: an unknown option or an impossible value.
+    """
+    return Config().replace(**{**MAIN_JOB, **changes})
+
 
 def check(config: Config) -> None:
     """Refuses what can be refused without touching data or weights.
@@ -178,7 +223,8 @@ def check(config: Config) -> None:
         ValueError: names the option, its value, the rule and the remedy.
     """
     c = config
-    positive(tokens=c.tokens, clients=c.clients, alpha=c.alpha, rank=c.rank, lora_alpha=c.lora_alpha)
+    check_model(c)
+    positive(tokens=c.tokens, clients=c.clients, alpha=c.alpha)
     positive(rounds=c.rounds, clients_per_round=c.clients_per_round, epochs=c.epochs, steps=c.steps)
     positive(batch_size=c.batch_size, eval_every=c.eval_every, patience=c.patience, examples=c.examples)
     positive(lr=c.lr, head_lr=c.head_lr, server_lr=c.server_lr)
@@ -186,6 +232,8 @@ def check(config: Config) -> None:
         raise ValueError(f"Expected 0 < validation={c.validation} < 1; it is the share held out, e.g. 0.1.")
     if c.target_accuracy is not None and not 0 < c.target_accuracy <= 1:
         raise ValueError(f"Expected 0 < target_accuracy={c.target_accuracy} <= 1; write 62 % as 0.62.")
+    if c.seed < 0:
+        raise ValueError(f"Expected seed={c.seed} >= 0; give a natural number.")
     if c.min_size < 0:
         raise ValueError(f"Expected min_size={c.min_size} >= 0; 0 allows empty clients.")
     if not 0 <= c.head_rounds < c.rounds and c.peft != "head":
@@ -201,6 +249,20 @@ def check(config: Config) -> None:
     one_of(("none", "bfloat16", "float16"), codec_up=c.codec_up, codec_down=c.codec_down)
     for name in ("algorithm", "optimizer", "lr_schedule", "server_optimizer", "server_lr_schedule"):
         parse_call(getattr(c, name), name)
+
+
+def check_model(m: Model) -> None:
+    """Refuses impossible options of the model that show without building it.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    positive(rank=m.rank, lora_alpha=m.lora_alpha, adapter_width=m.adapter_width, image_size=m.image_size)
+    positive(prompt_tokens=m.prompt_tokens, prefix_tokens=m.prefix_tokens, last_blocks=m.last_blocks)
+    one_of(("single", "houlsby", "parallel"), adapter=m.adapter)
+    one_of(("deep", "shallow"), prompt_depth=m.prompt_depth)
+    if m.pool is not None:
+        one_of(("mean", "cls", "pooler"), pool=m.pool)
 
 
 def positive(**values: Any) -> None:
@@ -240,7 +302,7 @@ def parse_call(text: str, option: str) -> tuple[str, list[Any], dict[str, Any]]:
     name, bracket, _ = text.partition("(")
     try:
         call = ast.parse("f" + text[len(name) :] if bracket else "f()", mode="eval").body
-        if not isinstance(call, ast.Call) or not name.strip():
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or not name.strip():
             raise ValueError("not a call")
         args = [ast.literal_eval(a) for a in call.args]
         options = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}

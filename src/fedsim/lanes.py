@@ -25,9 +25,12 @@ from jax.sharding import PartitionSpec as P
 
 from fedsim import plan as planning
 from fedsim import wire
-from fedsim.core import Batch, Client, Info, Local, Reduce, Tree
+from fedsim.core import Batch, Client, Info, Local, Passes, Reduce, Tree
 
 PREFETCH_BYTES = 256 * 2**20  # of batches that a segment may hold on a device at once
+
+
+CPU_LANES, ACCELERATOR_LANES = 4, 256
 
 
 class Slots(NamedTuple):
@@ -93,17 +96,15 @@ def split_message(message: Tree) -> tuple[list[Any], list[Any], Any]:
 def message_bytes(message: Tree, members: int) -> dict[str, int]:
     """Bytes of sending a message to the whole cohort, by leaf: broadcast parts once per client, own parts as they are."""
     prices: dict[str, int] = {}
-    nodes = jax.tree_util.tree_leaves_with_path(
-        message, is_leaf=lambda n: wire.is_packet(n) or isinstance(n, wire.PerClient)
-    )
-    for path, node in nodes:
-        name = jax.tree_util.keystr(path, simple=True, separator="/") or "message"
+    for name, node in wire.parts(message):
         if isinstance(node, wire.PerClient):
             for leaf_name, leaf in wire.named_leaves(node.tree):
-                nbytes = int(np.sum(leaf.nbytes, dtype=np.int64)) if wire.is_packet(leaf) else wire.array_bytes(leaf)
-                prices["/".join([name] * bool(path) + [leaf_name] * (leaf_name != "message")) or "message"] = nbytes
+                nbytes = (
+                    int(np.asarray(leaf.nbytes).sum(dtype=np.int64)) if wire.is_packet(leaf) else wire.array_bytes(leaf)
+                )
+                prices["/".join(filter(None, (name, leaf_name.removeprefix("message")))) or "message"] = nbytes
         else:
-            prices[name] = members * (int(node.nbytes) if wire.is_packet(node) else wire.array_bytes(node))
+            prices[name or "message"] = members * sum(wire.price(node).values())
     return prices
 
 
@@ -219,19 +220,16 @@ class Lanes:
         reply, metrics, final = jax.eval_shape(shapes, self.held, shared, own, self.x, self.y, self.root)
         return reply, [*metrics, *final]
 
-    def resolve_lanes(self, sizes: np.ndarray, local: Local) -> int:
-        """What "auto" means here: as many lanes as keep busy, within what the platform does well.
+    def reuse(self, lanes: int | str, segment_steps: int | str) -> None:
+        """Takes what "auto" chose in an earlier process, so that a resumed run sums in the same order."""
+        self.lanes = lanes if self.lanes == "auto" else self.lanes
+        self.segment_steps = segment_steps if self.segment_steps == "auto" else self.segment_steps
 
-        Lanes beyond (total steps / steps of the longest client) stand idle at the end. On CPUs few lanes are best
-        (`benchmarks/lanes.py`); on accelerators more lanes are better until memory ends.
-        """
-        if self.lanes != "auto":
-            return int(self.lanes)
-        steps = np.maximum(planning.steps_of(sizes, local.passes), 1)
-        busy = int(-(-steps.sum() // (steps.max(initial=1) * len(self.devices))))
-        most = 8 if self.devices[0].platform == "cpu" else 256
-        self.lanes = max(1, min(busy, most))
-        return self.lanes
+    def resolve_lanes(self, sizes: np.ndarray, local: Local) -> int:
+        """What "auto" means for cohorts like this one; chosen once."""
+        if self.lanes == "auto":
+            self.lanes = choose_lanes(sizes, local.passes, len(self.devices), self.devices[0].platform)
+        return int(self.lanes)
 
     def resolve_segment(self, lanes: int, batch_size: int) -> int:
         """Steps a segment: short where a step's batches are large, so that they fit beside the model."""
@@ -239,6 +237,17 @@ class Lanes:
             fit = PREFETCH_BYTES // max(lanes * batch_size * self.row_bytes, 1)
             self.segment_steps = int(np.clip(fit, 1, 32))
         return int(self.segment_steps)
+
+
+def choose_lanes(sizes: np.ndarray, passes: Passes, devices: int, platform: str) -> int:
+    """As many lanes a device as a cohort of these sizes (M,) keeps busy, within what the platform does well.
+
+    Lanes beyond (total steps / steps of the longest client) stand idle at the end. On CPUs few lanes are best
+    (`benchmarks/lanes.py`); on accelerators more lanes are better.
+    """
+    steps = np.maximum(planning.steps_of(sizes, passes), 1)
+    busy = int(steps.sum() // (steps.max(initial=1) * devices))
+    return max(1, min(busy, CPU_LANES if platform == "cpu" else ACCELERATOR_LANES))
 
 
 def make_programs(

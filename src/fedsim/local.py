@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def fit(
             "standard"
         ):  # optax mixes Python scalars and float32 in ways strict mode refuses
             updates, state = optimizer(carry.lr).update(grads, carry.optimizer, carry.params)
-            params = optax.apply_updates(carry.params, updates)
+            params: Any = optax.apply_updates(carry.params, updates)
         return carry._replace(params=params, optimizer=state), metrics
 
     def finish(held: Tree, message: Tree, carry: Fit, client: Client) -> tuple[Tree, Tree, Metrics]:

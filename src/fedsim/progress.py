@@ -81,10 +81,12 @@ class Progress:
     def update(self, line: Round) -> None:
         """Shows a round that ended; `line` is the one that goes to `rounds.jsonl`."""
         now = self._clock()
-        if self._line is not None and self._line["phase"] != line["phase"]:
-            self._spent.clear()
         # evaluation and saving count, compiling does not: it will not come again
-        self._spent.append(max(now - self._since - line["compile_seconds"], 0.0))
+        spent = now - self._since - line["compile_seconds"]
+        if self._line is None or self._line["phase"] != line["phase"]:
+            self._spent.clear()
+            spent = line["seconds"] - line["compile_seconds"]  # loading came before: only the round itself counts
+        self._spent.append(max(spent, 0.0))
         self._since = now
         self._line = line
         self._validation = line["validation"] or self._validation

@@ -68,6 +68,16 @@ class Run(NamedTuple):
             ) from None
         return pd.DataFrame([flat(line) for line in self.rounds])
 
+    def predict(self, inputs: Any) -> list[str]:
+        """Classes of new inputs, texts (a list of strings) or arrays (N, ...), by the run's final model.
+
+        Raises:
+            ValueError: the run is not over, or the inputs do not fit its backbone.
+        """
+        from fedsim.predict import predict
+
+        return predict(self, inputs)
+
 
 def flat(line: Round) -> dict[str, Any]:
     """A round's line without its bytes per leaf, and with `validation_*` instead of the nested `validation`."""

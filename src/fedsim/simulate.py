@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
+import platform
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,11 +19,14 @@ from fedsim import build, plots, record, report, wire
 from fedsim.build import Phase, Problem, Trainer
 from fedsim.checkpoint import Checkpoints
 from fedsim.cohort import Cohort, Memory
-from fedsim.config import Config, Speed
+from fedsim.config import Config, Speed, main_job
 from fedsim.core import Population
+from fedsim.data.assets import cache_dir
 from fedsim.data.dataset import stream
 from fedsim.lanes import key_for
 from fedsim.progress import Progress
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def run(
@@ -30,12 +36,15 @@ def run(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     quiet: bool = False,
+    problem: Problem | None = None,
 ) -> record.Run:
-    """Simulates `config` and gives the finished run as its folder tells it.
+    """Simulates `config` (default: the main job) and gives the finished run as its folder tells it.
 
     Args:
         out: the run's folder; default `runs/<date-time>-<config hash>`.
         resume: folder of a stopped run to go on with, instead of `config`, `speed` and `out`.
+        quiet: show no progress.
+        problem: `build.problem` of a config with the same data and backbone, to share data and cached features.
 
     Raises:
         ValueError: an impossible option, data or weights that cannot be used, a folder that holds another run.
@@ -48,69 +57,87 @@ def run(
         stopped = record.load(resume)
         config, speed, directory = stopped.config, stopped.speed, stopped.directory
     else:
-        config, speed = config or Config(), speed or Speed()
+        config, speed = config or main_job(), speed or Speed()
         build.check(config)
+        build.fetch_missing(config)
         directory = record.folder(out, config)
+    tune_host(speed)
+    build.warn_idle_accelerator()
     with ExitStack() as stack:
         stack.enter_context(record.lock(directory))
         checkpoints = stack.enter_context(Checkpoints(directory / record.CHECKPOINTS))
         progress = stack.enter_context(Progress(config.rounds, head_rounds=config.head_rounds, quiet=quiet))
-        simulate(config, speed, directory, checkpoints, progress, fresh=resume is None)
+        simulate(config, speed, directory, checkpoints, progress, fresh=resume is None, problem=problem)
     return record.load(directory)
 
 
 def simulate(
-    config: Config, speed: Speed, directory: Path, checkpoints: Checkpoints, progress: Progress, *, fresh: bool
+    config: Config,
+    speed: Speed,
+    directory: Path,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    *,
+    fresh: bool,
+    problem: Problem | None = None,
 ) -> None:
-    """The loop over rounds. Everything random derives from (seed, round), so a resumed run repeats what was lost."""
+    """The loop over rounds. Everything random derives from (seed, round), so a resumed run repeats what was lost.
+
+    Args:
+        problem: data and features that another run of the same data and backbone has prepared.
+    """
     began = time.perf_counter()
     clock = CompileClock()
-    saved = None if fresh else checkpoints.latest()
-    if saved is not None:
-        speed = resumed_speed(speed, saved[1])
-    progress.message("reading the data")
-    problem = build.problem(config, speed)
+    if problem is None:
+        progress.message("reading the data")
+        problem = build.problem(config, speed)
     if fresh:
-        record.start(directory, config, speed)
+        shape = list(jax.tree.leaves(problem.dataset.x)[0].shape[1:])
+        record.start(directory, config, speed, {"classes": list(problem.dataset.classes), "input_shape": shape})
 
     # --- where to start: round 0, or after the last good checkpoint
     phases = build.phases(config)
-    round, totals, best, stale, seen = 0, {"up": 0, "down": 0}, -1.0, 0, np.zeros(0, np.int64)
-    stopped, overlay, start_scores = "rounds", None, None
-    trainer: Trainer | None = None
-    server: Any = None
-    memory: Memory | None = None
-    if saved is not None:
-        phase = next(p for p in phases if p.first <= saved[0] <= p.last)
+    round, stopped, elapsed = 0, "rounds", 0.0
+    totals, best, stale, seen = {"up": 0, "down": 0}, -1.0, 0, np.zeros(0, np.int64)
+    start_scores: dict[str, Any] | None = None
+    now: Current | None = None
+
+    def ready(round: int, overlay: dict[str, np.ndarray] | None = None) -> Current:
         progress.message("loading the weights")
-        trainer, server, memory = prepare(problem, phase, None)
-        found = checkpoints.restore(template(server, memory, saved[1]), expect=expected(config, trainer, saved[1]))
+        return prepare(problem, next(p for p in phases if p.first <= round <= p.last), overlay)
+
+    if not fresh:
+        tried: dict[str, Current] = {}
+
+        def template(round: int, extra: dict[str, Any]) -> dict[str, Any]:
+            # A damaged checkpoint makes `restore` go back to an older one, perhaps of the phase before.
+            tried["now"] = ready(round)
+            tried["now"].trainer.engine.reuse(extra["lanes"], extra["segment_steps"])
+            return checkpoint_shapes(tried["now"], extra)
+
+        found = checkpoints.restore(template, lambda round, extra: expected(config, tried["now"].trainer))
         if found is not None:
             round, state, extra = found
-            server = trainer.engine.put(state["server"])
-            memory.restore(state["memory"], state["memory_ids"])
+            now = tried["now"]
+            now = now._replace(server=now.trainer.engine.put(state["server"]))
+            now.memory.restore(state["memory"], state["memory_ids"])
             seen, totals, best, stale = state["seen"], extra["totals"], extra["best"], extra["stale"]
-            start_scores, stopped = extra["start"], extra["stopped"]
+            start_scores, stopped, elapsed = extra["start"], extra["stopped"], extra["elapsed"]
     lines = [] if fresh else record.truncate(directory, round)
 
     # --- the rounds
     with interruptible() as interrupted:
         while round < config.rounds and stopped == "rounds":
             round += 1
-            phase = next(p for p in phases if p.first <= round <= p.last)
-            if trainer is None or round == phase.first:
-                progress.message(
-                    "loading the weights" if trainer is None else "adding the PEFT part to the trained head"
-                )
-                if trainer is not None:
-                    overlay = {k: np.asarray(v) for k, v in trainer.algorithm.params(server).items()}
-                trainer, server, memory = prepare(problem, phase, overlay)
+            if now is None or round > now.phase.last:  # the next phase starts from what the one before has trained
+                now = ready(round, None if now is None else now.parameters())
+                stale = 0  # patience is with this phase
                 if start_scores is None:
-                    start_scores = {"validation": trainer.validate(server)}
+                    start_scores = {"validation": now.trainer.validate(now.server)}
                 progress.message("compiling")
-            tick = time.perf_counter()
-            compiled = clock.seconds
+            phase, trainer, server, memory = now
             algorithm, engine = trainer.algorithm, trainer.engine
+            tick, compiled = time.perf_counter(), clock.seconds
             ids = algorithm.select(
                 stream(config.seed, f"sample {round}"), server, Population(engine.population, config.clients_per_round)
             )
@@ -134,6 +161,7 @@ def simulate(
                     stopped = "target"
                 elif config.patience is not None and stale >= config.patience and phase is phases[-1]:
                     stopped = "patience"
+            now = now._replace(server=server)
             counted = cohort.fetch([(e.info.reported, e.info.nonfinite) for e in cohort.done])
             steady = max(seconds - compile_seconds, 1e-9)
             examples = sum(e.examples for e in cohort.done)
@@ -170,12 +198,13 @@ def simulate(
                 rows, memory_ids = memory.state()
                 state = {"server": server, "memory": rows, "memory_ids": memory_ids, "seen": seen}
                 extra = {
-                    **expected(config, trainer, None),
+                    **expected(config, trainer),
                     "totals": totals,
                     "best": best,
                     "stale": stale,
                     "start": start_scores,
                     "stopped": stopped,
+                    "elapsed": elapsed + time.perf_counter() - began,
                     "memory_count": len(memory_ids),
                     "seen_count": len(seen),
                 }
@@ -185,10 +214,14 @@ def simulate(
                 raise KeyboardInterrupt(f"Stopped after round {round}; go on with: fedsim run --resume {directory}")
 
     # --- the end: the test set is read once, here
-    if trainer is None or memory is None:
-        raise ValueError(f"Expected {directory} to have a round to run; it is complete.")
+    if now is None:
+        raise ValueError(f"Expected rounds={config.rounds} > 0.")
     progress.message("reading the test set")
-    final = {"validation": lines[-1]["validation"] or trainer.validate(server), "test": trainer.test(server)}
+    trainer = now.trainer
+    final = {
+        "validation": lines[-1]["validation"] or trainer.validate(now.server),
+        "test": trainer.test(now.server),
+    }
     whole = build.full_bytes(trainer.model)
     summary = report.summary(
         lines,
@@ -196,25 +229,37 @@ def simulate(
         final=final,
         full={"bytes_up": whole, "bytes_down": whole},
         parameters={
-            "trained": sum(int(np.prod(s.shape)) for s in trainer.model.trained.values()),
-            "frozen": sum(int(np.prod(s.shape)) for s in trainer.model.frozen.values()),
+            "trained": sum(math.prod(s.shape) for s in trainer.model.trained.values()),
+            "frozen": sum(math.prod(s.shape) for s in trainer.model.frozen.values()),
         },
-        seconds=time.perf_counter() - began,
+        seconds=elapsed + time.perf_counter() - began,
         stopped=stopped,
     )
     checkpoints.wait()
-    parameters = {k: np.asarray(v) for k, v in trainer.algorithm.params(server).items()}
-    record.finish(directory, summary, parameters)
+    record.finish(directory, summary, now.parameters())
     plots.save([record.load(directory)], directory)
     progress.message("done")
 
 
-def prepare(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | None) -> tuple[Trainer, Any, Memory]:
-    """Trainer, initial server state and empty memory of a phase."""
+class Current(NamedTuple):
+    """The phase that runs, and its state."""
+
+    phase: Phase
+    trainer: Trainer
+    server: Any
+    memory: Memory
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """The trained part, on the host."""
+        return {k: np.asarray(v) for k, v in self.trainer.algorithm.params(self.server).items()}
+
+
+def prepare(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | None) -> Current:
+    """A phase with the server's initial state and nothing in the clients' memory."""
     trainer = build.trainer(problem, phase, overlay)
     engine = trainer.engine
     server = engine.put(trainer.algorithm.init(key_for(engine.root, "init"), engine.held))
-    return trainer, server, Memory(trainer.algorithm.memory, engine.held)
+    return Current(phase, trainer, server, Memory(trainer.algorithm.memory, engine.held))
 
 
 def setup_price(trainer: Trainer) -> int:
@@ -222,36 +267,44 @@ def setup_price(trainer: Trainer) -> int:
     return sum(wire.price(trainer.algorithm.setup(trainer.model.frozen)).values())
 
 
-def expected(config: Config, trainer: Trainer, saved: dict[str, Any] | None) -> dict[str, Any]:
-    """What a checkpoint must agree with, so that the resumed run is bit-identical: options, devices, what auto chose."""
+def expected(config: Config, trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint must agree with for the run to go on bit for bit: options, devices, what `auto` chose."""
     engine = trainer.engine
-    chosen = {"lanes": engine.lanes, "segment_steps": engine.segment_steps}
     return {
         "config": config.hash(),
         "parallel": engine.parallel,
         "devices": len(engine.devices),
         "device": engine.devices[0].device_kind,
         "versions": {"jax": jax.__version__},
-        "speed": chosen,
+        "lanes": engine.lanes,
+        "segment_steps": engine.segment_steps,
     }
 
 
-def resumed_speed(speed: Speed, extra: dict[str, Any]) -> Speed:
-    """The speed options with what `auto` chose in the run that goes on."""
-    import dataclasses
-
-    return dataclasses.replace(speed, devices=extra["devices"], **extra["speed"])
-
-
-def template(server: Any, memory: Memory, extra: dict[str, Any]) -> dict[str, Any]:
-    """Shapes of a checkpoint's arrays: the server's are known, the memory's rows are counted in `extra`."""
+def checkpoint_shapes(now: Current, extra: dict[str, Any]) -> dict[str, Any]:
+    """Shapes of a checkpoint's arrays: the server's are known, rows of memory and clients seen stand in `extra`."""
     count = extra["memory_count"]
     return {
-        "server": server,
-        "memory": jax.tree.map(lambda r: np.zeros((count, *r.shape[1:]), r.dtype), memory.rows),
+        "server": now.server,
+        "memory": jax.tree.map(lambda r: np.zeros((count, *r.shape[1:]), r.dtype), now.memory.rows),
         "memory_ids": np.zeros(count, np.int64),
         "seen": np.zeros(extra["seen_count"], np.int64),
     }
+
+
+def tune_host(speed: Speed) -> None:
+    """The persistent compilation cache, and an allocator that keeps large buffers instead of returning every one.
+
+    XLA on a CPU allocates its temporaries at every call; glibc maps and unmaps those above 32 MiB each time, and the
+    page faults cost 10 to 20 % of a MiniLM forward pass on 2 cores (`benchmarks/allocator.py`).
+    """
+    if speed.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class CompileClock:
@@ -261,9 +314,9 @@ class CompileClock:
         self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/"):
-            self.seconds += seconds
+            self.seconds += duration_secs
 
 
 @contextmanager

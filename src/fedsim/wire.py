@@ -33,6 +33,21 @@ class PerClient:
     tree: Tree
 
 
+def parts(message: Tree) -> list[tuple[str, Any]]:
+    """A message's named nodes: arrays, packets, and per-client parts, each whole."""
+    nodes = jax.tree_util.tree_leaves_with_path(message, is_leaf=lambda n: is_packet(n) or isinstance(n, PerClient))
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), node) for path, node in nodes]
+
+
+def for_client(message: Tree, place: int) -> Tree:
+    """The message as the cohort's client at `place` reads it: own parts picked, packets decoded."""
+
+    def own(node: Any) -> Any:
+        return jax.tree.map(lambda a: a[place], unwrap(node.tree)) if isinstance(node, PerClient) else node
+
+    return unwrap(jax.tree.map(own, message, is_leaf=lambda n: is_packet(n) or isinstance(n, PerClient)))
+
+
 class Codec(NamedTuple):
     """`encode` maps a tree of arrays to a tree of packets inside jit; `pack`/`unpack` do it for real, on one leaf."""
 

@@ -1,13 +1,13 @@
-"""FedAvg (McMahan et al., arXiv 1602.05629, algorithm 1), with any server optimizer (Reddi et al., arXiv 2003.00295).
+"""FedAvg (McMahan et al., arXiv 1602.05629, algorithm 1) with any server optimizer (Reddi et al., arXiv 2003.00295).
 
-The server sends the trained part w; every client of the cohort trains it on its own data and replies with the change;
+The server sends the trained part w; every client of the cohort trains it on its own data and replies with its change;
 the server takes the weighted mean of the changes as a pseudo-gradient. With the server's default, SGD of rate 1, the new
 w is the weighted mean of the clients' parameters. FedPEFT (arXiv 2210.01708) is this algorithm on a small trained part.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,8 @@ def fed_avg(task: Task, penalty: Penalty | None = None) -> Algorithm:
             updates, state = task.server_optimizer.update(
                 jax.tree.map(jnp.negative, change), server.optimizer, server.params
             )
-            new = Server(optax.apply_updates(server.params, updates), state)
+            params: Any = optax.apply_updates(server.params, updates)
+        new = Server(params, state)
         return jax.tree.map(lambda n, o: jnp.where(weight > 0, n, o), new, server)
 
     def round(key: Array, held: Tree, server: Server, cohort: Cohort) -> tuple[Server, Metrics]:

@@ -1,22 +1,26 @@
 """The backbones that can be trained, in one plain table; one file per architecture.
 
 A backbone is a `flax.nnx` module with a last layer `head` and a method `stages()` (see `layers.Stage`). A new one is a
-file here, its row in `BACKBONES`, and, where published weights exist, a row in `load.FORMATS`.
+file here, its row in `BACKBONES`, and, where published weights exist, its name maps in `formats.FORMATS`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from flax import nnx
 
 from fedsim.backbones.bert import Bert, BertConfig
-from fedsim.backbones.layers import Stage
+from fedsim.backbones.cnn import Cnn, CnnConfig
+from fedsim.backbones.images import IMAGENET, Pixels
+from fedsim.backbones.layers import Shape, Stage
 from fedsim.backbones.mlp import Mlp, MlpConfig
+from fedsim.backbones.resnet import Resnet, ResnetConfig
+from fedsim.backbones.shufflenet import Shufflenet, ShufflenetConfig
+from fedsim.backbones.vit import Vit, VitConfig
 from fedsim.config import one_of
-
-Shape = tuple[int, ...]
 
 
 class Module(Protocol):
@@ -29,58 +33,101 @@ class Backbone(NamedTuple):
     """One row of the table."""
 
     kind: Literal["text", "image", "array"]
-    make: Callable[[int, Shape | None, nnx.Rngs], Module]
-    """(classes, shape of one example or None, random streams) -> the module, all leaves at random."""
-    config: BertConfig | MlpConfig
+    architecture: Callable[..., Module]
+    """(config, classes, shape of one example or None, rngs=) -> the module, all leaves at random."""
+    config: Any
+    """Its frozen dataclass."""
     pad: int | None = None
     """Token id of padding (text only)."""
     tokens: int | None = None
     """Longest text it reads, in tokens (text only)."""
     asset: str | None = None
     """Packaged weights, and for text the tokenizer beside them (`fedsim data list`)."""
-    checkpoint: str | None = None
-    """Format of its published checkpoints: a key of `load.FORMATS`; None if there are none."""
+    formats: tuple[str, ...] = ()
+    """Published layouts of its checkpoints: keys of `formats.FORMATS`."""
+
+    def make(self, classes: int, input_shape: Shape | None, rngs: nnx.Rngs) -> Module:
+        """The module with its head."""
+        return self.architecture(self.config, classes, input_shape, rngs=rngs)
 
 
-def bert_row(config: BertConfig, asset: str | None = None) -> Backbone:
-    """The row of any BERT."""
-    return Backbone(
-        kind="text",
-        make=lambda classes, input_shape, rngs: Bert(config, classes, rngs=rngs),
-        config=config,
-        pad=config.pad,
-        tokens=config.positions,
-        asset=asset,
-        checkpoint="bert",
+def bert_row(config: BertConfig, asset: str | None = None, formats: tuple[str, ...] = ("bert",)) -> Backbone:
+    """The row of any BERT or RoBERTa."""
+    return Backbone("text", Bert, config, pad=config.pad, tokens=config.tokens, asset=asset, formats=formats)
+
+
+def vit_row(width: int, depth: int, heads: int, patch: int) -> Backbone:
+    """The row of a ViT of the usual proportions, at 224 px."""
+    config = VitConfig(width=width, depth=depth, heads=heads, hidden=4 * width, patch=patch)
+    return Backbone("image", Vit, config, formats=("vit", "vit_timm", "vit_augreg"))
+
+
+def dinov2_row(width: int, heads: int, asset: str | None = None) -> Backbone:
+    """The row of a DINOv2 without register tokens, learned at 518 px."""
+    config = VitConfig(
+        width=width, heads=heads, hidden=4 * width, patch=14, image=518, layer_scale=True, pixels=Pixels(*IMAGENET)
     )
+    return Backbone("image", Vit, config, asset=asset, formats=("dinov2", "vit_timm"))
 
 
-def mlp_row(config: MlpConfig) -> Backbone:
-    """The row of any perceptron."""
+def convolutional_row(architecture: Callable[..., Module], config: ResnetConfig | ShufflenetConfig) -> Backbone:
+    """The row of a convolutional backbone with published checkpoints."""
+    return Backbone("image", architecture, config, formats=("resnet" if architecture is Resnet else "shufflenet",))
 
-    def make(classes: int, input_shape: Shape | None, rngs: nnx.Rngs) -> Module:
-        if input_shape is None:
-            raise ValueError("Expected input_shape of backbone='mlp' to be given; it is the shape of one example.")
-        return Mlp(config, classes, input_shape, rngs=rngs)
 
-    return Backbone(kind="array", make=make, config=config)
-
+RESNET50 = ResnetConfig((3, 4, 6, 3), "bottleneck")
+ROBERTA = BertConfig(vocabulary=50265, positions=514, offset=2, types=1, eps=1e-5, pad=1, pool="cls")
+TINY = BertConfig(vocabulary=512, width=32, depth=2, heads=2, hidden=64, positions=128, pool="mean", fold=True)
 
 BACKBONES: dict[str, Backbone] = {
+    "vit_ti16": vit_row(192, 12, 3, 16),
+    "vit_s16": vit_row(384, 12, 6, 16),
+    "vit_b16": vit_row(768, 12, 12, 16),
+    "vit_b32": vit_row(768, 12, 12, 32),
+    "vit_l16": vit_row(1024, 24, 16, 16),
+    "vit_h14": vit_row(1280, 32, 16, 14),
+    "dinov2_s14": dinov2_row(384, 6),
+    "dinov2_b14": dinov2_row(768, 12),
+    "vit_s14": dinov2_row(384, 6, asset="vit_s14"),  # DINOv2-S/14-derived: taken out of a saliency package
     "minilm_l6": bert_row(BertConfig(width=384, depth=6, hidden=1536, pool="mean"), asset="minilm_l6"),
     "bert_base": bert_row(BertConfig()),
-    "bert_tiny": bert_row(
-        BertConfig(vocabulary=512, width=32, depth=2, heads=2, hidden=64, positions=128, pool="mean", fold=True)
-    ),
-    "mlp": mlp_row(MlpConfig()),
+    "roberta_base": bert_row(ROBERTA, formats=("roberta",)),
+    "resnet18": convolutional_row(Resnet, ResnetConfig()),
+    "resnet18_gn": convolutional_row(Resnet, ResnetConfig(norm="group")),
+    "resnet50": convolutional_row(Resnet, RESNET50),
+    "resnet50_gn": convolutional_row(Resnet, dataclasses.replace(RESNET50, norm="group")),
+    "shufflenet_v2_x0_5": convolutional_row(Shufflenet, ShufflenetConfig()),
+    "shufflenet_v2_x0_5_gn": convolutional_row(Shufflenet, ShufflenetConfig(norm="group")),
+    "cnn": Backbone("image", Cnn, CnnConfig()),
+    "mlp": Backbone("array", Mlp, MlpConfig()),
+    # Two blocks, for trying things out and for tests.
+    "vit_tiny": Backbone("image", Vit, VitConfig(width=32, depth=2, heads=2, hidden=64, patch=4, image=16)),
+    "bert_tiny": bert_row(TINY),
+    "roberta_tiny": bert_row(dataclasses.replace(TINY, positions=130, offset=2, types=1, pad=1), formats=("roberta",)),
 }
 
 
-def backbone(name: str) -> Backbone:
-    """The row of the table.
+def backbone(name: str, *, pool: str | None = None, image_size: int | None = None) -> Backbone:
+    """The row of the table, with the pooling of features and the size of images changed where given.
 
     Raises:
-        ValueError: an unknown name; the nearest ones are given.
+        ValueError: an unknown name; the nearest ones are given. A change that the backbone does not know.
     """
     one_of(tuple(BACKBONES), backbone=name)
-    return BACKBONES[name]
+    row = BACKBONES[name]
+    if pool is not None:
+        pools = {Bert: ("mean", "cls", "pooler"), Vit: ("cls", "mean")}.get(row.architecture, ())
+        if pool not in pools:
+            raise ValueError(f"Expected pool={pool!r} to be one of {pools} for backbone={name!r}; leave it out.")
+        row = row._replace(config=dataclasses.replace(row.config, pool=pool))
+    if image_size is not None:
+        if row.kind != "image":
+            raise ValueError(f"Expected image_size={image_size} to be unset for backbone={name!r}; it reads no images.")
+        config = row.config
+        resized = (
+            dataclasses.replace(config, resize=image_size)
+            if isinstance(config, CnnConfig)
+            else dataclasses.replace(config, pixels=config.pixels._replace(resize=image_size))
+        )
+        row = row._replace(config=resized)
+    return row

@@ -14,7 +14,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fedsim.backbones.layers import MLP, Attention, Embedding, LayerNorm, Linear, Stage, gelu
+from fedsim.backbones.layers import (
+    MLP,
+    Attention,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Shape,
+    Stage,
+    append,
+    append_true,
+    gelu,
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,8 @@ class BertConfig:
     heads: int = 12
     hidden: int = 3072
     positions: int = 512
+    offset: int = 0
+    """Row of the first token's position: RoBERTa's table begins with rows that no token uses."""
     types: int = 2
     eps: float = 1e-12
     pad: int = 0
@@ -34,6 +47,11 @@ class BertConfig:
     """Features: mean over real tokens (sentence encoders), the first token, or tanh(dense(first token)) (BERT)."""
     fold: bool = False
     """Take token ids modulo the vocabulary, so that a tiny model reads any tokenizer's ids."""
+
+    @property
+    def tokens(self) -> int:
+        """The longest text it reads, in tokens."""
+        return self.positions - self.offset
 
 
 class Embeddings(nnx.Module):
@@ -44,14 +62,18 @@ class Embeddings(nnx.Module):
         self.position = Embedding(c.positions, c.width, rngs=rngs)
         self.type = Embedding(c.types, c.width, rngs=rngs)
         self.norm = LayerNorm(c.width, eps=c.eps, rngs=rngs)
+        self.config = c
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids (B, T) -> (B, T, D); every token is of type 0, a single sentence."""
-        # position.embedding[:T] and type.embedding[0] are slices, not gathers: their gradients are cheap.
-        tokens, positions = ids.shape[-1], self.position.embedding.shape[0]
-        if tokens > positions:
-            raise ValueError(f"Expected tokens={tokens} <= {positions}, the backbone's positions; cut the texts.")
-        position = self.position.embedding[...][:tokens]
+        # Slices of both tables, not gathers: their gradients are cheap. Padding comes last, so no token's row depends
+        # on the mask.
+        tokens, offset = ids.shape[-1], self.config.offset
+        if tokens > self.config.tokens:
+            raise ValueError(
+                f"Expected tokens={tokens} <= {self.config.tokens}, the backbone's positions; cut the texts."
+            )
+        position = self.position.embedding[...][offset : offset + tokens]
         return self.norm(self.token(ids) + position + self.type.embedding[...][0])
 
 
@@ -63,16 +85,28 @@ class Block(nnx.Module):
         self.norm1 = LayerNorm(c.width, eps=c.eps, rngs=rngs)
         self.mlp = MLP(c.width, c.hidden, gelu, rngs=rngs)
         self.norm2 = LayerNorm(c.width, eps=c.eps, rngs=rngs)
+        self.prompt: nnx.Param | None = nnx.data(None)
+        self.keep_prompt = False
 
     def __call__(self, h: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        x = self.norm1(h["x"] + self.attention(h["x"], h["mask"]))
-        return {"x": self.norm2(x + self.mlp(x)), "mask": h["mask"]}
+        x, mask = h["x"], h["mask"]
+        if self.prompt is not None:
+            x, mask = append(x, self.prompt[...]), append_true(mask, self.prompt.shape[0])
+        x = self.norm1(x + self.attention(x, mask))
+        x = self.norm2(x + self.mlp(x))
+        if self.prompt is not None and not self.keep_prompt:
+            return {"x": x[:, : h["x"].shape[1]], "mask": h["mask"]}
+        return {"x": x, "mask": mask}
 
 
 class Bert(nnx.Module):
     """Token ids (B, T) -> logits (B, classes)."""
 
-    def __init__(self, c: BertConfig, classes: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, c: BertConfig, classes: int, input_shape: Shape | None = None, *, rngs: nnx.Rngs) -> None:
+        if input_shape and input_shape[-1] > c.tokens:
+            raise ValueError(
+                f"Expected tokens={input_shape[-1]} <= {c.tokens}, the backbone's positions; cut the texts."
+            )
         self.embeddings = Embeddings(c, rngs=rngs)
         self.blocks = nnx.List([Block(c, rngs=rngs) for _ in range(c.depth)])
         self.pooler: Linear | None = nnx.data(Linear(c.width, c.width, rngs=rngs) if c.pool == "pooler" else None)
@@ -85,47 +119,18 @@ class Bert(nnx.Module):
         return {"x": self.embeddings(ids % c.vocabulary if c.fold else ids), "mask": ids != c.pad}
 
     def pool(self, h: dict[str, jax.Array]) -> jax.Array:
-        """Features (B, D) of whole sequences."""
+        """Features (B, D) of whole sequences; a shallow prompt, which came along up to here, is left out."""
+        first_block = self.blocks[0]
+        kept = first_block.prompt.shape[0] if first_block.keep_prompt and first_block.prompt is not None else 0
+        x, mask = (leaf[:, : leaf.shape[1] - kept] for leaf in (h["x"], h["mask"]))
         if self.config.pool == "mean":
-            mask = h["mask"].astype(h["x"].dtype)[..., None]  # (B, T, 1)
+            mask = mask.astype(x.dtype)[..., None]  # (B, T, 1)
             # An empty slot of a batch has no token at all: 0 / 1, not 0 / 0.
-            return jnp.sum(h["x"] * mask, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
-        first = h["x"][:, 0]
+            return jnp.sum(x * mask, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
+        first = x[:, 0]
         return first if self.pooler is None else jnp.tanh(self.pooler(first))
 
     def stages(self) -> list[Stage]:
         """The forward pass in order; see `layers.Stage`."""
         blocks = [Stage(f"blocks/{i}", block) for i, block in enumerate(self.blocks)]
         return [Stage("embeddings", self.embed), *blocks, Stage("pooler", self.pool), Stage("head", self.head)]
-
-
-# Our module path -> the module in the Hugging Face checkpoint; {i} is any block. See `load.py`.
-HUGGING_FACE: dict[str, str] = {
-    "embeddings/token": "embeddings.word_embeddings",
-    "embeddings/position": "embeddings.position_embeddings",
-    "embeddings/type": "embeddings.token_type_embeddings",
-    "embeddings/norm": "embeddings.LayerNorm",
-    "blocks/{i}/attention/query": "encoder.layer.{i}.attention.self.query",
-    "blocks/{i}/attention/key": "encoder.layer.{i}.attention.self.key",
-    "blocks/{i}/attention/value": "encoder.layer.{i}.attention.self.value",
-    "blocks/{i}/attention/output": "encoder.layer.{i}.attention.output.dense",
-    "blocks/{i}/norm1": "encoder.layer.{i}.attention.output.LayerNorm",
-    "blocks/{i}/mlp/up": "encoder.layer.{i}.intermediate.dense",
-    "blocks/{i}/mlp/down": "encoder.layer.{i}.output.dense",
-    "blocks/{i}/norm2": "encoder.layer.{i}.output.LayerNorm",
-    "pooler": "pooler.dense",
-}
-
-
-def hugging_face_config(c: BertConfig) -> dict[str, Any]:
-    """What the checkpoint's `config.json` must say where it speaks of it: most of it shows in no leaf's shape."""
-    return {
-        "model_type": "bert",
-        "num_hidden_layers": c.depth,
-        "num_attention_heads": c.heads,
-        "hidden_act": "gelu",
-        "layer_norm_eps": c.eps,
-        "position_embedding_type": "absolute",
-        "pad_token_id": c.pad,
-        "is_decoder": False,
-    }

@@ -2,7 +2,7 @@
 
 Every parameter is named by its role (`kernel`, `bias`, `scale`, `embedding`, `lora_a`, ...), and the role alone decides
 its initial value (`INITIAL`). So a leaf's initial value depends on the seed and its own path, never on which other
-leaves the model has: the head starts equal under every PEFT kind.
+leaves the model has: the head starts equal under every PEFT kind. What PEFT attaches has roles of its own (`ADDED`).
 """
 
 from __future__ import annotations
@@ -16,22 +16,47 @@ import jax.numpy as jnp
 from flax import nnx
 
 Shape = tuple[int, ...]
+Activation = Callable[[jax.Array], jax.Array]
 
 
-def _uniform_by_input(key: jax.Array, shape: Shape, dtype: jnp.dtype) -> jax.Array:
-    """U(-1/sqrt(in), 1/sqrt(in)) for a shape (in, rank): Kaiming with a = sqrt(5), as LoRA's authors draw A."""
-    bound = 1.0 / math.sqrt(shape[0])
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+def _uniform(bound: Callable[[Shape], float]) -> nnx.Initializer:
+    def draw(key: jax.Array, shape: Shape, dtype: jnp.dtype) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound(shape), bound(shape))
+
+    return draw
 
 
-INITIAL: dict[str, Callable[[jax.Array, Shape, jnp.dtype], jax.Array]] = {
+ZEROS, ONES, NORMAL = nnx.initializers.zeros_init(), nnx.initializers.ones_init(), nnx.initializers.normal(0.02)
+
+INITIAL: dict[str, nnx.Initializer] = {
     "kernel": nnx.initializers.lecun_normal(),
-    "bias": nnx.initializers.zeros_init(),
-    "scale": nnx.initializers.ones_init(),
-    "embedding": nnx.initializers.normal(0.02),
-    "lora_a": _uniform_by_input,
-    "lora_b": nnx.initializers.zeros_init(),
+    "bias": ZEROS,
+    "scale": ONES,
+    "gamma": ONES,  # LayerScale
+    "mean": ZEROS,  # batch norm's statistics
+    "variance": ONES,
+    "embedding": NORMAL,
+    "cls": NORMAL,
+    "position": NORMAL,
+    # Attached by PEFT. A as LoRA's authors draw it: Kaiming uniform with a = sqrt(5), which is 1/sqrt(in).
+    "lora_a": _uniform(lambda shape: 1 / math.sqrt(shape[0])),
+    "lora_b": ZEROS,
+    "magnitude": ONES,  # `peft.start` puts the kernel's column norms in its place
+    "ia3": ONES,
+    "down_kernel": NORMAL,
+    "down_bias": ZEROS,
+    "up_kernel": ZEROS,
+    "up_bias": ZEROS,
+    "prompt": _uniform(lambda shape: math.sqrt(3 / shape[-1])),  # VPT's bound for ViT-B/16: sqrt(6 / (3 * 16^2 + 768))
+    "prefix_key": NORMAL,
+    "prefix_value": NORMAL,
 }
+
+STATISTICS = frozenset({"mean", "variance"})
+"""Roles that are never trained: no gradient is meant for them."""
+
+ADDED = frozenset(list(INITIAL)[list(INITIAL).index("lora_a") :])
+"""Roles that only PEFT attaches; no checkpoint of a backbone holds them."""
 
 
 def initial(path: str, key: jax.Array, shape: Shape) -> jax.Array:
@@ -64,20 +89,68 @@ class Linear(nnx.Module):
         self.lora_a: nnx.Param | None = nnx.data(None)
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.lora_scale = 1.0
+        self.magnitude: nnx.Param | None = nnx.data(None)
+        self.ia3: nnx.Param | None = nnx.data(None)
+        self.ia3_input = False
 
-    def attach_lora(self, rank: int, scale: float, rngs: nnx.Rngs) -> None:
-        """Adds scale * A B with A (in, rank) random and B (rank, out) zero: the output is unchanged at the start."""
+    def attach_lora(self, rank: int, scale: float, rngs: nnx.Rngs, *, dora: bool = False) -> None:
+        """Adds scale * A B with A (in, rank) random and B (rank, out) zero: the output is unchanged at the start.
+
+        Args:
+            dora: give the sum kernel + scale * A B a trained length per output (Liu et al. 2024, arXiv 2402.09353).
+        """
         inputs, outputs = self.kernel.shape
         self.lora_a = param("lora_a", (inputs, rank), rngs)
         self.lora_b = param("lora_b", (rank, outputs), rngs)
         self.lora_scale = scale
+        if dora:
+            self.magnitude = param("magnitude", (outputs,), rngs)
+
+    def attach_ia3(self, rngs: nnx.Rngs, *, on_input: bool = False) -> None:
+        """Scales every output, or every input, by a trained number that starts at one."""
+        self.ia3 = param("ia3", self.kernel.shape[:1] if on_input else self.kernel.shape[1:], rngs)
+        self.ia3_input = on_input
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if self.ia3 is not None and self.ia3_input:
+            x = x * self.ia3[...]
         y = x @ self.kernel[...]  # under vmap over clients a frozen kernel stays unbatched: one shared matmul
         if self.lora_a is not None and self.lora_b is not None:
             # Through the rank, never as kernel + A B: that would make one full matrix per client.
             y = y + ((x @ self.lora_a[...]) * self.lora_scale) @ self.lora_b[...]
-        return y if self.bias is None else y + self.bias[...]
+            if self.magnitude is not None:
+                length = column_norms(self.kernel[...], self.lora_a[...], self.lora_b[...], self.lora_scale)
+                # DoRA's section 4.3: the length is a constant to the gradient.
+                y = y * (self.magnitude[...] / jax.lax.stop_gradient(length))
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y if self.ia3 is None or self.ia3_input else y * self.ia3[...]
+
+
+def column_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """Lengths (out,) of the columns of kernel + scale * A B, without making that matrix: |w|^2 + 2 s w.ab + s^2 |ab|^2."""
+    cross = jnp.sum((a.T @ kernel) * b, axis=0)
+    square = jnp.sum(((a.T @ a) @ b) * b, axis=0)
+    total = jnp.sum(kernel * kernel, axis=0) + 2 * scale * cross + scale * scale * square
+    return jnp.sqrt(jnp.maximum(total, jnp.finfo(total.dtype).tiny))
+
+
+class Adapter(nnx.Module):
+    """x (..., D) -> scale * (activation(x @ down + bias) @ up + bias) (..., D); zero at the start, as up is."""
+
+    def __init__(
+        self, width: int, bottleneck: int, activation: Activation, scale: float = 1.0, *, rngs: nnx.Rngs
+    ) -> None:
+        self.down_kernel = param("down_kernel", (width, bottleneck), rngs)
+        self.down_bias = param("down_bias", (bottleneck,), rngs)
+        self.up_kernel = param("up_kernel", (bottleneck, width), rngs)
+        self.up_bias = param("up_bias", (width,), rngs)
+        self.activation = activation
+        self.scale = scale
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = self.activation(x @ self.down_kernel[...] + self.down_bias[...])
+        return (hidden @ self.up_kernel[...] + self.up_bias[...]) * self.scale
 
 
 class Embedding(nnx.Module):
@@ -116,6 +189,15 @@ class Attention(nnx.Module):
         self.value = Linear(width, width, rngs=rngs)
         self.output = Linear(width, width, rngs=rngs)
         self.heads = heads
+        self.adapter: Adapter | None = nnx.data(None)
+        self.prefix_key: nnx.Param | None = nnx.data(None)
+        self.prefix_value: nnx.Param | None = nnx.data(None)
+
+    def attach_prefix(self, tokens: int, rngs: nnx.Rngs) -> None:
+        """Adds trained keys and values (tokens, D) that every query may look at."""
+        width = self.key.kernel.shape[1]
+        self.prefix_key = param("prefix_key", (tokens, width), rngs)
+        self.prefix_value = param("prefix_value", (tokens, width), rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """x (B, T, D), mask (B, T) bool, true where a token may be looked at -> (B, T, D)."""
@@ -123,25 +205,48 @@ class Attention(nnx.Module):
         def split(y: jax.Array) -> jax.Array:
             return y.reshape(*y.shape[:-1], self.heads, -1)  # (B, T, H, D/H)
 
-        query, key, value = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.prefix_key is not None and self.prefix_value is not None:
+            key, value = append(key, self.prefix_key[...]), append(value, self.prefix_value[...])
+            mask = None if mask is None else append_true(mask, self.prefix_key.shape[0])
+        query, key, value = split(query), split(key), split(value)
         scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
         if mask is not None:
             # Finite, so that a row without any token (an empty slot of a batch) has no NaN, nor its gradient.
             scores = jnp.where(mask[:, None, None, :], scores, -1e9)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), value)
-        return self.output(mixed.reshape(x.shape))
+        y = self.output(mixed.reshape(x.shape))
+        return y if self.adapter is None else y + self.adapter(y)
+
+
+def append(x: jax.Array, tokens: jax.Array) -> jax.Array:
+    """x (B, T, D), tokens (n, D) -> (B, T + n, D): the same tokens after those of every example."""
+    return jnp.concatenate([x, jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape))], axis=1)
+
+
+def append_true(mask: jax.Array, count: int) -> jax.Array:
+    """mask (B, T) -> (B, T + count), true for what was appended."""
+    return jnp.concatenate([mask, jnp.ones((mask.shape[0], count), mask.dtype)], axis=1)
 
 
 class MLP(nnx.Module):
     """x (..., D) -> down(activation(up(x))) (..., D), the feed-forward half of a transformer block."""
 
-    def __init__(self, width: int, hidden: int, activation: Callable[[jax.Array], jax.Array], *, rngs: nnx.Rngs):
+    def __init__(self, width: int, hidden: int, activation: Activation, *, rngs: nnx.Rngs) -> None:
         self.up = Linear(width, hidden, rngs=rngs)
         self.down = Linear(hidden, width, rngs=rngs)
         self.activation = activation
+        self.adapter: Adapter | None = nnx.data(None)
+        self.parallel = False
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(self.activation(self.up(x)))
+    def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+        """x, and what the block adds the result to where that is not x (pre-norm): a parallel adapter reads it."""
+        y = self.down(self.activation(self.up(x)))
+        if self.adapter is None:
+            return y
+        if self.parallel:
+            return y + self.adapter(x if residual is None else residual)
+        return y + self.adapter(y)
 
 
 def gelu(x: jax.Array) -> jax.Array:

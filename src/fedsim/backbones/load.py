@@ -1,63 +1,37 @@
 """Published checkpoints as they are: names and layouts mapped to ours, nothing missing, left over or misshapen.
 
-One row of `FORMATS` per published layout. A map is written once, from our module paths to theirs; the layout of a leaf
-follows from its role (`kernel`, `scale`, ...). Every name and shape is compared before the first array is read.
+Every name and shape is compared before the first array is read. The layouts are in `formats`, the files in `sources`.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import json
-import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from safetensors import safe_open
 
-from fedsim.backbones import Shape, backbone, bert
+from fedsim.backbones import Backbone, backbone
+from fedsim.backbones.formats import FORMATS, Format, Place
 from fedsim.backbones.layers import initial
+from fedsim.backbones.sources import Source, hub, is_hub_name, open_source
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
-class Source(NamedTuple):
-    """An open checkpoint: the shapes of its leaves by their published names, and how to read one."""
+class Match(NamedTuple):
+    """A checkpoint that fits a backbone leaf by leaf."""
 
-    file: Path
-    shapes: dict[str, Shape]
-    read: Callable[[str], np.ndarray]
-
-
-class Format(NamedTuple):
-    """A published layout."""
-
-    modules: Mapping[str, str]
-    """Our module (or leaf) path -> theirs; `{i}` stands for the same number on both sides."""
-    prefixes: tuple[str, ...]
-    """What may stand in front of all their names, the likeliest first."""
-    unused: Mapping[str, str]
-    """Patterns of leaves that this architecture may leave behind -> why."""
-    config: Callable[[Any], dict[str, Any]]
-    """The backbone's config -> what `config.json` beside the weights must say where it says anything."""
-
-
-FORMATS: dict[str, Format] = {
-    "bert": Format(
-        modules=bert.HUGGING_FACE,
-        prefixes=("", "bert."),
-        unused={
-            "cls.*": "heads of the pre-training tasks",
-            "classifier.*": "head of the checkpoint's own task; ours is new",
-            "embeddings.position_ids": "the constants 0, 1, 2, ...",
-            "pooler.dense.*": "dense layer on the first token; mean and cls features do not pass it",
-        },
-        config=bert.hugging_face_config,
-    ),
-}
+    source: Source
+    layout: Format
+    prefix: str
+    """In front of all published names."""
+    places: dict[str, Place]
+    """Our path -> where the leaf lies, its name as it is in the file."""
 
 
 def load(name: str, weights: str | None, shapes: Shapes, seed: int = 0) -> dict[str, np.ndarray]:
@@ -65,8 +39,8 @@ def load(name: str, weights: str | None, shapes: Shapes, seed: int = 0) -> dict[
 
     Args:
         name: of the backbone.
-        weights: file or directory of a checkpoint; "random" for initial values drawn from `seed` and the leaf's path;
-            None for the packaged weights.
+        weights: file, directory or hub name of a checkpoint; "random" for initial values drawn from `seed` and the
+            leaf's path; None for the packaged weights.
         shapes: the published leaves, by our paths.
 
     Raises:
@@ -74,14 +48,8 @@ def load(name: str, weights: str | None, shapes: Shapes, seed: int = 0) -> dict[
     """
     if weights == "random":
         return random(shapes, seed)
-    row = backbone(name)
-    if row.checkpoint is None:
-        raise ValueError(f"Expected weights={weights!r} of backbone={name!r} to be 'random'; it has no checkpoint.")
-    layout = FORMATS[row.checkpoint]
-    source = open_source(packaged(name, row.asset) if weights is None else Path(weights).expanduser())
-    check_config(source.file, layout.config(row.config))
-    names = match(source, layout, shapes)
-    return {path: from_published(path, source.read(theirs)) for path, theirs in names.items()}
+    found = find(name, weights, shapes)
+    return {path: _read(found.source, place, shapes[path].shape) for path, place in found.places.items()}
 
 
 def random(shapes: Shapes, seed: int = 0) -> dict[str, np.ndarray]:
@@ -98,28 +66,27 @@ def draw(key: jax.Array, shapes: Shapes) -> dict[str, jax.Array]:
     }
 
 
-def open_source(path: Path) -> Source:
-    """Opens a `.safetensors` file, or the `model.safetensors` of a directory; reads names and shapes only.
+def find(name: str, weights: str | None, shapes: Shapes) -> Match:
+    """The checkpoint, compared with the backbone's config and leaves; no array is read.
 
     Raises:
-        ValueError: there is no such file, or it is not in this form.
+        ValueError: as `load`.
     """
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(
-            f"Expected weights={str(path)!r} to be a file or a directory with model.safetensors; give one."
-        )
-    try:
-        with safe_open(file, framework="np") as handle:
-            shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118 (no mapping)
-    except Exception as error:  # safetensors raises its own class, OSError, or RuntimeError by version
-        raise ValueError(f"Expected weights={str(file)!r} to be a readable safetensors file ({error}).") from error
+    row = backbone(name)
+    if not row.formats:
+        raise ValueError(f"Expected weights={weights!r} of backbone={name!r} to be 'random'; it has no checkpoint.")
+    return match(open_source(locate(name, weights)), row, shapes)
 
-    def read(name: str) -> np.ndarray:
-        with safe_open(file, framework="np") as handle:
-            return handle.get_tensor(name)
 
-    return Source(file, shapes, read)
+def locate(name: str, weights: str | None) -> Path:
+    """File or folder of a backbone's weights: as given, of the hub, or packaged.
+
+    Raises:
+        ValueError: none are packaged, or the hub cannot be reached.
+    """
+    if weights is None:
+        return packaged(name, backbone(name).asset)
+    return hub(weights) if is_hub_name(weights) else Path(weights).expanduser()
 
 
 def check_config(file: Path, expected: Mapping[str, Any]) -> None:
@@ -135,64 +102,66 @@ def check_config(file: Path, expected: Mapping[str, Any]) -> None:
     wrong = [f"{k}={said[k]!r}, not {v!r}" for k, v in expected.items() if k in said and said[k] != v]
     if wrong:
         raise ValueError(
-            f"Expected weights={str(file)!r} to be of this backbone; its config.json says {'; '.join(wrong)}."
+            f"Expected weights={str(file)!r} to be of this backbone; its config.json says {'; '.join(wrong)}: "
+            "choose the backbone that it is of."
         )
 
 
-def match(source: Source, layout: Format, shapes: Shapes) -> dict[str, str]:
-    """Our paths -> the published names, after comparing all names and shapes.
+def match(source: Source, row: Backbone, shapes: Shapes) -> Match:
+    """Where every leaf lies, after comparing all names and shapes.
 
     Raises:
-        ValueError: lists every missing, left over and misshapen leaf.
+        ValueError: the file is of another model, or lists every missing, left over and misshapen leaf.
     """
-    theirs = {path: published_name(path, layout.modules) for path in shapes}
-    # The names' spelling of LayerNorm leaves in the oldest checkpoints (from TensorFlow).
-    old = {
-        re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", n)): n
-        for n in source.shapes
+    spellings = {layout: {FORMATS[layout].spelling(n): n for n in source.shapes} for layout in row.formats}
+    wanted = {
+        (layout, prefix): {path: FORMATS[layout].place(path, row.config) for path in shapes}
+        for layout in row.formats
+        for prefix in FORMATS[layout].prefixes
     }
-    prefix = max(layout.prefixes, key=lambda p: sum(p + n in old for n in theirs.values()))
-    wanted = {path: prefix + name for path, name in theirs.items()}
-    missing = [f"{n} (our {p})" for p, n in wanted.items() if n not in old]
-    misshapen = [
-        f"{n}: {source.shapes[old[n]]}, not {published_shape(p, shapes[p].shape)}"
-        for p, n in wanted.items()
-        if n in old and source.shapes[old[n]] != published_shape(p, shapes[p].shape)
-    ]
+    # The layout and prefix under which most leaves are found; the first of equals.
+    key = max(wanted, key=lambda k: sum(k[1] + place.name in spellings[k[0]] for place in wanted[k].values()))
+    layout, prefix = FORMATS[key[0]], key[1]
+    check_config(source.file, layout.config(row.config))
+    named = spellings[key[0]]
+    places = {path: place._replace(name=prefix + place.name) for path, place in wanted[key].items()}
+    missing = {place.name: path for path, place in places.items() if place.name not in named}
+    misshapen = {
+        place.name: f"{place.name}: {source.shapes[named[place.name]]}, not {shape}"
+        for path, place in places.items()
+        if place.name in named
+        and source.shapes[named[place.name]] != (shape := _stored_shape(place, shapes[path].shape, row.config))
+    }
     extra = [
         n
-        for n in sorted(old.keys() - set(wanted.values()))
+        for n in sorted(named.keys() - {place.name for place in places.values()})
         if not any(fnmatch.fnmatchcase(n, q) or fnmatch.fnmatchcase(n, prefix + q) for q in layout.unused)
     ]
-    problems = [
-        f"{len(names)} {what}: {', '.join(_first(names))}"
-        for what, names in (("missing", missing), ("left over", extra), ("misshapen", misshapen))
-        if names
-    ]
+    lists = (
+        ("missing", [f"{n} (our {p})" for n, p in missing.items()]),
+        ("left over", extra),
+        ("misshapen", list(misshapen.values())),
+    )
+    problems = [f"{len(names)} {what}: {', '.join(_first(names))}" for what, names in lists if names]
     if problems:
         raise ValueError(
-            f"Expected weights={str(source.file)!r} to fit the backbone leaf by leaf; {'; '.join(problems)}."
+            f"Expected weights={str(source.file)!r} to fit the backbone leaf by leaf; {'; '.join(problems)}: "
+            "choose the backbone that the file is of."
         )
-    return {path: old[name] for path, name in wanted.items()}
+    return Match(source, layout, prefix, {path: p._replace(name=named[p.name]) for path, p in places.items()})
 
 
-def published_name(path: str, modules: Mapping[str, str]) -> str:
-    """Our leaf path -> the published name without prefix: `blocks/3/norm1/scale` -> `...layer.3...LayerNorm.weight`."""
-    module, _, role = path.rpartition("/")
-    leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(role, role)
-    number = re.search(r"/(\d+)/", path)
-    generic = module if number is None else module.replace(number[0], "/{i}/", 1)
-    return modules[generic].replace("{i}", number[1] if number else "") + "." + leaf
+def _stored_shape(place: Place, shape: tuple[int, ...], config: Any) -> tuple[int, ...]:
+    theirs = place.layout.shape(shape, config)
+    return (theirs[0] * place.parts, *theirs[1:])
 
 
-def published_shape(path: str, shape: Shape) -> Shape:
-    """Shape of our leaf in the published layout (PyTorch's: Linear (out, in))."""
-    return shape[::-1] if path.endswith("/kernel") else shape
-
-
-def from_published(path: str, value: np.ndarray) -> np.ndarray:
-    """The published array as our leaf: kernels transposed, everything float32 and contiguous."""
-    return np.ascontiguousarray(value.T if path.endswith("/kernel") else value, dtype=np.float32)
+def _read(source: Source, place: Place, shape: tuple[int, ...]) -> np.ndarray:
+    """The leaf in our layout, float32 and contiguous."""
+    stored = source.read(place.name)
+    rows = stored.shape[0] // place.parts
+    part = stored[place.part * rows : (place.part + 1) * rows]
+    return np.ascontiguousarray(place.layout.ours(part, shape), dtype=np.float32)
 
 
 def _first(names: Iterable[str], most: int = 20) -> list[str]:
@@ -208,8 +177,8 @@ def packaged(name: str, asset: str | None) -> Path:
     """
     if asset is None:
         raise ValueError(
-            f"Expected weights of backbone={name!r} to be given, as none are packaged; name a file or directory, "
-            "or take 'random'."
+            f"Expected weights of backbone={name!r} to be given, as none are packaged; name a file, a directory or a "
+            "hub model, or take 'random'."
         )
     from fedsim.data import assets  # late: nothing else here needs the cache
 

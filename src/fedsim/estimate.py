@@ -1,0 +1,166 @@
+"""`fedsim run --dry-run`: what a run would do, send and need. Reads the data, traces the programs, trains nothing."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedsim import build, plan, wire
+from fedsim.backbones.load import draw
+from fedsim.build import Phase, Problem
+from fedsim.config import Config, Speed
+from fedsim.core import Passes
+from fedsim.data.dataset import stream
+from fedsim.lanes import choose_lanes
+from fedsim.report import duration, exact_size, size
+
+SAMPLED_ROUNDS = 5  # cohorts drawn to know what an average round does
+
+
+class PhaseEstimate(NamedTuple):
+    """What one phase would do."""
+
+    phase: Phase
+    trained: int  # parameters
+    frozen: int
+    message: int  # bytes, one client, one way
+    setup: int  # bytes, one client, once
+    full: int  # bytes of one message of full fine-tuning
+    steps: float  # local steps of a round, all clients together
+    examples: float  # of a round
+    lanes: int
+    occupancy: float  # of lanes
+    row_occupancy: float
+    flops: float  # of one example, forward and backward
+    prefix_flops: float  # of one example through the cached stages, once; 0 without a cache
+    cached: bool
+    memory: dict[str, int]  # bytes by part
+
+
+def dry_run(config: Config, speed: Speed) -> list[PhaseEstimate]:
+    """Estimates every phase and prints plan, bytes, memory and time."""
+    problem = build.problem(config, speed)
+    found = [estimate(problem, phase) for phase in build.phases(config)]
+    print_estimate(problem, found, matmul_speed())
+    return found
+
+
+def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
+    """One phase from shapes, the partition and drawn cohorts; no parameter is loaded."""
+    config, dataset, parts = phase.config, problem.dataset, problem.partition
+    model = build.split_model(config, dataset)
+    passes = Passes(config.epochs, config.steps, config.batch_size)
+    devices = problem.speed.devices or jax.local_device_count()
+    cached = build.use_cache(problem.speed, model, dataset.x)
+    cohorts = [
+        stream(config.seed, f"sample {round}").choice(parts.clients, config.clients_per_round, replace=False)
+        for round in range(1, SAMPLED_ROUNDS + 1)
+    ]
+    asked = problem.speed.lanes
+    lanes = choose_lanes(parts.sizes[cohorts[0]], passes, devices, jax.default_backend()) if asked == "auto" else asked
+    plans = [
+        plan.make(ids, parts.rows, parts.offsets, passes, config.seed, round, devices, lanes)
+        for round, ids in enumerate(cohorts, 1)
+    ]
+    trained, frozen = _nbytes(model.trained), _nbytes(model.frozen)
+    x = jax.tree.map(lambda a: jax.ShapeDtypeStruct((config.batch_size, *a.shape[1:]), a.dtype), dataset.x)
+    inner = jax.eval_shape(model.prefix, model.frozen, x) if cached else x
+    apply = model.suffix if cached else model.apply
+    grad = jax.jit(lambda t, f, x: jax.grad(lambda t: apply(t, f, x).sum())(t))
+    adam = 3 if "adam" in config.optimizer else 1
+    memory = {
+        "backbone": frozen,
+        "examples": _nbytes(dataset.x) if not cached else _rows(inner, config.batch_size, len(dataset.y)),
+        f"{lanes} lanes of trained parameters, gradients and optimizer": lanes * trained * (2 + adam),
+    }
+    return PhaseEstimate(
+        phase=phase,
+        trained=_count(model.trained),
+        frozen=_count(model.frozen),
+        message=trained,
+        setup=frozen,
+        full=build.full_bytes(model),
+        steps=float(np.mean([(p.count > 0).sum() for p in plans])),
+        examples=float(np.mean([p.count.sum() for p in plans])),
+        lanes=lanes,
+        occupancy=float(np.mean([p.occupancy[0] for p in plans])),
+        row_occupancy=float(np.mean([p.occupancy[1] for p in plans])),
+        flops=_flops(grad, model.trained, model.frozen, inner) / config.batch_size,
+        prefix_flops=_flops(jax.jit(model.prefix), model.frozen, x) / config.batch_size if cached else 0.0,
+        cached=cached,
+        memory=memory,
+    )
+
+
+def matmul_speed() -> float:
+    """FLOP/s of a float32 matrix product on this device, the median of a few; takes a fraction of a second."""
+    a, b = (
+        draw(jax.random.key(0), {"kernel": jax.ShapeDtypeStruct(s, jnp.float32)})["kernel"]
+        for s in ((2048, 384), (384, 1536))
+    )
+    product = jax.jit(jnp.matmul)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        jax.block_until_ready(product(a, b))
+        times.append(time.perf_counter() - start)
+    return 2 * 2048 * 384 * 1536 / float(np.median(times[1:]))
+
+
+def print_estimate(problem: Problem, found: list[PhaseEstimate], flops_per_second: float) -> None:
+    """Prints the estimate for people."""
+    config = problem.config
+    print(
+        f"{config.dataset}: {len(problem.dataset.train)} training, {len(problem.dataset.validation)} validation, "
+        f"{len(problem.dataset.test)} test examples, {len(problem.dataset.classes)} classes; "
+        f"{config.clients} clients of {problem.partition.sizes.min()} to {problem.partition.sizes.max()}."
+    )
+    total_bytes = total_seconds = 0.0
+    for e in found:
+        rounds = e.phase.last - e.phase.first + 1
+        evaluations = rounds // config.eval_every + 1
+        rows = rounds * e.examples / max(e.row_occupancy, 1e-9)
+        # Evaluation needs the forward pass only, about a third of a training step.
+        looked = evaluations * len(problem.dataset.validation) + len(problem.dataset.test) * (e is found[-1])
+        once = len(problem.dataset.y) * e.prefix_flops
+        seconds = (rows * e.flops + looked * e.flops / 3 + once) / flops_per_second
+        sent = 2 * rounds * config.clients_per_round * e.message
+        total_bytes, total_seconds = total_bytes + sent, total_seconds + seconds
+        print(f"\nrounds {e.phase.first} to {e.phase.last}: {e.phase.config.peft} on {config.backbone}")
+        print(
+            f"  trained      {e.trained:,} of {e.trained + e.frozen:,} parameters ({e.trained / (e.trained + e.frozen):.2%})"
+        )
+        print(
+            f"  plan         {config.clients_per_round} clients, {e.steps:.0f} steps and {e.examples:.0f} examples a round; "
+            f"{e.lanes} lanes {e.occupancy:.0%} full, rows {e.row_occupancy:.0%}"
+        )
+        print(f"  one client   {exact_size(e.message)} each way a round; full fine-tuning {exact_size(e.full)}")
+        print(f"  all rounds   {exact_size(sent)} both ways; once per client the backbone, {exact_size(e.setup)}")
+        print(f"  memory       {', '.join(f'{name} {size(n)}' for name, n in e.memory.items())}, and activations")
+        print(f"  time         about {duration(seconds)}{', frozen layers cached' if e.cached else ''}")
+    print(
+        f"\nin all {size(int(total_bytes))}, about {duration(total_seconds)} of arithmetic at the "
+        f"{flops_per_second / 1e9:.0f} GFLOP/s that a matrix product reaches here now; compiling comes on top. "
+        "Nothing was trained."
+    )
+
+
+def _count(shapes: dict[str, Any]) -> int:
+    return sum(int(np.prod(s.shape, dtype=np.int64)) for s in shapes.values())
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(wire.array_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _rows(batch: Any, batch_size: int, rows: int) -> int:
+    return _nbytes(batch) // batch_size * rows
+
+
+def _flops(program: Any, *shapes: Any) -> float:
+    """FLOPs of one call as XLA counts them before optimisation; no compilation."""
+    return float((program.lower(*shapes).cost_analysis() or {}).get("flops", 0.0))

@@ -1,0 +1,126 @@
+"""The commands behind `fedsim run`: fetch what is missing, run, run the comparisons, print the closing table."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from fedsim import record, report
+from fedsim.config import Config, Speed, nearest
+
+HEAD_ROUNDS, HEAD_PATIENCE = 200, 30  # the head run ends when its validation accuracy stands still
+
+
+def head_config(config: Config) -> Config:
+    """The head alone, run to convergence, with the rest of the config as it is."""
+    return config.replace(
+        peft="head",
+        head_rounds=0,
+        lr=config.head_lr or config.lr,
+        rounds=HEAD_ROUNDS,
+        patience=HEAD_PATIENCE,
+        target_accuracy=None,
+        eval_every=1,
+    )
+
+
+def baseline_configs(config: Config) -> dict[str, Config]:
+    """The runs of `--baselines`: every PEFT kind under the config's options, and all data at one client."""
+    others = {kind: config.replace(peft=kind, targets=("query", "value")) for kind in ("bias", "lora", "full")}
+    steps = config.steps or config.epochs * max(1, -(-100 // config.batch_size))
+    central = config.replace(clients=1, clients_per_round=1, partition="iid", steps=steps * config.clients_per_round)
+    return {**others, "centralised": central}
+
+
+def run_job(
+    config: Config,
+    speed: Speed,
+    *,
+    out: Path | None = None,
+    head: bool = True,
+    baselines: bool = False,
+    quiet: bool = False,
+) -> record.Run:
+    """Runs `config`, then what it is compared with, and prints the closing table.
+
+    The comparisons are whole runs of their own, in the folder `baselines/` of the run.
+    """
+    from fedsim import build, simulate
+
+    build.check(config)
+    build.fetch_missing(config)
+    problem = build.problem(config, speed)
+    done = simulate.run(config, speed, out=out, quiet=quiet, problem=problem)
+    others = {"head to convergence": head_config(config)} if head and config.peft != "head" else {}
+    if baselines:
+        others |= baseline_configs(config)
+    rows = []
+    for name, other in others.items():
+        if not quiet:
+            print(f"for comparison: {name}", flush=True)
+        folder = done.directory / "baselines" / name.replace(" ", "-")
+        # The same data and features; the centralised run owns its examples differently.
+        shared = problem if other.clients == config.clients else None
+        ran = simulate.run(other, speed, out=folder, quiet=quiet or name.startswith("head"), problem=shared)
+        rows.append(_row(name, ran))
+    close(done, rows)
+    return done
+
+
+def resume_job(directory: Path, *, quiet: bool = False) -> record.Run:
+    """Goes on with a stopped run and prints its closing table, with the comparisons that are there."""
+    from fedsim import build, simulate
+
+    build.fetch_missing(record.load(directory).config)
+    done = simulate.run(resume=directory, quiet=quiet)
+    others = sorted(p for p in (directory / "baselines").glob("*") if (p / record.SUMMARY).is_file())
+    close(done, [_row(p.name.replace("-", " "), record.load(p)) for p in others])
+    return done
+
+
+def _row(name: str, run: record.Run) -> report.Row:
+    result = run.summary or {}
+    sent = result["bytes"]
+    accuracy = {split: (result["final"][split] or {}).get("accuracy") for split in ("validation", "test")}
+    return report.Row(
+        name, accuracy["validation"], accuracy["test"], result["rounds"], sent["up"], sent["down"], result["seconds"]
+    )
+
+
+def close(run: record.Run, rows: list[report.Row]) -> None:
+    """Prints the closing table, the gap to the head, and where everything is."""
+    if run.summary is None:
+        raise ValueError(f"Expected {run.directory} to hold a finished run; go on with it by --resume.")
+    report.print_summary(run.summary, more=rows, name=f"{run.config.peft} (this run)")
+    head = next((row for row in rows if row.name.startswith("head")), None)
+    final = run.summary["final"]["test"]["accuracy"]
+    if head is not None and head.test is not None:
+        gap = final - head.test
+        verdict = "" if gap > 0 else " The head alone wins on this task at this budget."
+        print(f"{run.config.peft} minus head, test accuracy: {gap:+.4f}.{verdict}")
+    print(f"Folder: {run.directory}")
+
+
+def listing(what: str | None) -> None:
+    """Prints the names that options take.
+
+    Raises:
+        ValueError: an unknown kind of name.
+    """
+    from fedsim import backbones, data, peft
+    from fedsim.algorithms import ALGORITHMS
+    from fedsim.data import assets
+
+    tables = {
+        "algorithms": {name: (make.__doc__ or "").splitlines()[0] for name, make in ALGORITHMS.items()},
+        "backbones": {name: f"{row.kind}" for name, row in backbones.BACKBONES.items()},
+        "peft": dict.fromkeys(peft.KINDS, ""),
+        "data": {name: assets.ASSETS[name].what for name in data.PACKAGED},
+    }
+    if what is not None and what not in tables:
+        raise ValueError(f"Expected fedsim list {what!r} to be one of {', '.join(tables)}{nearest(what, tables)}.")
+    for title, names in tables.items():
+        if what in (None, title):
+            print(f"{title}:", file=sys.stdout)
+            for name, about in names.items():
+                print(f"  {name:20} {about}".rstrip())

@@ -1,0 +1,52 @@
+"""A finished run answers: the frozen backbone from its weights, the trained part from the run's folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from fedsim import build, peft
+
+if TYPE_CHECKING:
+    from fedsim.record import Run
+
+BATCH = 64
+
+
+def predict(run: Run, inputs: Any) -> list[str]:
+    """The class of every input, by the model that the run ended with.
+
+    Args:
+        inputs: texts, or arrays (N, ...) of the shape that the run was trained on.
+
+    Raises:
+        ValueError: the run has no final parameters yet, or the inputs do not fit its backbone.
+    """
+    classes = run.about.get("classes")
+    if not run.parameters or not classes:
+        raise ValueError(f"Expected {run.directory} to hold a finished run; go on with it by --resume.")
+    file = build.tokenizer(run.config)
+    if file is not None:
+        from fedsim.data.text import tokenize
+
+        if isinstance(inputs, str) or not all(isinstance(text, str) for text in inputs):
+            raise ValueError("Expected inputs to be a list of texts, as the run's backbone reads text; wrap it in [].")
+        x = tokenize(list(inputs), file, run.config.tokens)
+    else:
+        x = np.asarray(inputs)
+        if x.shape[1:] != tuple(run.about["input_shape"]):
+            raise ValueError(f"Expected inputs of shape (N, *{run.about['input_shape']}), got {x.shape}.")
+    if len(x) == 0:
+        return []
+    last = build.phases(run.config)[-1].config
+    model = peft.from_config(last, len(classes), x.shape[1:])
+    _, frozen = peft.start(model, run.config.weights, run.config.seed)
+    apply = jax.jit(model.apply)
+    trained, frozen = jax.device_put((run.parameters, frozen))
+    answers = []
+    for first in range(0, len(x), BATCH):
+        rows = np.minimum(np.arange(first, first + BATCH), len(x) - 1)  # one shape: the last batch repeats a row
+        answers.append(np.asarray(apply(trained, frozen, x[rows])).argmax(axis=1))
+    return [classes[i] for i in np.concatenate(answers)[: len(x)]]

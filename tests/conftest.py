@@ -1,0 +1,85 @@
+"""Eight devices on the host's CPU, strict dtype promotion, and environments for tests that start processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Before JAX is imported: it reads both once. An accelerator is tested only where it is asked for by JAX_PLATFORMS.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+COUNT = "--xla_force_host_platform_device_count"
+if COUNT not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COUNT}=8".strip()
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder (FEDSIM_CACHE) of this test session, one for all its processes."""
+    base = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        base = base.parent
+    folder = base / "fedsim-cache"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(compiled: Path) -> None:
+    """Programs that several tests compile alike are compiled once per session."""
+    jax.config.update("jax_compilation_cache_dir", str(compiled / "tests"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+@pytest.fixture(scope="module")
+def compile_once(compiled: Path) -> Iterator[None]:
+    """For modules whose tests compile the same programs again and again: they are kept for this test session."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    options = {
+        "jax_compilation_cache_dir": str(compiled / "tests"),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for values in (options, before):
+        compilation_cache.reset_cache()
+        for name, value in values.items():
+            jax.config.update(name, value)
+        if values is options:
+            yield
+
+
+@pytest.fixture(scope="session")
+def environment(compiled: Path) -> dict[str, str]:
+    """For `fedsim` in a process of its own, as a user has it: one device, no strictness, nothing of the user's cache."""
+    import fedsim
+
+    package = Path(fedsim.__file__).parents[1]
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTEST_CURRENT_TEST", "COLUMNS")}
+    path = os.pathsep.join([str(package), *filter(None, [kept.get("PYTHONPATH")])])
+    return {**kept, "PYTHONPATH": path, "FEDSIM_CACHE": str(compiled), "PYTHONUNBUFFERED": "1", "COLUMNS": "100"}
+
+
+@pytest.fixture(scope="session")
+def blobs() -> Callable[..., Path]:
+    """`blobs(folder, rows=, features=, classes=, noise=, seed=)` writes an .npz data set of Gaussian classes."""
+
+    def write(
+        folder: Path, rows: int = 240, features: int = 6, classes: int = 3, noise: float = 1.0, seed: int = 0
+    ) -> Path:
+        rng = np.random.default_rng(seed)
+        y = rng.integers(0, classes, rows)
+        centres = rng.normal(size=(classes, features)) * 1.5
+        x = (centres[y] + noise * rng.normal(size=(rows, features))).astype(np.float32)
+        file = folder / "blobs.npz"
+        np.savez(file, x=x, y=y)
+        return file
+
+    return write

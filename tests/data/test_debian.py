@@ -1,0 +1,96 @@
+"""Fetching out of a Debian package, and licences that must be accepted; small packages made here, no network."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fedsim.data import assets, debian
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A real .deb as the only asset, `tiny`, that a stand-in for apt-get hands out; the cache is empty."""
+    if shutil.which("dpkg-deb") is None:
+        pytest.skip("dpkg-deb is not on this machine")
+    root = tmp_path / "root"
+    (root / "DEBIAN").mkdir(parents=True)
+    (root / "DEBIAN" / "control").write_text(
+        "Package: tiny\nVersion: 1.0\nArchitecture: all\nMaintainer: nobody <nobody@example.org>\nDescription: two files\n"
+    )
+    (root / "usr/share/tiny").mkdir(parents=True)
+    (root / "usr/share/tiny/a.gz").write_bytes(b"a" * 1000)
+    (root / "usr/share/tiny/b.gz").write_bytes(b"b" * 500)
+    file = tmp_path / "tiny_1.0_all.deb"
+    subprocess.run(["dpkg-deb", "--build", str(root), str(file)], check=True, capture_output=True)
+    tiny = assets.Asset(
+        name="tiny",
+        package="tiny",
+        version="1.0",
+        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+        size=file.stat().st_size,
+        members=(
+            assets.Member("usr/share/tiny/b.gz", "b.gz", 500),
+            assets.Member("usr/share/tiny/a.gz", "a.gz", 1000),
+        ),
+        kind="data",
+        what="two files",
+        licence="CC0-1.0",
+        channel="apt",
+    )
+    monkeypatch.setattr(assets, "ASSETS", {"tiny": tiny})
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "cache"))
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    apt = tools / "apt-get"
+    apt.write_text(f'#!/bin/sh\n[ "$3" = tiny=1.0 ] || {{ echo "E: no such package" >&2; exit 100; }}\ncp {file} .\n')
+    apt.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
+    return file
+
+
+def test_members_of_a_debian_package_are_fetched(package: Path) -> None:
+    (folder,) = assets.fetch(["tiny"])
+    assert (folder / "a.gz").read_bytes() == b"a" * 1000
+    assert (folder / "b.gz").read_bytes() == b"b" * 500
+    assert not list((assets.cache_dir() / "downloads").iterdir())
+
+
+def test_a_copied_package_is_used(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloads = assets.cache_dir() / "downloads"
+    downloads.mkdir(parents=True)
+    shutil.copy(package, downloads)
+    monkeypatch.setattr(debian, "download", lambda *_: pytest.fail("apt was asked"))
+    assert assets.fetch(["tiny"])
+
+
+def test_another_version_and_a_missing_tool_are_refused(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = assets.ASSETS["tiny"]
+    monkeypatch.setitem(assets.ASSETS, "tiny", tiny._replace(version="2.0"))
+    with pytest.raises(ValueError, match="E: no such package"):
+        assets.fetch(["tiny"])
+    monkeypatch.setitem(assets.ASSETS, "tiny", tiny._replace(sha256="0" * 64))
+    with pytest.raises(ValueError, match="apt-cache policy"):
+        assets.fetch(["tiny"])
+    monkeypatch.setitem(assets.ASSETS, "tiny", tiny._replace(members=(assets.Member("usr/c.gz", "c.gz", 1),)))
+    with pytest.raises(ValueError, match="to hold usr/c.gz"):
+        assets.fetch(["tiny"])
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="Expected apt-get on this machine"):
+        assets.fetch(["tiny"])
+
+
+def test_a_licence_must_be_accepted_by_name(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = assets.ASSETS["tiny"]
+    monkeypatch.setitem(assets.ASSETS, "strict", tiny._replace(name="strict", accept="CC-BY-NC-SA"))
+    with pytest.raises(ValueError, match="fetch strict --accept-licence CC-BY-NC-SA"):
+        assets.fetch(["strict"])
+    said: list[str] = []
+    assert len(assets.fetch(["tiny", "strict"], said.append)) == 1
+    assert any(line.startswith("strict: left out") for line in said)
+    assert len(assets.fetch(["strict"], accepted=["CC-BY-NC-SA"])) == 1
+    assert len(assets.fetch(["strict"])) == 1, "what lies in the cache was accepted"

@@ -1,0 +1,244 @@
+"""What the documents say is so: commands parse, options and modules exist, links lead somewhere, examples run."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fedsim
+from fedsim import __main__ as cli
+from fedsim import algorithms, data
+from fedsim.config import Config
+from fedsim.record import Run
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+EXPERIMENTS = sorted(ROOT.glob("experiments/*.py"))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PIP_TEST = "pip install -e '.[test]' && pytest"
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    """Code blocks of a language, in order."""
+    return [body for tag, body in FENCE.findall(document.read_text(encoding="utf-8")) if tag == language]
+
+
+def commands(document: Path) -> Iterator[list[str]]:
+    """Every `fedsim ...` of the shell blocks and of inline code, as words."""
+    text = document.read_text(encoding="utf-8")
+    lines = [line for body in blocks(document, "bash") for line in body.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`(fedsim [^`\n]+)`", FENCE.sub("", text))
+    for line in lines:
+        for part in line.split("&&"):
+            words = shlex.split(part, comments=True)
+            if words[:1] == ["fedsim"]:
+                yield words[1:]
+
+
+COMMANDS = [(d, words) for d in DOCUMENTS for words in commands(d)]
+COMMANDS += [
+    (file, shlex.split(line.strip())[1:])
+    for file in EXPERIMENTS
+    for line in re.findall(
+        r"(fedsim (?:run|check) [^\n]*?)(?:  +\(.*)?\n", ast.get_docstring(ast.parse(file.read_text())) or ""
+    )
+]
+
+
+def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parses one command as the command line would, up to the work; raises what the command line reports."""
+    monkeypatch.chdir(ROOT)
+    command, argv = words[0], words[1:]
+    assert command in cli.COMMANDS or command.startswith("-"), f"no command {command}"
+    if command == "run" or words[:2] == ["data", "show"]:
+        kind = cli.RunOptions if command == "run" else cli.ShowOptions
+        options = cli.parse(kind, argv if command == "run" else argv[1:], "fedsim")
+        config = options.config()
+        if command == "run" and options.resume is None:
+            algorithms.find(config.algorithm)
+    elif command == "check" and argv:
+        algorithms.find(argv[0])
+    elif command == "list":
+        assert argv[:1] in ([], ["algorithms"], ["backbones"], ["peft"], ["data"])
+    elif command == "data":
+        assert argv[:1] in ([], ["fetch"], ["list"], ["show"])
+
+
+@pytest.mark.parametrize(("where", "words"), COMMANDS, ids=lambda v: " ".join(v) if isinstance(v, list) else v.name)
+def test_command_parses(where: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option that is renamed breaks its documents here."""
+    words = [w for w in words if w not in ("...", "…")]
+    if "my.py:fed_mine" in words or "--help" in words or any(w.isupper() for w in words):
+        pytest.skip("a pattern, not a command")
+    try:
+        parsed(words, monkeypatch)
+    except SystemExit as stop:
+        pytest.fail(f"{where.name}: fedsim {' '.join(words)} is refused ({stop.code})")
+
+
+def test_refuses_a_command_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above can fail."""
+    with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+        parsed(["run", "--no-such-option", "1"], monkeypatch)
+    with pytest.raises(ValueError, match="own_algoritm"):
+        parsed(["run", "--algorithm", "experiments/own_algoritm.py:fed_mine"], monkeypatch)
+
+
+def test_there_are_commands_to_test() -> None:
+    readme = [words for where, words in COMMANDS if where.name == "README.md"]
+    assert len(readme) >= 10
+    assert ["run"] in readme
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_options_exist(document: Path) -> None:
+    """Every `--option` in the prose is one of fedsim's."""
+    text = FENCE.sub("", document.read_text(encoding="utf-8"))
+    help_text = io.StringIO()
+    with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
+        cli.parse(cli.RunOptions, ["--help"], "fedsim run")
+    known = set(re.findall(r"--[a-z][a-z-]*", help_text.getvalue()))
+    others = {"--help", "--exclude-editable", "--accept-licence"}
+    said = {
+        option
+        for code in re.findall(r"`([^`\n]+)`", text)
+        if not code.startswith(("pip", "git", "ruff", "XLA", "xla"))
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", code)
+    }
+    assert said <= known | others, f"{document.name} names {sorted(said - known - others)}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_links_exist(document: Path) -> None:
+    """Relative links and pictures lead to files of the repository."""
+    text = FENCE.sub("", document.read_text(encoding="utf-8"))
+    targets = [t.partition("#")[0] for t in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in t]
+    missing = [t for t in targets if t and not (document.parent / t).exists()]
+    assert not missing, f"{document.name} links to {missing}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_python_is_python(document: Path) -> None:
+    """Python blocks compile, and use only public names of fedsim."""
+    for body in blocks(document, "python"):
+        for node in ast.walk(ast.parse(body)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                if node.value.id == "fedsim":
+                    assert node.attr in fedsim.__all__, f"{document.name}: fedsim.{node.attr}"
+                elif node.value.id == "run":
+                    assert hasattr(Run, node.attr), f"{document.name}: run.{node.attr}"
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *EXPERIMENTS], ids=lambda d: d.name)
+def test_nothing_is_left_to_fill_in(document: Path) -> None:
+    assert not re.findall(r"<<[A-Z_]+>>", document.read_text(encoding="utf-8"))
+
+
+def test_design_names_every_module() -> None:
+    """The table of docs/design.md and the package have the same modules."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")]
+    said = set(re.findall(r"`(\w+\.py|\w+/)`", " ".join(cells)))
+    package = ROOT / "src" / "fedsim"
+    there = {p.name for p in package.glob("*.py")} | {f"{p.parent.name}/" for p in package.glob("*/__init__.py")}
+    assert there - said == {"__init__.py"}, f"not named: {sorted(there - said)}"
+    assert said <= there, f"gone: {sorted(said - there)}"
+
+
+def test_ci_runs_the_readme_commands() -> None:
+    """`.ci/run` installs and tests by the README's own two commands, in this order."""
+    readme, script = (
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        (ROOT / ".ci" / "run").read_text(encoding="utf-8"),
+    )
+    assert PIP_TEST in readme
+    install, run = PIP_TEST.split(" && ")
+    lines = [line.replace("pip install -q", "pip install") for line in script.splitlines()]
+    assert install in lines
+    assert any(line.split()[:1] == [run] for line in lines)
+
+
+def test_every_dependency_is_locked() -> None:
+    """ci-constraints.txt pins each dependency of pyproject.toml, within its bound."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "ci-constraints.txt").read_text(encoding="utf-8").splitlines()
+    locked = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    locked = {canonicalize_name(name): version for name, version in locked.items()}
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(r for e in ("notebook", "test", "lint") for r in extras[e])]
+    for requirement in map(Requirement, wanted):
+        name = canonicalize_name(requirement.name)
+        if name != "fedsim-jax":
+            assert name in locked, f"{name} is not in ci-constraints.txt"
+            assert requirement.specifier.contains(locked[name]), f"{name}=={locked[name]} is outside {requirement}"
+
+
+def test_main_job_is_the_default() -> None:
+    """`fedsim run` and `fedsim run experiments/main_job.py` are the same run."""
+    options = cli.parse(cli.RunOptions, [str(ROOT / "experiments" / "main_job.py")], "fedsim run")
+    assert options.config() == Config()
+
+
+def test_own_texts_of_the_readme_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script that makes a toy .csv, and the columns that the command names."""
+    monkeypatch.chdir(tmp_path)
+    body = next(b for b in blocks(ROOT / "README.md", "python") if "tickets.csv" in b and "open(" in b)
+    exec(compile(body, "README.md", "exec"), {})
+    words = next(w for where, w in COMMANDS if where.name == "README.md" and "tickets.csv" in w)
+    source = data.read(cli.parse(cli.RunOptions, words[1:], "fedsim run").config())
+    assert len(source.y) == 600
+    assert source.classes == ("billing", "hardware")
+
+
+def test_own_algorithm_is_short() -> None:
+    """In under 40 lines, without the module's docstring and blank lines."""
+    file = ROOT / "experiments" / "own_algorithm.py"
+    body = file.read_text(encoding="utf-8").split('"""', 2)[2]
+    assert sum(bool(line.strip()) for line in body.splitlines()) < 40
+
+
+def test_own_algorithm_is_server_momentum(
+    tmp_path: Path, blobs: Callable[..., Path], environment: dict[str, str]
+) -> None:
+    """Run by the README's form of the command line, it equals FedAvg with `sgd(momentum=0.5)` on the server."""
+    small = f"--dataset {blobs(tmp_path)} --backbone mlp --peft full --clients 8 --clients-per-round 4 --rounds 3"
+    small += " --optimizer sgd --lr 0.1 --min-size 2 --no-head-baseline --quiet"
+    own = ["--algorithm", f"{ROOT / 'experiments' / 'own_algorithm.py'}:fed_mine(beta=0.5)"]
+    for name, more in {"own": own, "built-in": ["--server-optimizer", "sgd(momentum=0.5)"]}.items():
+        argv = [sys.executable, "-m", "fedsim", "run", *small.split(), *more, "--out", str(tmp_path / name)]
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+    a, b = (fedsim.load(tmp_path / name) for name in ("own", "built-in"))
+    assert a.parameters.keys() == b.parameters.keys()
+    for leaf in a.parameters:
+        np.testing.assert_allclose(a.parameters[leaf], b.parameters[leaf], rtol=1e-5, atol=1e-6, err_msg=leaf)
+    assert a.rounds[-1]["total_bytes_up"] == b.rounds[-1]["total_bytes_up"] > 0
+
+
+def test_cheap_commands_run(environment: dict[str, str]) -> None:
+    """Commands of the README that need neither data nor time, each in a process of its own."""
+    for argv in (["--help"], ["list", "peft"], ["data", "list"], ["run", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "fedsim", *argv],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, f"fedsim {' '.join(argv)}: {done.stderr}"
+        assert done.stdout.strip()

@@ -1,0 +1,80 @@
+"""Metrics count real rows only, and are those of NumPy whatever the batches and devices."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedsim.core import Batch
+from fedsim.evaluate import classification_loss, evaluator, masked_sums
+from fedsim.lanes import Lanes
+
+ROWS, FEATURES, CLASSES = 57, 5, 4
+
+
+def linear(params: dict, held: dict, x: jax.Array) -> jax.Array:
+    return x @ params["w"] + held["b"]
+
+
+@pytest.fixture(scope="module")
+def problem() -> dict:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(ROWS, FEATURES)).astype(np.float32)
+    y = rng.integers(0, CLASSES, ROWS).astype(np.int32)
+    w = rng.normal(size=(FEATURES, CLASSES)).astype(np.float32)
+    b = rng.normal(size=CLASSES).astype(np.float32)
+    logits = (x @ w + b).astype(np.float64)
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(ROWS), y]
+    return {"x": x, "y": y, "w": w, "b": b, "losses": losses, "right": logits.argmax(axis=1) == y}
+
+
+def batch(x: np.ndarray, y: np.ndarray, mask: np.ndarray) -> Batch:
+    zero = jnp.zeros((), jnp.int32)
+    return Batch(jnp.asarray(x), jnp.asarray(y), jnp.asarray(mask), jax.random.key(0), zero, jnp.array(False))
+
+
+def test_loss_is_the_mean_over_real_rows(problem: dict) -> None:
+    """Padding changes neither value nor gradient, not even padding with the largest floats."""
+    loss = classification_loss(linear)
+    params, held = {"w": jnp.asarray(problem["w"])}, {"b": jnp.asarray(problem["b"])}
+    x, y = problem["x"][:8].copy(), problem["y"][:8].copy()
+    x[5:], y[5:] = 1e30, 0
+    padded = batch(x, y, (np.arange(8) < 5).astype(np.float32))
+    plain = batch(problem["x"][:5], problem["y"][:5], np.ones(5, np.float32))
+    grads = jax.grad(lambda p, b: loss(held, p, b)[0])
+    np.testing.assert_allclose(loss(held, params, padded)[0], problem["losses"][:5].mean(), rtol=1e-5)
+    np.testing.assert_allclose(loss(held, params, padded)[1]["accuracy"], problem["right"][:5].mean())
+    np.testing.assert_allclose(grads(params, padded)["w"], grads(params, plain)["w"], rtol=1e-5, atol=1e-7)
+
+
+def test_an_empty_batch_has_loss_and_gradient_zero(problem: dict) -> None:
+    loss = classification_loss(linear)
+    params, held = {"w": jnp.asarray(problem["w"])}, {"b": jnp.asarray(problem["b"])}
+    empty = batch(problem["x"][:3], problem["y"][:3], np.zeros(3, np.float32))
+    value, metrics = loss(held, params, empty)
+    assert float(value) == float(metrics["loss"]) == float(metrics["accuracy"]) == 0
+    assert not np.any(jax.grad(lambda p: loss(held, p, empty)[0])(params)["w"])
+
+
+def test_sums_leave_out_what_is_not_a_number_beside_the_mask() -> None:
+    logits = jnp.array([[2.0, 0.0], [jnp.nan, jnp.inf], [0.0, 1.0]])
+    sums = masked_sums(logits, jnp.array([0, 1, 0], jnp.int32), jnp.array([1.0, 0.0, 1.0]))
+    np.testing.assert_allclose(sums["loss"], np.log1p(np.exp(-2)) + np.log1p(np.exp(1)), rtol=1e-6)
+    assert (float(sums["correct"]), float(sums["rows"])) == (1, 2)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("size", [1, 10, 57, 1000])
+@pytest.mark.parametrize("count", [1, 31, 57])
+def test_evaluator_equals_numpy(problem: dict, devices: int, size: int, count: int) -> None:
+    rows = np.random.default_rng(count).permutation(ROWS)[:count]
+    engine = Lanes(
+        {"b": problem["b"]}, problem["x"], problem["y"], np.arange(ROWS), np.array([0, ROWS]), devices=devices
+    )
+    evaluate = evaluator(engine, lambda held, server, memory, x: linear(server, held, x), rows, size)
+    scores = evaluate(engine.put({"w": problem["w"]}))
+    assert set(scores) == {"loss", "accuracy"} and all(type(v) is float for v in scores.values())
+    np.testing.assert_allclose(scores["loss"], problem["losses"][rows].mean(), rtol=1e-5)
+    np.testing.assert_allclose(scores["accuracy"], problem["right"][rows].mean(), rtol=1e-7)

@@ -1,0 +1,265 @@
+"""The engine against a client-by-client loop, and its promises: nothing recompiles, nothing empty counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedsim import wire
+from fedsim.algorithms import ALGORITHMS
+from fedsim.cohort import Cohort, Memory
+from fedsim.core import Algorithm, Local, Passes, Reduce, by_examples, mean, stack, uniform
+from fedsim.local import fit
+from fedsim.testing import (
+    CHECKS,
+    COHORT,
+    SIZES,
+    engine,
+    one_client,
+    run,
+    same,
+    tiny_problem,
+    tiny_task,
+)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_contract(algorithm, check):
+    CHECKS[check](ALGORITHMS[algorithm])
+
+
+def counting(task):
+    """FedAvg whose clients count their visits, and tell the server their count: exercises memory and metrics."""
+    plain = fit(
+        task.loss,
+        task.optimizer,
+        task.lr,
+        task.passes,
+        reply=lambda params, message, memory: (
+            {"change": jax.tree.map(jnp.subtract, params, message), "visits": memory + 1.0},
+            memory + 1.0,
+        ),
+    )
+    finish = plain.finish
+
+    def counted(held, message, carry, client):
+        reply, memory, _ = finish(held, message, carry, client)
+        return reply, memory, {"visits": memory, "key": jax.random.uniform(client.key)}
+
+    local, reduce = plain._replace(finish=counted), mean(task.weight)
+
+    def round(key, held, server, cohort):
+        result, info = cohort.exchange(server, local, reduce)
+        return add(server, result["change"]), info.metrics
+
+    add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+    return Algorithm(
+        lambda key, held: task.init(key),
+        round,
+        lambda held, server, memory, x: task.logits(held, server, x),
+        memory=lambda key, held: jnp.zeros(()),
+        params=lambda server: server,
+    )
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_contract_of_an_algorithm_with_memory(check):
+    CHECKS[check](counting)
+
+
+@pytest.mark.parametrize("passes", [Passes(2, None, 4), Passes(1, 3, 8), Passes(1, None, 64), Passes(3, None, 1)])
+def test_engine_equals_client_by_client(passes):
+    problem, task = tiny_problem(), tiny_task(passes=passes)
+    sent = []
+    server, memory, _ = run(counting, problem, task=task, sent=sent, lanes=3)
+    message, local = sent[0]
+    replies = [one_client(problem, local, message, jnp.zeros(()), id, 1) for id in COHORT]
+    weights = np.array([SIZES[id] for id in COHORT], np.float64)
+    for name in message:
+        changes = np.stack([np.asarray(reply["change"][name], np.float64) for reply, _ in replies])
+        expected = np.asarray(message[name]) + np.tensordot(weights / weights.sum(), changes, axes=1)
+        np.testing.assert_allclose(server[name], expected, rtol=1e-5, atol=1e-6)
+    assert memory.state()[0].tolist() == [1.0] * len(COHORT)
+
+
+def test_keys_depend_on_round_and_client_only():
+    problem = tiny_problem()
+    a = run(counting, problem, lanes=1)[2][0].done[0].info.clients["key"]
+    b = run(counting, problem, ((*COHORT[::-1], 3),), lanes=5, devices=None)[2][0].done[0].info.clients["key"]
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b)[:6][::-1])
+    assert len(set(np.asarray(b).tolist())) == 7
+
+
+def test_memory_of_new_and_old_clients():
+    _, memory, _ = run(counting, tiny_problem(), ((0, 1, 2), (2, 3, 4), (2, 4, 0)))
+    rows, ids = memory.state()
+    assert dict(zip(ids.tolist(), rows.tolist(), strict=True)) == {0: 2.0, 1: 1.0, 2: 3.0, 3: 1.0, 4: 2.0}
+
+
+def test_metrics_are_means_over_examples():
+    problem = tiny_problem()
+    _, _, cohorts = run(counting, problem, ((0, 3, 7),), task=tiny_task(passes=Passes(1, None, 4)))
+    info = jax.device_get(cohorts[0].done[0].info)
+    assert np.isnan(info.clients["loss"][1]), "a client without examples has no loss"
+    expected = (SIZES[0] * info.clients["loss"][0] + SIZES[7] * info.clients["loss"][2]) / (SIZES[0] + SIZES[7])
+    assert info.metrics["loss"] == pytest.approx(expected, rel=1e-6)
+    assert info.metrics["visits"] == 1.0
+    assert info.weight == SIZES[0] + SIZES[7]
+
+
+def number(client):
+    """The client's id as float32."""
+    return client.id.astype(jnp.float32)
+
+
+def exchange(local, message=(), reduce=None, cohort=COHORT, reports=None, **options):
+    """One exchange of a bare `Local`."""
+    lanes = engine(tiny_problem(), **options)
+    made = Cohort(lanes, np.array(cohort), 1, Memory(lambda key, held: (), lanes.held), reports)
+    result, info = made.exchange(message, local, reduce)
+    return result, jax.device_get(info), made
+
+
+def replying(reply, passes=None):
+    """A `Local` that trains nothing and replies with a function of the client."""
+    return Local(
+        lambda held, message, client, batch: jnp.zeros(()),
+        lambda held, message, carry, batch: (carry + batch.mask.sum(), {}),
+        lambda held, message, carry, client: (reply(message, carry, client), (), {}),
+        passes or Passes(1, None, 4),
+    )
+
+
+def test_non_finite_reply_is_left_out_and_counted():
+    local = replying(lambda message, carry, client: jnp.where(client.id == 7, jnp.nan, number(client)))
+    result, info, _ = exchange(local)
+    kept = [id for id in COHORT if id != 7]
+    weights = [SIZES[id] for id in kept]
+    assert float(result) == pytest.approx(np.average(kept, weights=weights))
+    assert (info.reported, info.nonfinite) == (len(COHORT) - 1, 1)
+
+
+def test_dropped_client_returns_nothing_but_is_sent_the_message():
+    reports = np.array([True, False, True, True, True, True])
+    local = replying(lambda message, carry, client: number(client) + 0.0 * message)
+    result, info, cohort = exchange(local, jnp.zeros(()), reports=reports)
+    kept = [id for id, r in zip(COHORT, reports, strict=True) if r]
+    assert float(result) == pytest.approx(np.average(kept, weights=[SIZES[i] for i in kept]))
+    assert cohort.traffic() == ({"message": 4 * 6}, {"message": 4 * 5})
+    assert info.reported == 5
+
+
+def test_uniform_weights_count_clients_with_examples():
+    local = replying(lambda message, carry, client: number(client))
+    result, info, _ = exchange(local, reduce=mean(uniform), cohort=(0, 3, 7))
+    assert float(result) == pytest.approx(3.5)
+    assert info.weight == 2.0
+
+
+def test_nobody_with_examples_changes_nothing():
+    """A round of total weight zero leaves the server as it was, its optimizer's momentum included."""
+    task = tiny_task(server_optimizer=optax.adam(0.1))
+    problem = tiny_problem()
+    before, _, _ = run(ALGORITHMS["fed_avg"], problem, ((0, 1),), task=task)
+    after, _, cohorts = run(ALGORITHMS["fed_avg"], problem, ((0, 1), (3,)), task=task)
+    same(before, after, "the server")
+    assert sum(cohorts[1].traffic()[0].values()) > 0, "the message was sent all the same"
+
+
+def test_stack_keeps_the_cohorts_order():
+    local = replying(lambda message, carry, client: {"id": number(client), "rows": carry})
+    result, _, _ = exchange(local, reduce=stack(), devices=2, lanes=2)
+    assert np.asarray(result.replies["id"]).tolist() == list(COHORT)
+    assert np.asarray(result.replies["rows"]).tolist() == [SIZES[id] for id in COHORT]
+    assert np.asarray(result.weight).tolist() == [SIZES[id] for id in COHORT]
+
+
+def test_per_client_messages_reach_their_clients():
+    ranks = jnp.arange(1, 7)
+    message = {
+        "all": jnp.ones((3,)),
+        "own": wire.PerClient({"tag": jnp.asarray(COHORT, jnp.float32) * 10}),
+        "factor": wire.PerClient(jax.vmap(lambda r: wire.ranked(jnp.ones((5, 8)), r, 1))(ranks)),
+    }
+    local = replying(
+        lambda m, carry, client: m["own"]["tag"] - 10.0 * number(client) + m["all"].sum() + 0 * m["factor"][0, 0]
+    )
+    result, _, cohort = exchange(local, message, stack(), devices=2, lanes=1)
+    assert np.asarray(result.replies).tolist() == [3.0] * 6
+    down, _ = cohort.traffic()
+    assert down == {"all": 12 * 6, "own/tag": 4 * 6, "factor": 4 * 5 * int(ranks.sum())}
+
+
+def test_packets_are_priced_by_client():
+    local = replying(lambda message, carry, client: wire.ranked({"a": jnp.ones((4, 7))}, client.id % 3, 1))
+    _, _, cohort = exchange(local, devices=2)
+    assert cohort.traffic()[1] == {"a": sum(4 * 4 * (id % 3) for id in COHORT)}
+
+
+def test_two_exchanges_in_a_round_add_up():
+    local = replying(lambda message, carry, client: jnp.ones((2,)))
+    lanes = engine(tiny_problem())
+    cohort = Cohort(lanes, np.array(COHORT), 1, Memory(lambda key, held: (), lanes.held))
+    cohort.exchange({"w": jnp.zeros((5,))}, local)
+    cohort.exchange((), local)
+    assert cohort.traffic() == ({"w": 6 * 20}, {"message": 2 * 6 * 8})
+
+
+def test_memory_of_the_program_does_not_grow_with_the_cohort():
+    """The mean is a fold: four times the cohort needs the same temporaries, a few bytes per slot apart."""
+
+    def temporaries(members):
+        sizes = np.full(members, 4)
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        problem = tiny_problem()._replace(
+            x=np.zeros((members * 4, 6), np.float32),
+            y=np.zeros(members * 4, np.int32),
+            rows=np.arange(members * 4, dtype=np.int32),
+            offsets=offsets,
+        )
+        lanes = engine(problem, lanes=4, segment_steps=4)
+        width = 4096
+        local = Local(
+            lambda held, message, client, batch: message,
+            lambda held, message, carry, batch: (carry + batch.mask.sum(), {}),
+            lambda held, message, carry, client: (carry, (), {}),
+            Passes(1, None, 4),
+        )
+        programs = lanes.programs(local, MEAN, NOTHING, jnp.zeros(width), sizes)
+        captured = []
+        kept = programs._replace(segment=lambda *args: captured.append(args) or programs.segment(*args))
+        lanes.programs = lambda *args: kept
+        cohort = Cohort(lanes, np.arange(members), 1, Memory(NOTHING, lanes.held))
+        cohort.exchange(jnp.zeros(width), local, MEAN)
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), captured[0])
+        used = programs.segment.lower(*shapes).compile().memory_analysis()
+        return used.temp_size_in_bytes + used.output_size_in_bytes
+
+    small, large = temporaries(16), temporaries(64)
+    assert large - small < 48 * 64, f"{large - small} bytes more for 48 more clients of 16 KiB each"
+
+
+MEAN, NOTHING = mean(by_examples), lambda key, held: ()
+
+
+def test_reduce_done_runs_once_with_args():
+    calls = Reduce(
+        zero=lambda reply, clients: jnp.zeros(reply.shape),
+        add=lambda total, replies, weights, slots: (
+            total + (weights[:, None] * replies).sum(0) if replies.ndim > 1 else total + weights @ replies
+        ),
+        done=lambda total, args, key: total / args,
+        weight=uniform,
+    )
+    local = replying(lambda message, carry, client: number(client))
+    lanes = engine(tiny_problem(), devices=4, lanes=1)
+    cohort = Cohort(lanes, np.array(COHORT), 1, Memory(NOTHING, lanes.held))
+    result, _ = cohort.exchange((), local, calls, args=jnp.float32(2.0))
+    assert float(result) == sum(COHORT) / 2
+
+
+def test_too_many_devices_is_refused():
+    with pytest.raises(ValueError, match=r"Expected devices=99 <= 8"):
+        engine(tiny_problem(), devices=99)
