@@ -22,12 +22,16 @@ config = Config(
     backbone="minilm_l6",
     peft="lora",
     rank=8,
+    targets=("blocks/[45]/attention/query", "blocks/[45]/attention/value", "blocks/[45]/mlp/*"),
     algorithm="fed_avg",
-    rounds=20,
     clients_per_round=10,
-    epochs=1,
-    batch_size=8,
+    head_rounds=150,  # the head alone, from cached features
+    head_lr=5e-3,
+    rounds=162,
+    steps=4,
+    batch_size=16,
     optimizer="adam",
     lr=2e-3,
+    eval_every=6,
     seed=0,
-)  # what is not said here has its default; tests/test_docs.py compares the whole with `Config()`
+)  # tests/test_docs.py compares it with what `fedsim run` does without an option

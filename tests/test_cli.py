@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 from fedsim import __main__ as cli
-from fedsim.config import Config, Speed
+from fedsim.config import Config, Speed, main_job
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -57,15 +57,16 @@ def other(name: str, hint: Any, default: Any) -> tuple[Any, list[str]]:
 
 
 FIELDS = [(kind, field.name) for kind in (Config, Speed) for field in dataclasses.fields(kind)]
+DEFAULTS = {Config: main_job(), Speed: Speed()}
 
 
 @pytest.mark.parametrize(("kind", "name"), FIELDS, ids=[name for _, name in FIELDS])
 def test_every_option_can_be_set(kind: type, name: str) -> None:
-    value, argv = other(name, typing.get_type_hints(kind)[name], getattr(kind(), name))
+    value, argv = other(name, typing.get_type_hints(kind)[name], getattr(DEFAULTS[kind], name))
     options = cli.parse(cli.RunOptions, argv, "fedsim run")
     config, speed = options.config(), options.speed
     changed = {f"{k.__name__}.{f.name}" for k, found in ((Config, config), (Speed, speed))
-               for f in dataclasses.fields(k) if getattr(found, f.name) != getattr(k(), f.name)}  # fmt: skip
+               for f in dataclasses.fields(k) if getattr(found, f.name) != getattr(DEFAULTS[k], f.name)}  # fmt: skip
     assert changed == {f"{kind.__name__}.{name}"}
     assert getattr(config if kind is Config else speed, name) == value
 
@@ -196,7 +197,7 @@ def test_an_experiment_file_and_options_that_override_it(here: Path) -> None:
 
 
 def arguments(data: Path, *more: str) -> list[str]:
-    text = f"run --dataset {data} --backbone mlp --peft full --clients 8 --clients-per-round 3 --rounds 2"
+    text = f"run --dataset {data} --backbone mlp --peft full --clients 8 --clients-per-round 3 --rounds 2 --head-rounds 0"
     return [*text.split(), "--no-compilation-cache", "--devices", "1", "--quiet", *more]
 
 

@@ -19,7 +19,7 @@ import pytest
 import fedsim
 from fedsim import __main__ as cli
 from fedsim import algorithms, data
-from fedsim.config import Config
+from fedsim.config import main_job
 from fedsim.record import Run
 
 ROOT = Path(__file__).parents[1]
@@ -190,7 +190,7 @@ def test_every_dependency_is_locked() -> None:
 def test_main_job_is_the_default() -> None:
     """`fedsim run` and `fedsim run experiments/main_job.py` are the same run."""
     options = cli.parse(cli.RunOptions, [str(ROOT / "experiments" / "main_job.py")], "fedsim run")
-    assert options.config() == Config()
+    assert options.config() == main_job()
 
 
 def test_own_texts_of_the_readme_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +215,7 @@ def test_own_algorithm_is_server_momentum(
     tmp_path: Path, blobs: Callable[..., Path], environment: dict[str, str]
 ) -> None:
     """Run by the README's form of the command line, it equals FedAvg with `sgd(momentum=0.5)` on the server."""
-    small = f"--dataset {blobs(tmp_path)} --backbone mlp --peft full --clients 8 --clients-per-round 4 --rounds 3"
+    small = f"--dataset {blobs(tmp_path)} --backbone mlp --peft full --clients 8 --clients-per-round 4 --rounds 3 --head-rounds 0"
     small += " --optimizer sgd --lr 0.1 --min-size 2 --no-head-baseline --quiet"
     own = ["--algorithm", f"{ROOT / 'experiments' / 'own_algorithm.py'}:fed_mine(beta=0.5)"]
     for name, more in {"own": own, "built-in": ["--server-optimizer", "sgd(momentum=0.5)"]}.items():

@@ -110,7 +110,9 @@ def test_random_weights_are_written_in_the_first_layout(trained_model, tmp_path:
 @pytest.mark.parametrize(("file", "options"), [("vit_lora", {}), ("vit_dora", {"dora": True, "rslora": True})])
 def test_lora_saved_by_peft_is_read(trained_model, file: str, options: dict[str, Any]) -> None:
     """The reference's logits with its own LoRA and head; it has the names of modules in transformers 5."""
-    assert export.lora_options(FIXTURES / file) == {"rank": 2, "lora_alpha": 6.0, "rslora": False, "dora": False} | options
+    assert (
+        export.lora_options(FIXTURES / file) == {"rank": 2, "lora_alpha": 6.0, "rslora": False, "dora": False} | options
+    )
     model, trained, frozen = trained_model("vit", peft="lora", **options)
     expected = np.load(FIXTURES / file / "expected.npz")
     read = export.read_lora(FIXTURES / file, model)
@@ -119,7 +121,9 @@ def test_lora_saved_by_peft_is_read(trained_model, file: str, options: dict[str,
 
 
 @pytest.mark.parametrize("name", ["vit", "bert", "dinov2_onnx"])
-@pytest.mark.parametrize("options", [{"peft": "lora"}, {"peft": "ffa_lora", "rslora": True}, {"peft": "lora", "dora": True}])
+@pytest.mark.parametrize(
+    "options", [{"peft": "lora"}, {"peft": "ffa_lora", "rslora": True}, {"peft": "lora", "dora": True}]
+)
 def test_exported_lora_is_read_back(trained_model, tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     model, trained, frozen = trained_model(name, **options)
     export.export_lora(tmp_path, model, trained, frozen, base="someone/model")
@@ -165,7 +169,7 @@ def test_lora_of_another_model_is_refused(trained_model, tmp_path: Path) -> None
     leaves = load_file(file)
     leaves["base_model.model.bert.encoder.layer.7.attention.self.query.lora_A.weight"] = np.zeros((2, 16), np.float32)
     save_file(leaves, file)
-    with pytest.raises(ValueError, match="layer.7.attention.self.query.lora_A.weight left over"):
+    with pytest.raises(ValueError, match=r"layer\.7\.attention\.self\.query\.lora_A\.weight left over"):
         export.read_lora(tmp_path, model)
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rank_pattern": {"query": 4}}))

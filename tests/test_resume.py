@@ -59,11 +59,11 @@ def fed_remembers(task):
 """
 
 # Phases, stateful optimizers on both sides, and a schedule: whatever is not restored shows in the bits.
-PLAIN = ["--peft", "full", "--optimizer", "adam", "--server-optimizer", "adam", "--server-lr", "0.05"]
+PLAIN = ["--peft", "full", "--head-rounds", "0", "--optimizer", "adam", "--server-optimizer", "adam", "--server-lr", "0.05"]
 CASES = {
     "plain": [*PLAIN, "--lr-schedule", f"cosine_decay_schedule(1.0, {ROUNDS})"],
-    "head-first": ["--peft", "bias", "--head-rounds", "13", "--head-lr", "0.01"],
-    "memory": ["--peft", "full", "--optimizer", "sgd(momentum=0.9)", "--algorithm", "mine.py:fed_remembers"],
+    "head-first": ["--peft", "bias", "--head-rounds", "13", "--head-lr", "0.01", "--lr", "0.002"],
+    "memory": ["--peft", "full", "--head-rounds", "0", "--optimizer", "sgd(momentum=0.9)", "--algorithm", "mine.py:fed_remembers"],
 }
 
 

@@ -63,7 +63,9 @@ class ShowOptions(Options):
 
 def parse(kind: type[Any], argv: Sequence[str], prog: str) -> Any:
     """Options from the command line on top of those of an experiment file, if one is named first."""
-    default = grouped(kind, main_job(), Speed())
+    # The main job's choices (layers, rates, head first) are made for its backbone; another one starts from `Config()`.
+    other = any(a.split("=")[0] == "--backbone" for a in argv)
+    default = grouped(kind, Config() if other else main_job(), Speed())
     if argv and argv[0].endswith(".py"):
         default = grouped(kind, *from_file(Path(argv[0])))
         argv = argv[1:]

@@ -119,15 +119,16 @@ def print_estimate(problem: Problem, found: list[PhaseEstimate], flops_per_secon
         f"{len(problem.dataset.test)} test examples, {len(problem.dataset.classes)} classes; "
         f"{config.clients} clients of {problem.partition.sizes.min()} to {problem.partition.sizes.max()}."
     )
-    total_bytes = total_seconds = 0.0
+    # Phases share what is cached: the deepest frozen prefix is computed once, the others on the way.
+    once = len(problem.dataset.y) * max(e.prefix_flops for e in found) / flops_per_second
+    total_bytes, total_seconds = 0.0, once
     for e in found:
         rounds = e.phase.last - e.phase.first + 1
         evaluations = rounds // config.eval_every + 1
         rows = rounds * e.examples / max(e.row_occupancy, 1e-9)
         # Evaluation needs the forward pass only, about a third of a training step.
         looked = evaluations * len(problem.dataset.validation) + len(problem.dataset.test) * (e is found[-1])
-        once = len(problem.dataset.y) * e.prefix_flops
-        seconds = (rows * e.flops + looked * e.flops / 3 + once) / flops_per_second
+        seconds = (rows * e.flops + looked * e.flops / 3) / flops_per_second
         sent = 2 * rounds * config.clients_per_round * e.message
         total_bytes, total_seconds = total_bytes + sent, total_seconds + seconds
         print(f"\nrounds {e.phase.first} to {e.phase.last}: {e.phase.config.peft} on {config.backbone}")
@@ -141,7 +142,9 @@ def print_estimate(problem: Problem, found: list[PhaseEstimate], flops_per_secon
         print(f"  one client   {exact_size(e.message)} each way a round; full fine-tuning {exact_size(e.full)}")
         print(f"  all rounds   {exact_size(sent)} both ways; once per client the backbone, {exact_size(e.setup)}")
         print(f"  memory       {', '.join(f'{name} {size(n)}' for name, n in e.memory.items())}, and activations")
-        print(f"  time         about {duration(seconds)}{', frozen layers cached' if e.cached else ''}")
+        print(f"  time         about {duration(seconds)}{' from cached features' if e.cached else ''}")
+    if once:
+        print(f"\nfrozen layers, once per example: about {duration(once)}")
     print(
         f"\nin all {size(int(total_bytes))}, about {duration(total_seconds)} of arithmetic at the "
         f"{flops_per_second / 1e9:.0f} GFLOP/s that a matrix product reaches here now; compiling comes on top. "

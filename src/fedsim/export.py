@@ -84,7 +84,7 @@ def export_backbone(folder: Path, model: Model, trained: Arrays, frozen: Arrays,
     if not row.formats:
         raise ValueError(f"Expected backbone={model.name!r} to have a published layout; keep its leaves as they are.")
     folder.mkdir(parents=True, exist_ok=True)
-    stored: dict[str, np.ndarray] = {}
+    stored: dict[str, Any] = {}
     archive = False
     if weights == "random":
         layout = FORMATS[row.formats[0]]
@@ -143,7 +143,7 @@ def export_lora(
         ValueError: the backbone has no Hugging Face names, or more than LoRA and the head was trained.
     """
     layout, row = _hugging_face(model), _row(model)
-    others = sorted({rule for rule in model.rules.values()} - {"frozen", "head", "lora", "ffa_lora"})
+    others = sorted(set(model.rules.values()) - {"frozen", "head", "lora", "ffa_lora"})
     layers = sorted({path.rpartition("/")[0] for path in model.fresh if path.endswith("/lora_a")})
     if others or not layers:
         raise ValueError(

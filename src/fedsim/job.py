@@ -61,8 +61,11 @@ def run_job(
         folder = done.directory / "baselines" / name.replace(" ", "-")
         # The same data and features; the centralised run owns its examples differently.
         shared = problem if other.clients == config.clients else None
-        ran = simulate.run(other, speed, out=folder, quiet=quiet or name.startswith("head"), problem=shared)
-        rows.append(_row(name, ran))
+        try:
+            ran = simulate.run(other, speed, out=folder, quiet=quiet or name.startswith("head"), problem=shared)
+            rows.append(_row(name, ran))
+        except (ValueError, RuntimeError, OSError) as error:  # the run itself is done, and its table is still due
+            print(f"The comparison {name} failed and is left out: {error}", file=sys.stderr)
     close(done, rows)
     return done
 
@@ -96,7 +99,7 @@ def close(run: record.Run, rows: list[report.Row]) -> None:
     final = run.summary["final"]["test"]["accuracy"]
     if head is not None and head.test is not None:
         gap = final - head.test
-        verdict = "" if gap > 0 else " The head alone wins on this task at this budget."
+        verdict = " The head alone wins on this task at this budget." if gap < 0 else ""
         print(f"{run.config.peft} minus head, test accuracy: {gap:+.4f}.{verdict}")
     print(f"Folder: {run.directory}")
 

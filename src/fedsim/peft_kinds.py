@@ -156,7 +156,7 @@ KINDS: dict[str, Kind] = {
     "bias": Kind(
         "every bias, those of LayerNorm included", "FedPEFT-Bias, arXiv 2210.01708; BitFit, 2106.10199", _bias
     ),
-    "norm": Kind("scale and bias of every normalisation", "LN-tuning, arXiv 2302.08106 has its ancestors", _norm),
+    "norm": Kind("scale and bias of every normalisation", "", _norm),
     "adapter": Kind(
         "bottlenecks of adapter_width",
         "FedPEFT-Adapter, arXiv 2210.01708 (place: ours); Houlsby et al., 1902.00751; AdaptFormer, 2205.13535",

