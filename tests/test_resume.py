@@ -59,12 +59,24 @@ def fed_remembers(task):
 """
 
 # Phases, stateful optimizers on both sides, and a schedule: whatever is not restored shows in the bits.
-PLAIN = ["--peft", "full", "--head-rounds", "0", "--optimizer", "adam", "--server-optimizer", "adam", "--server-lr", "0.05"]
-CASES = {
-    "plain": [*PLAIN, "--lr-schedule", f"cosine_decay_schedule(1.0, {ROUNDS})"],
-    "head-first": ["--peft", "bias", "--head-rounds", "13", "--head-lr", "0.01", "--lr", "0.002"],
-    "memory": ["--peft", "full", "--head-rounds", "0", "--optimizer", "sgd(momentum=0.9)", "--algorithm", "mine.py:fed_remembers"],
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {
+        "peft": "full",
+        "optimizer": "adam",
+        "lr": 0.002,
+        "lr_schedule": f"cosine_decay_schedule(1.0, {ROUNDS})",
+        "server_optimizer": "adam",
+        "server_lr": 0.05,
+    },
+    "head-first": {"peft": "bias", "head_rounds": 13, "head_lr": 0.01, "optimizer": "adam", "lr": 0.002},
+    "memory": {"peft": "full", "optimizer": "sgd(momentum=0.9)", "lr": 0.01, "algorithm": "mine.py:fed_remembers"},
 }
+EXPERIMENT = """
+import fedsim
+
+config = fedsim.Config(dataset="blobs.npz", backbone="mlp", clients=12, clients_per_round=4, min_size=3, **{options})
+speed = fedsim.Speed(checkpoint_every={every}, lanes=2)
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +98,10 @@ class Place:
         return process.returncode, out, error
 
     def options(self, case: str) -> list[str]:
-        text = f"--dataset blobs.npz --backbone mlp --clients 12 --clients-per-round 4 --rounds {ROUNDS} --min-size 3"
-        speed = f"--checkpoint-every {EVERY} --lanes 2 --no-head-baseline"
-        return [*text.split(), *speed.split(), *CASES[case]]
+        """Arguments that start a case: its experiment file, and no comparison."""
+        file = self.folder / f"{case}.py"
+        file.write_text(EXPERIMENT.format(options={**CASES[case], "rounds": ROUNDS}, every=EVERY))
+        return [file.name, "--no-head-baseline"]
 
     def lines(self, name: str) -> int:
         file = self.folder / name / record.ROUNDS
