@@ -72,8 +72,12 @@ def main(o: Options) -> None:
     epoch = {k: float(np.median(v)) for k, v in epochs.items()}
     apart = max(abs(a - b) / b for a, b in zip(loss["on"], loss["off"], strict=True))
     print(f"{o.backbone} on {Path(o.dataset).name}: {o.epochs} epochs of head-tuning")
-    print(f"an epoch  cached {epoch['on']:8.3f} s, not {epoch['off']:8.3f} s: {epoch['off'] / epoch['on']:6.1f} times faster")
-    print(f"a run     cached {whole['on']:8.3f} s, not {whole['off']:8.3f} s: {whole['off'] / whole['on']:6.1f} times faster")
+    print(
+        f"an epoch  cached {epoch['on']:8.3f} s, not {epoch['off']:8.3f} s: {epoch['off'] / epoch['on']:6.1f} times faster"
+    )
+    print(
+        f"a run     cached {whole['on']:8.3f} s, not {whole['off']:8.3f} s: {whole['off'] / whole['on']:6.1f} times faster"
+    )
     print(f"losses differ by {apart:.1e} at most")
     if apart > 1e-3:
         raise SystemExit("the cached run gives another result")

@@ -27,11 +27,11 @@ config = Config(
     clients_per_round=10,
     head_rounds=150,  # the head alone, from cached features
     head_lr=5e-3,
-    rounds=162,
+    rounds=158,
     steps=4,
     batch_size=16,
     optimizer="adam",
     lr=2e-3,
-    eval_every=6,
+    eval_every=5,
     seed=0,
 )  # tests/test_docs.py compares it with what `fedsim run` does without an option

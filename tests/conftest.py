@@ -30,13 +30,6 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compile_once(compiled: Path) -> None:
-    """Programs that several tests compile alike are compiled once per session."""
-    jax.config.update("jax_compilation_cache_dir", str(compiled / "tests"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-
-
 @pytest.fixture(scope="module")
 def compile_once(compiled: Path) -> Iterator[None]:
     """For modules whose tests compile the same programs again and again: they are kept for this test session."""

@@ -56,7 +56,9 @@ def test_impossible_optimizers_are_refused(text: str, message: str) -> None:
         build.optimizer(text, "server_optimizer")
 
 
-@pytest.mark.parametrize("text", ["constant_schedule(1.0)", "cosine_decay_schedule(1.0, 20)", "linear_schedule(1, 0, 8)"])
+@pytest.mark.parametrize(
+    "text", ["constant_schedule(1.0)", "cosine_decay_schedule(1.0, 20)", "linear_schedule(1, 0, 8)"]
+)
 def test_schedules_are_optax_s_times_the_rate(text: str) -> None:
     reference = eval(f"optax.{text}", {"optax": optax})
     value = build.schedule(text, "lr_schedule", 0.02)
@@ -66,7 +68,9 @@ def test_schedules_are_optax_s_times_the_rate(text: str) -> None:
         np.testing.assert_allclose(traced(jnp.int32(k)), 0.02 * np.float32(reference(k)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("text", ["cosine_schedule(1.0, 20)", "cosine_decay_schedule()", "sgd(0.1)", "linear_schedule(x=1)"])
+@pytest.mark.parametrize(
+    "text", ["cosine_schedule(1.0, 20)", "cosine_decay_schedule()", "sgd(0.1)", "linear_schedule(x=1)"]
+)
 def test_impossible_schedules_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="Expected lr_schedule="):
         build.schedule(text, "lr_schedule", 1.0)
@@ -126,7 +130,9 @@ def test_needed_assets() -> None:
 
 
 def test_a_text_backbone_does_not_read_arrays(tmp_path: Path, blobs: Callable[..., Path]) -> None:
-    config = Config(dataset=str(blobs(tmp_path)), backbone="bert_tiny", weights="random", clients=4, clients_per_round=2)
+    config = Config(
+        dataset=str(blobs(tmp_path)), backbone="bert_tiny", weights="random", clients=4, clients_per_round=2
+    )
     with pytest.raises(ValueError, match=r"blobs.npz' to hold text for backbone='bert_tiny'.*mlp"):
         build.problem(config, Speed())
 
@@ -164,7 +170,9 @@ def test_when_features_are_cached() -> None:
 
 def test_full_bytes_are_those_of_full_fine_tuning() -> None:
     """Whatever is trained, full fine-tuning would send the backbone and the head, and no LoRA."""
-    sizes = {build.full_bytes(peft.build("bert_tiny", 3, peft=p)) for p in ("full", "head", "lora", "bias", "lora+bias")}
+    sizes = {
+        build.full_bytes(peft.build("bert_tiny", 3, peft=p)) for p in ("full", "head", "lora", "bias", "lora+bias")
+    }
     full = peft.build("bert_tiny", 3, peft="full")
     assert sizes == {4 * sum(int(np.prod(s.shape)) for s in full.trained.values())}
 
@@ -183,7 +191,9 @@ def test_the_task_of_a_config(tmp_path: Path, blobs: Callable[..., Path]) -> Non
     assert float(task.weight(client, ())) == 1
     examples = build.task(config.replace(weighting="examples"), model, trained, cached=False)
     assert float(examples.weight(client, ())) == 9
-    assert {k: v.tolist() for k, v in task.init(jax.random.key(0)).items()} == {k: v.tolist() for k, v in trained.items()}
+    assert {k: v.tolist() for k, v in task.init(jax.random.key(0)).items()} == {
+        k: v.tolist() for k, v in trained.items()
+    }
     packet = task.encode_up({"a": jnp.array([1 / 3], jnp.float32)})["a"]
     assert int(packet.nbytes) == 2 and float(packet.value[0]) == float(jnp.bfloat16(1 / 3))
     assert task.encode_down({"a": 1}) == {"a": 1}
@@ -196,7 +206,13 @@ def test_the_task_of_a_config(tmp_path: Path, blobs: Callable[..., Path]) -> Non
 
 def test_phases_hand_on_what_was_trained(tmp_path: Path, blobs: Callable[..., Path]) -> None:
     config = Config(
-        dataset=str(blobs(tmp_path)), backbone="mlp", clients=4, clients_per_round=2, peft="bias", rounds=4, head_rounds=2
+        dataset=str(blobs(tmp_path)),
+        backbone="mlp",
+        clients=4,
+        clients_per_round=2,
+        peft="bias",
+        rounds=4,
+        head_rounds=2,
     )
     problem = build.problem(config, Speed())
     head, rest = build.phases(config)

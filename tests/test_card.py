@@ -19,6 +19,8 @@ from fedsim.testing import CLASSES, FEATURES, tiny_task
 CLIENTS, EXAMPLES, BATCH, STEPS, RATE = 16, 12, 4, 3, 0.2
 DEVICES = 8
 
+pytestmark = pytest.mark.usefixtures("compile_once")
+
 
 @pytest.fixture(scope="module")
 def stacked():

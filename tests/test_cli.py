@@ -197,7 +197,9 @@ def test_an_experiment_file_and_options_that_override_it(here: Path) -> None:
 
 
 def arguments(data: Path, *more: str) -> list[str]:
-    text = f"run --dataset {data} --backbone mlp --peft full --clients 8 --clients-per-round 3 --rounds 2 --head-rounds 0"
+    text = (
+        f"run --dataset {data} --backbone mlp --peft full --clients 8 --clients-per-round 3 --rounds 2 --head-rounds 0"
+    )
     return [*text.split(), "--no-compilation-cache", "--devices", "1", "--quiet", *more]
 
 

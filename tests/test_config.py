@@ -131,7 +131,9 @@ def test_every_option_says_what_it_is() -> None:
             continue
         for field, after in zip(node.body, [*node.body[1:], None], strict=True):
             if isinstance(field, ast.AnnAssign):
-                text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+                text = (
+                    after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+                )
                 assert isinstance(text, str) and text.rstrip().endswith("."), f"{node.name}.{ast.unparse(field.target)}"
                 found += 1
     assert found == len(dataclasses.fields(Config)) + len(dataclasses.fields(Speed))

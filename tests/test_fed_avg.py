@@ -13,6 +13,8 @@ from fedsim.core import Passes, uniform
 from fedsim.plan import batches
 from fedsim.testing import COHORT, run, same, tiny_problem, tiny_task
 
+pytestmark = pytest.mark.usefixtures("compile_once")
+
 
 def numpy_fed_avg(problem, start, cohorts, rate, passes):
     """FedAvg with plain SGD in float64; softmax regression's gradient written out."""

@@ -53,7 +53,9 @@ def namesake(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("command", [["-c", "import fedsim"], ["-m", "fedsim", "--help"], ["-c", "import fedsim.config"]])
+@pytest.mark.parametrize(
+    "command", [["-c", "import fedsim"], ["-m", "fedsim", "--help"], ["-c", "import fedsim.config"]]
+)
 def test_the_namesake_is_refused_with_the_remedy(
     namesake: Path, environment: dict[str, str], command: list[str]
 ) -> None:

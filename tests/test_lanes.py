@@ -23,6 +23,8 @@ from fedsim.testing import (
     tiny_task,
 )
 
+pytestmark = pytest.mark.usefixtures("compile_once")
+
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

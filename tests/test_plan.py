@@ -33,7 +33,9 @@ def population(sizes: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rng.permutation(len(sizes)), rows, offsets
 
 
-def make(sizes: list[int], passes: Passes, devices: int = 1, lanes: int = 3, seed: int = 0, round: int = 16) -> plan.Plan:
+def make(
+    sizes: list[int], passes: Passes, devices: int = 1, lanes: int = 3, seed: int = 0, round: int = 16
+) -> plan.Plan:
     ids, rows, offsets = population(sizes)
     return plan.make(ids, rows, offsets, passes, seed, round, devices, lanes)
 
@@ -124,9 +126,7 @@ def test_longest_first_is_never_longer_than_mean_plus_longest(sizes: list[int], 
 
 @given(SIZES, PASSES, st.integers(0, 5), st.integers(1, 400))
 @LAW
-def test_the_order_does_not_depend_on_lanes_or_devices(
-    sizes: list[int], passes: Passes, seed: int, round: int
-) -> None:
+def test_the_order_does_not_depend_on_lanes_or_devices(sizes: list[int], passes: Passes, seed: int, round: int) -> None:
     one = by_member(make(sizes, passes, 1, 1, seed, round))
     assert by_member(make(sizes, passes, 1, 7, seed, round)) == one
     assert by_member(make(sizes, passes, 4, 2, seed, round)) == one

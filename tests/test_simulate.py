@@ -81,6 +81,12 @@ def test_another_seed_gives_another_run(done: Run, config: Config, run: Callable
     assert other.rounds[0]["loss"] != done.rounds[0]["loss"]
 
 
+@pytest.fixture(scope="module")
+def one(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One round."""
+    return fedsim.run(config.replace(rounds=1), SPEED, out=tmp_path_factory.mktemp("one") / "run", quiet=True)
+
+
 @pytest.mark.parametrize(
     "speed",
     [
@@ -95,9 +101,9 @@ def test_another_seed_gives_another_run(done: Run, config: Config, run: Callable
     ],
     ids=lambda s: f"{s.lanes}-lanes-{s.devices}-devices-{s.parallel}",
 )
-def test_speed_changes_no_result(done: Run, config: Config, run: Callable[..., Run], speed: Speed) -> None:
+def test_speed_changes_no_result(one: Run, config: Config, run: Callable[..., Run], speed: Speed) -> None:
     """One round of SGD on the same plan, summed in another order."""
-    one, other = run(config.replace(rounds=1)), run(config.replace(rounds=1), speed)
+    other = run(config.replace(rounds=1), speed)
     assert_close(one, other)
     for name in ("loss", "accuracy"):
         assert one.rounds[0][name] == pytest.approx(other.rounds[0][name], rel=1e-5)
@@ -118,9 +124,8 @@ def test_cached_features_change_no_result(config: Config, run: Callable[..., Run
 
 def test_a_shared_problem_changes_no_result(done: Run, config: Config, run: Callable[..., Run]) -> None:
     problem = build.problem(config, SPEED)
-    for _ in range(2):
-        again = run(config.replace(rounds=1), problem=problem)
-        assert without_times(again)[0] | {"round": 1} == without_times(done)[0]
+    for _ in range(2):  # the second one finds what the first one has computed
+        assert without_times(run(config.replace(rounds=1), problem=problem)) == without_times(done)[:1]
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[build.Trainer, list[str]]]:
@@ -222,15 +227,14 @@ def test_a_client_is_given_the_backbone_once(config: Config, run: Callable[..., 
     assert 4 < sum(given) // backbone <= config.clients
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_cast_halves_the_bytes(done: Run, config: Config, run: Callable[..., Run], dtype: str) -> None:
-    result = run(config.replace(rounds=1, codec_up=dtype))
-    assert 2 * result.rounds[0]["bytes_up"] == done.rounds[0]["bytes_up"]
-    assert result.rounds[0]["bytes_down"] == done.rounds[0]["bytes_down"]
-    result = run(config.replace(rounds=1, codec_down=dtype))
-    assert 2 * result.rounds[0]["bytes_down"] == done.rounds[0]["bytes_down"]
-    assert result.rounds[0]["bytes_up"] == done.rounds[0]["bytes_up"]
-    assert result.rounds[0]["loss"] == pytest.approx(done.rounds[0]["loss"], rel=0.05)
+def test_a_cast_halves_the_bytes(done: Run, config: Config, run: Callable[..., Run]) -> None:
+    """Each way by itself, and what is learned stays about the same."""
+    whole = done.rounds[0]
+    up = run(config.replace(rounds=1, codec_up="bfloat16")).rounds[0]
+    assert (2 * up["bytes_up"], up["bytes_down"]) == (whole["bytes_up"], whole["bytes_down"])
+    down = run(config.replace(rounds=1, codec_down="float16")).rounds[0]
+    assert (down["bytes_up"], 2 * down["bytes_down"]) == (whole["bytes_up"], whole["bytes_down"])
+    assert down["loss"] == pytest.approx(whole["loss"], rel=0.05)
 
 
 BROKEN = """
@@ -241,13 +245,13 @@ import fedsim
 from fedsim.algorithms.fed_avg import Server
 
 
-def fed_broken(task, broken=(), scale=float("nan")):
+def fed_broken(task, broken=()):
     plain = fedsim.fit(task.loss, task.optimizer, task.lr, task.passes)
 
     def finish(held, message, carry, client):
         reply, memory, metrics = plain.finish(held, message, carry, client)
         bad = jnp.isin(client.id, jnp.array((-1, *broken), jnp.int32))
-        return jax.tree.map(lambda r: jnp.where(bad, r * jnp.float32(scale), r), reply), memory, metrics
+        return jax.tree.map(lambda r: jnp.where(bad, r * jnp.float32(jnp.nan), r), reply), memory, metrics
 
     local, reduce = plain._replace(finish=finish), fedsim.mean(task.weight)
 
@@ -262,12 +266,9 @@ def fed_broken(task, broken=(), scale=float("nan")):
 """
 
 
-@pytest.mark.parametrize("scale", ["nan", "inf"])
-def test_replies_that_are_not_finite_are_left_out(
-    config: Config, run: Callable[..., Run], tmp_path: Path, scale: str
-) -> None:
+def test_replies_that_are_not_finite_are_left_out(config: Config, run: Callable[..., Run], tmp_path: Path) -> None:
     """As if their weight were zero, which a reply of zero change with everybody's weight would not be."""
-    (tmp_path / "mine.py").write_text(BROKEN.replace('float("nan")', f'float("{scale}")'))
+    (tmp_path / "mine.py").write_text(BROKEN)
     everyone = config.replace(rounds=1, clients_per_round=8)
     result = run(everyone.replace(algorithm=f"{tmp_path}/mine.py:fed_broken(broken=(2, 5))"))
     assert (result.rounds[0]["nonfinite"], result.rounds[0]["reported"]) == (2, 6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -105,7 +106,9 @@ def run(argv: Sequence[str]) -> int:
     """Simulate federated fine-tuning."""
     options = parse(RunOptions, argv, "fedsim run")
     if options.resume is not None:
-        extra = [a for a in argv if a.startswith("--") and not a.startswith(("--resume", "--quiet"))]
+        extra = [
+            a for a in argv if a.endswith(".py") or (a.startswith("--") and not a.startswith(("--resume", "--quiet"))
+        ]
         if extra:
             raise ValueError(f"Expected --resume without {extra[0]}; options and folder are those of the resumed run.")
         from fedsim.job import resume_job
@@ -161,6 +164,8 @@ def check(argv: Sequence[str]) -> int:
         Args:
             algorithm: a name of `fedsim list algorithms`, or file.py:function, with options as a call.
         """
+        # Several devices on the host, so that "devices agree" means something; before JAX is imported.
+        os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
         from fedsim.testing import print_checks
 
         return 0 if print_checks(algorithm) else 1
@@ -236,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"Expected command {argv[0]!r} to be one of {', '.join(COMMANDS)}{nearest(argv[0], COMMANDS)}."
             )
         return COMMANDS[argv[0]](argv[1:]) or 0
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"fedsim: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:

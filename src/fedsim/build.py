@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -63,7 +64,8 @@ def phases(config: Config) -> list[Phase]:
     """The head alone for `head_rounds`, then the PEFT part with the head."""
     head = config.replace(peft="head", head_rounds=0, lr=config.head_lr or config.lr)
     if config.peft == "head" or config.head_rounds == 0:
-        return [Phase("head" if config.peft == "head" else "peft", config, 1, config.rounds)]
+        alone = config.peft == "head"
+        return [Phase("head", head, 1, config.rounds) if alone else Phase("peft", config, 1, config.rounds)]
     return [
         Phase("head", head, 1, config.head_rounds),
         Phase("peft", config, config.head_rounds + 1, config.rounds),
@@ -125,7 +127,7 @@ def schedule(text: str, option: str, base: float) -> Callable[[Any], Any]:
     return value
 
 
-def check(config: Config) -> Callable[[Task], Algorithm]:
+def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algorithm]:
     """Refuses unknown optimizers, schedules, algorithms, backbones, PEFT kinds before any data is touched.
 
     Returns:
@@ -134,6 +136,12 @@ def check(config: Config) -> Callable[[Task], Algorithm]:
     Raises:
         ValueError: names the option, its value, the rule and the remedy.
     """
+    available = jax.local_device_count()
+    if speed is not None and (speed.devices or 1) > available:
+        raise ValueError(
+            f"Expected devices={speed.devices} <= {available}, the devices that JAX sees; lower --devices, or on a CPU set "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=N."
+        )
     row = backbone(config.backbone)
     if weights(config) is None and row.asset is None:
         load.packaged(config.backbone, None)  # refuses, and says what can be given
@@ -217,8 +225,8 @@ def split_model(config: Config, dataset: data_sets.Dataset) -> peft.Model:
     return peft.from_config(config, len(dataset.classes), jax.tree.leaves(dataset.x)[0].shape[1:])
 
 
-def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached: bool) -> Task:
-    """What an algorithm is constructed for."""
+def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached: bool, first: int = 1) -> Task:
+    """What an algorithm is constructed for; `first` is the round in which it starts, for schedules over rounds."""
     apply = model.suffix if cached else model.apply
     rate = schedule(config.lr_schedule, "lr_schedule", config.lr)
     server_rate = schedule(config.server_lr_schedule, "server_lr_schedule", config.server_lr)
@@ -229,7 +237,9 @@ def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached
         logits=lambda held, params, x: apply(params, held, x),
         optimizer=optimizer(config.optimizer, "optimizer"),
         lr=lambda round: rate(round - 1),
-        server_optimizer=optimizer(config.server_optimizer, "server_optimizer")(server_rate),
+        server_optimizer=optimizer(config.server_optimizer, "server_optimizer")(
+            lambda count: server_rate(count + first - 1)
+        ),
         passes=Passes(config.epochs, config.steps, config.batch_size),
         weight=by_examples if config.weighting == "examples" else uniform,
         encode_up=up.encode if up else lambda tree: tree,
@@ -308,7 +318,7 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         parallel=speed.parallel,
         segment_steps=speed.segment_steps,
     )
-    algorithm = algorithms.find(config.algorithm)(task(config, model, trained, cached))
+    algorithm = algorithms.find(config.algorithm)(task(config, model, trained, cached, phase.first))
     return Trainer(
         model=model,
         algorithm=algorithm,
@@ -330,9 +340,9 @@ def full_bytes(model: peft.Model) -> int:
 
 def warn_idle_accelerator() -> None:
     """Says once how to install JAX for an accelerator that this machine has and JAX does not see."""
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
         return
-    for device, extra in (("/dev/nvidia0", "cuda13"), ("/dev/accel0", "tpu"), ("/dev/vfio/0", "tpu")):
+    for device, extra in (("/dev/nvidia0", "cuda13"), ("/dev/accel0", "tpu")):
         if Path(device).exists():
             warnings.warn(
                 f"This machine has {device}, but JAX runs on the CPU; pip install -e '.[{extra}]' "

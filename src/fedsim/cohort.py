@@ -94,6 +94,12 @@ class Cohort:
     ) -> None:
         self.engine, self.round, self.memory = engine, round, memory
         self.ids = np.asarray(ids, np.int64)
+        wrong = [int(i) for i in self.ids if not 0 <= i < engine.population]
+        if wrong or len(self.ids) == 0 or len(set(self.ids.tolist())) < len(self.ids):
+            raise ValueError(
+                f"Expected the selected clients to be at least one, each once, of 0 to {engine.population - 1}, got "
+                f"{wrong[:5] or self.ids[:20].tolist()}; mend the algorithm's select."
+            )
         self.sizes = np.asarray(engine.offsets[self.ids + 1] - engine.offsets[self.ids], np.int64)
         self.reports = np.ones(len(self.ids), bool) if reports is None else np.asarray(reports, bool)
         self.done: list[Exchanged] = []
@@ -114,6 +120,17 @@ class Cohort:
         """
         engine, members = self.engine, len(self.ids)
         reduce = reduce or MEAN
+        for name, node in wire.parts(message):
+            rows = (
+                {leaf.shape[0] for leaf in jax.tree.leaves(node.tree)}
+                if isinstance(node, wire.PerClient)
+                else {members}
+            )
+            if rows != {members}:
+                raise ValueError(
+                    f"Expected the leading axis of per-client part {name!r} to be {members}, the cohort, not {rows}; "
+                    "order it like cohort.ids."
+                )
         programs = engine.programs(local, reduce, self.memory.init, message, self.sizes)
         plan = planning.make(
             self.ids,
@@ -138,7 +155,7 @@ class Cohort:
                 state = programs.begin(engine.held, shared, own, slots, clock, engine.root, x, y, at)
             state = programs.segment(engine.held, shared, own, slots, clock, engine.root, state, x, y, at, trip)
         member = jax.device_put(plan.member, engine.apart)
-        key = key_for(engine.root, "reduce", self.round, len(self.done)) if jax.tree.leaves(args) else engine.root
+        key = key_for(engine.root, "reduce", self.round, len(self.done))
         result, info, rows, nbytes = programs.end(state, member, engine.put(args), key)
         self._keep(plan, rows)
         up = {

@@ -199,11 +199,11 @@ MAIN_JOB: dict[str, Any] = {
     "targets": ("blocks/[45]/attention/query", "blocks/[45]/attention/value", "blocks/[45]/mlp/*"),
     "head_rounds": 150,
     "head_lr": 5e-3,
-    "rounds": 162,
+    "rounds": 158,
     "steps": 4,
     "batch_size": 16,
     "lr": 2e-3,
-    "eval_every": 6,
+    "eval_every": 5,
 }
 
 
@@ -232,8 +232,14 @@ def check(config: Config) -> None:
         raise ValueError(f"Expected 0 < validation={c.validation} < 1; it is the share held out, e.g. 0.1.")
     if c.target_accuracy is not None and not 0 < c.target_accuracy <= 1:
         raise ValueError(f"Expected 0 < target_accuracy={c.target_accuracy} <= 1; write 62 % as 0.62.")
-    if c.seed < 0:
-        raise ValueError(f"Expected seed={c.seed} >= 0; give a natural number.")
+    for f in dataclasses.fields(c):
+        value = getattr(c, f.name)
+        if str(f.type) in ("int", "int | None") and value is not None and type(value) is not int:
+            raise ValueError(f"Expected {f.name}={value!r} to be a whole number; leave out the fraction.")
+    if isinstance(c.targets, str):
+        raise ValueError(f"Expected targets={c.targets!r} to be several patterns; write ({c.targets!r},).")
+    if not 0 <= c.seed < 2**32:
+        raise ValueError(f"Expected 0 <= seed={c.seed} < 2**32; give a smaller natural number.")
     if c.min_size < 0:
         raise ValueError(f"Expected min_size={c.min_size} >= 0; 0 allows empty clients.")
     if not 0 <= c.head_rounds < c.rounds and c.peft != "head":

@@ -150,6 +150,11 @@ def uniform(client: Client, reply: Tree) -> Array:
     return (client.n > 0).astype(jnp.float32)
 
 
+def weighted_sum(weights: Array, values: Array) -> Array:
+    """sum_l weights[l] values[l], in full precision: accelerators would otherwise round a product's inputs."""
+    return jnp.tensordot(weights.astype(values.dtype), values, axes=1, precision=jax.lax.Precision.HIGHEST)
+
+
 def mean(weight: Callable[[Client, Tree], Array] = by_examples) -> Reduce:
     """The weighted mean of the replies; zeros where the total weight is zero. Never holds more than one total."""
 
@@ -157,7 +162,7 @@ def mean(weight: Callable[[Client, Tree], Array] = by_examples) -> Reduce:
         return jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), reply), jnp.zeros((), jnp.float32)
 
     def add(total: Tree, replies: Tree, weights: Array, slots: Array) -> Tree:
-        sums = jax.tree.map(lambda t, r: t + jnp.tensordot(weights.astype(r.dtype), r, axes=1), total[0], replies)
+        sums = jax.tree.map(lambda t, r: t + weighted_sum(weights, r), total[0], replies)
         return sums, total[1] + weights.sum()
 
     def done(total: Tree, args: Tree, key: Array) -> Tree:

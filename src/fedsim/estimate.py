@@ -27,7 +27,8 @@ class PhaseEstimate(NamedTuple):
     phase: Phase
     trained: int  # parameters
     frozen: int
-    message: int  # bytes, one client, one way
+    up: int  # bytes of one client's message (of FedAvg; algorithms that send more are counted when they run)
+    down: int
     setup: int  # bytes, one client, once
     full: int  # bytes of one message of full fine-tuning
     steps: float  # local steps of a round, all clients together
@@ -81,7 +82,8 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
         phase=phase,
         trained=_count(model.trained),
         frozen=_count(model.frozen),
-        message=trained,
+        up=trained // (1 if config.codec_up == "none" else 2),  # the codecs cast float32 to 16 bits
+        down=trained // (1 if config.codec_down == "none" else 2),
         setup=frozen,
         full=build.full_bytes(model),
         steps=float(np.mean([(p.count > 0).sum() for p in plans])),
@@ -129,7 +131,7 @@ def print_estimate(problem: Problem, found: list[PhaseEstimate], flops_per_secon
         # Evaluation needs the forward pass only, about a third of a training step.
         looked = evaluations * len(problem.dataset.validation) + len(problem.dataset.test) * (e is found[-1])
         seconds = (rows * e.flops + looked * e.flops / 3) / flops_per_second
-        sent = 2 * rounds * config.clients_per_round * e.message
+        sent = rounds * config.clients_per_round * (e.up + e.down)
         total_bytes, total_seconds = total_bytes + sent, total_seconds + seconds
         print(f"\nrounds {e.phase.first} to {e.phase.last}: {e.phase.config.peft} on {config.backbone}")
         print(
@@ -139,7 +141,9 @@ def print_estimate(problem: Problem, found: list[PhaseEstimate], flops_per_secon
             f"  plan         {config.clients_per_round} clients, {e.steps:.0f} steps and {e.examples:.0f} examples a round; "
             f"{e.lanes} lanes {e.occupancy:.0%} full, rows {e.row_occupancy:.0%}"
         )
-        print(f"  one client   {exact_size(e.message)} each way a round; full fine-tuning {exact_size(e.full)}")
+        print(
+            f"  one client   up {exact_size(e.up)}, down {exact_size(e.down)} a round; full fine-tuning {exact_size(e.full)}"
+        )
         print(f"  all rounds   {exact_size(sent)} both ways; once per client the backbone, {exact_size(e.setup)}")
         print(f"  memory       {', '.join(f'{name} {size(n)}' for name, n in e.memory.items())}, and activations")
         print(f"  time         about {duration(seconds)}{' from cached features' if e.cached else ''}")

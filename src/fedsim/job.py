@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from fedsim import record, report
 from fedsim.config import Config, Speed, nearest
@@ -24,10 +25,10 @@ def head_config(config: Config) -> Config:
     )
 
 
-def baseline_configs(config: Config) -> dict[str, Config]:
-    """The runs of `--baselines`: every PEFT kind under the config's options, and all data at one client."""
+def baseline_configs(config: Config, examples: int) -> dict[str, Config]:
+    """The runs of `--baselines`: PEFT kinds in all layers under the config's options, and all `examples` at one client."""
     others = {kind: config.replace(peft=kind, targets=("query", "value")) for kind in ("bias", "lora", "full")}
-    steps = config.steps or config.epochs * max(1, -(-100 // config.batch_size))
+    steps = config.steps or config.epochs * max(1, -(-examples // (config.clients * config.batch_size)))
     central = config.replace(clients=1, clients_per_round=1, partition="iid", steps=steps * config.clients_per_round)
     return {**others, "centralised": central}
 
@@ -47,37 +48,55 @@ def run_job(
     """
     from fedsim import build, simulate
 
-    build.check(config)
+    build.check(config, speed)
     build.fetch_missing(config)
     problem = build.problem(config, speed)
     done = simulate.run(config, speed, out=out, quiet=quiet, problem=problem)
     others = {"head to convergence": head_config(config)} if head and config.peft != "head" else {}
     if baselines:
-        others |= baseline_configs(config)
-    rows = []
-    for name, other in others.items():
-        if not quiet:
-            print(f"for comparison: {name}", flush=True)
-        folder = done.directory / "baselines" / name.replace(" ", "-")
-        # The same data and features; the centralised run owns its examples differently.
-        shared = problem if other.clients == config.clients else None
-        try:
-            ran = simulate.run(other, speed, out=folder, quiet=quiet or name.startswith("head"), problem=shared)
-            rows.append(_row(name, ran))
-        except (ValueError, RuntimeError, OSError) as error:  # the run itself is done, and its table is still due
-            print(f"The comparison {name} failed and is left out: {error}", file=sys.stderr)
-    close(done, rows)
+        others |= baseline_configs(config, len(problem.dataset.train))
+    rows: list[report.Row] = []
+    try:
+        for name, other in others.items():
+            rows += _comparison(problem, speed, done.directory, name, other, quiet)
+    finally:  # the run itself is done: its table is due, whatever happens to what it is compared with
+        close(done, rows)
     return done
 
 
+def _comparison(
+    problem: Any, speed: Speed, directory: Path, name: str, config: Config, quiet: bool
+) -> list[report.Row]:
+    """One run for the closing table on the same data and features; nothing if it fails, which is said."""
+    from fedsim import simulate
+    from fedsim.data import partition
+
+    if not quiet:
+        print(f"for comparison: {name}", flush=True)
+    # The centralised run owns its examples differently.
+    shared = problem._replace(config=config, partition=partition.make(config, problem.dataset))
+    folder = directory / "baselines" / name.replace(" ", "-")
+    try:
+        ran = simulate.run(config, speed, out=folder, quiet=quiet or name.startswith("head"), problem=shared)
+    except Exception as error:
+        print(f"The comparison {name} failed and is left out: {error}", file=sys.stderr)
+        return []
+    return [_row(name, ran)]
+
+
 def resume_job(directory: Path, *, quiet: bool = False) -> record.Run:
-    """Goes on with a stopped run and prints its closing table, with the comparisons that are there."""
+    """Goes on with a stopped run and prints its closing table; the head's run is made if it is missing."""
     from fedsim import build, simulate
 
-    build.fetch_missing(record.load(directory).config)
-    done = simulate.run(resume=directory, quiet=quiet)
+    stopped = record.load(directory)
+    build.fetch_missing(stopped.config)
+    problem = build.problem(stopped.config, stopped.speed)
+    done = simulate.run(resume=directory, quiet=quiet, problem=problem)
     others = sorted(p for p in (directory / "baselines").glob("*") if (p / record.SUMMARY).is_file())
-    close(done, [_row(p.name.replace("-", " "), record.load(p)) for p in others])
+    rows = [_row(p.name.replace("-", " "), record.load(p)) for p in others]
+    if done.config.peft != "head" and not (directory / "baselines" / "head-to-convergence").exists():
+        rows += _comparison(problem, done.speed, directory, "head to convergence", head_config(done.config), quiet)
+    close(done, rows)
     return done
 
 

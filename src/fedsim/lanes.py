@@ -148,7 +148,7 @@ class Lanes:
     ) -> None:
         available = jax.local_devices()
         if devices is not None and devices > len(available):
-            raise ValueError(f"Expected devices={devices} <= {len(available)}, the devices of this process.")
+            raise ValueError(f"Expected devices={devices} <= {len(available)}, the devices of this process; lower it.")
         self.devices = available[:devices]
         self.mesh = Mesh(np.array(self.devices), ("clients",), axis_types=(AxisType.Auto,))
         self.everywhere = NamedSharding(self.mesh, P())
@@ -193,7 +193,8 @@ class Lanes:
 
     def programs(self, local: Local, reduce: Reduce, init_memory: Any, message: Tree, sizes: np.ndarray) -> Programs:
         """The programs of an exchange with a cohort of these sizes; made once per (local, reduce, cohort size)."""
-        known = (local, reduce, init_memory, jax.tree.structure(message), len(sizes))
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(message))
+        known = (local, reduce, init_memory, jax.tree.structure(message), shapes, len(sizes))
         if known not in self._programs:
             lanes = self.resolve_lanes(sizes, local)
             steps = self.resolve_segment(lanes, local.passes.batch_size)
@@ -367,16 +368,19 @@ def make_programs(
             total = reduce.add(state.total, values, weights, jnp.where(take, slots.member[safe], members))
             means = {name: s / jnp.where(state.rows > 0, state.rows, 1.0) for name, s in state.sums.items()}
             means = {name: jnp.where(state.rows > 0, m, jnp.nan) for name, m in means.items()}
-            place = jnp.where(ends, at["slot"], unused)
+            place, counted = jnp.where(ends, at["slot"], unused), jnp.where(take, at["slot"], unused)
 
             def put(kept: Array, new: Array) -> Array:
                 return kept.at[place].set(new, mode="drop")
+
+            def keep(kept: Array, new: Array) -> Array:  # a client that diverged keeps what it had
+                return kept.at[counted].set(new, mode="drop")
 
             return state._replace(
                 total=total,
                 weight=state.weight + weights.sum(),
                 counted=state.counted + jnp.stack([take.sum(), (ends & ~finite).sum()]).astype(jnp.int32),
-                memory=jax.tree.map(put, state.memory, memory),
+                memory=jax.tree.map(keep, state.memory, memory),
                 metrics={name: put(state.metrics[name], m) for name, m in {**means, **final}.items()},
                 seen_rows=put(state.seen_rows, state.rows),
                 nbytes={name: put(state.nbytes[name], p.nbytes) for name, p in packets(reply)},
@@ -395,7 +399,7 @@ def make_programs(
         for name, m in ordered.items():
             of_step = name in state.sums
             share = jnp.where(jnp.isfinite(m), rows if of_step else 1.0, 0.0)
-            metrics[name] = jnp.where(share > 0, m, 0.0) @ share / jnp.maximum(share.sum(), 1.0)
+            metrics[name] = (jnp.where(share > 0, m, 0.0) * share).sum() / jnp.maximum(share.sum(), 1.0)
         counted = state.counted.sum(axis=0)
         info = Info(metrics, ordered, state.weight.sum(), counted[0], counted[1])
         return reduce.done(total, args, key), info, state.memory, state.nbytes

@@ -40,8 +40,9 @@ def predict(run: Run, inputs: Any) -> list[str]:
             raise ValueError(f"Expected inputs of shape (N, *{run.about['input_shape']}), got {x.shape}.")
     if len(x) == 0:
         return []
-    last = build.phases(run.config)[-1].config
-    model = peft.from_config(last, len(classes), x.shape[1:])
+    # A target may be reached while the head still trains alone.
+    ended = next(p for p in build.phases(run.config) if p.first <= len(run.rounds) <= p.last)
+    model = peft.from_config(ended.config, len(classes), x.shape[1:])
     _, frozen = peft.start(model, build.weights(run.config), run.config.seed)
     apply = jax.jit(model.apply)
     trained, frozen = jax.device_put((run.parameters, frozen))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import importlib.metadata
 import math
 import platform
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +26,7 @@ from fedsim.config import Config, Speed, main_job
 from fedsim.core import Population
 from fedsim.data.assets import cache_dir
 from fedsim.data.dataset import stream
+from fedsim.data.show import draw as draw_partition
 from fedsim.lanes import key_for
 from fedsim.progress import Progress
 
@@ -58,7 +62,7 @@ def run(
         config, speed, directory = stopped.config, stopped.speed, stopped.directory
     else:
         config, speed = config or main_job(), speed or Speed()
-        build.check(config)
+        build.check(config, speed)
         build.fetch_missing(config)
         directory = record.folder(out, config)
     tune_host(speed)
@@ -66,7 +70,9 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(record.lock(directory))
         checkpoints = stack.enter_context(Checkpoints(directory / record.CHECKPOINTS))
-        progress = stack.enter_context(Progress(config.rounds, head_rounds=config.head_rounds, quiet=quiet))
+        progress = stack.enter_context(
+            Progress(config.rounds, head_rounds=config.head_rounds * (config.peft != "head"), quiet=quiet)
+        )
         simulate(config, speed, directory, checkpoints, progress, fresh=resume is None, problem=problem)
     return record.load(directory)
 
@@ -95,6 +101,8 @@ def simulate(
         shape = list(jax.tree.leaves(problem.dataset.x)[0].shape[1:])
         record.start(directory, config, speed, {"classes": list(problem.dataset.classes), "input_shape": shape})
 
+    inputs = fingerprint(config, problem)
+
     # --- where to start: round 0, or after the last good checkpoint
     phases = build.phases(config)
     round, stopped, elapsed = 0, "rounds", 0.0
@@ -115,7 +123,7 @@ def simulate(
             tried["now"].trainer.engine.reuse(extra["lanes"], extra["segment_steps"])
             return checkpoint_shapes(tried["now"], extra)
 
-        found = checkpoints.restore(template, lambda round, extra: expected(config, tried["now"].trainer))
+        found = checkpoints.restore(template, lambda round, extra: expected(config, tried["now"].trainer, inputs))
         if found is not None:
             round, state, extra = found
             now = tried["now"]
@@ -144,6 +152,7 @@ def simulate(
             cohort = Cohort(engine, ids, round, memory)
             server, metrics = algorithm.round(key_for(engine.root, "server", round), engine.held, server, cohort)
             metrics = cohort.fetch(metrics)
+            jax.block_until_ready(server)
             down, up = cohort.traffic()
             seconds = time.perf_counter() - tick
             compile_seconds = min(clock.seconds - compiled, seconds)
@@ -162,7 +171,7 @@ def simulate(
                 elif config.patience is not None and stale >= config.patience and phase is phases[-1]:
                     stopped = "patience"
             now = now._replace(server=server)
-            counted = cohort.fetch([(e.info.reported, e.info.nonfinite) for e in cohort.done])
+            nonfinite = cohort.fetch([e.info.nonfinite for e in cohort.done])
             steady = max(seconds - compile_seconds, 1e-9)
             examples = sum(e.examples for e in cohort.done)
             line = {
@@ -180,8 +189,8 @@ def simulate(
                 "total_bytes_up": totals["up"],
                 "total_bytes_down": totals["down"],
                 "clients": len(ids),
-                "reported": int(counted[-1][0]),
-                "nonfinite": int(sum(n for _, n in counted)),
+                "reported": int(cohort.reports.sum()),
+                "nonfinite": int(sum(nonfinite)),
                 "examples": examples,
                 "seconds": seconds,
                 "compile_seconds": compile_seconds,
@@ -198,7 +207,7 @@ def simulate(
                 rows, memory_ids = memory.state()
                 state = {"server": server, "memory": rows, "memory_ids": memory_ids, "seen": seen}
                 extra = {
-                    **expected(config, trainer),
+                    **expected(config, trainer, inputs),
                     "totals": totals,
                     "best": best,
                     "stale": stale,
@@ -215,7 +224,7 @@ def simulate(
 
     # --- the end: the test set is read once, here
     if now is None:
-        raise ValueError(f"Expected rounds={config.rounds} > 0.")
+        raise ValueError(f"Expected rounds={config.rounds} > 0; raise --rounds.")
     progress.message("reading the test set")
     trainer = now.trainer
     final = {
@@ -238,6 +247,7 @@ def simulate(
     checkpoints.wait()
     record.finish(directory, summary, now.parameters())
     plots.save([record.load(directory)], directory)
+    draw_partition(config, problem.dataset, problem.partition, directory / "partition.png")
     progress.message("done")
 
 
@@ -264,21 +274,33 @@ def prepare(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
 
 def setup_price(trainer: Trainer) -> int:
     """Bytes that a client is given once, before its first round."""
-    return sum(wire.price(trainer.algorithm.setup(trainer.model.frozen)).values())
+    return sum(wire.price(jax.eval_shape(trainer.algorithm.setup, trainer.model.frozen)).values())
 
 
-def expected(config: Config, trainer: Trainer) -> dict[str, Any]:
-    """What a checkpoint must agree with for the run to go on bit for bit: options, devices, what `auto` chose."""
+def expected(config: Config, trainer: Trainer, inputs: str) -> dict[str, Any]:
+    """What a checkpoint must agree with for the run to go on bit for bit: options, inputs, devices, what `auto` chose."""
     engine = trainer.engine
     return {
         "config": config.hash(),
+        "inputs": inputs,
         "parallel": engine.parallel,
         "devices": len(engine.devices),
         "device": engine.devices[0].device_kind,
-        "versions": {"jax": jax.__version__},
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
         "lanes": engine.lanes,
         "segment_steps": engine.segment_steps,
     }
+
+
+def fingerprint(config: Config, problem: Problem) -> str:
+    """A hash of the examples, the partition and, where it is a file, the algorithm: edited ones are noticed on resuming."""
+    data, owned = problem.dataset, problem.partition
+    digest = hashlib.sha256()
+    for part in (*jax.tree.leaves(data.x), data.y, data.train, data.validation, data.test, owned.rows, owned.offsets):
+        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
+    file = Path(config.algorithm.partition("(")[0].rpartition(":")[0] or "-")
+    digest.update(file.read_bytes() if file.is_file() else b"")
+    return digest.hexdigest()[:16]
 
 
 def checkpoint_shapes(now: Current, extra: dict[str, Any]) -> dict[str, Any]:
@@ -329,6 +351,7 @@ def interruptible() -> Iterator[Any]:
         if asked:
             raise KeyboardInterrupt
         asked = True
+        print("\nStopping after this round; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
 
     try:
         before = signal.signal(signal.SIGINT, ask)

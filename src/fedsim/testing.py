@@ -22,7 +22,7 @@ from jax import Array
 from fedsim import algorithms, plan, wire
 from fedsim.checkpoint import Checkpoints
 from fedsim.cohort import Cohort, Memory
-from fedsim.core import Algorithm, Batch, Client, Local, Params, Passes, Task, Tree, by_examples
+from fedsim.core import Algorithm, Batch, Client, Local, Params, Passes, Population, Task, Tree, by_examples
 from fedsim.evaluate import classification_loss
 from fedsim.lanes import Lanes, key_for, message_bytes
 
@@ -251,6 +251,7 @@ def check_lanes(make: Make) -> None:
         {"lanes": 16},
         {"lanes": 2, "devices": None},
         {"lanes": 2, "segment_steps": 1},
+        {"lanes": 2, "devices": None, "parallel": "pmap"},
     )
     for options in variants:
         same(plain, run(make, problem, **options)[0], f"{options}", rtol=1e-5)
@@ -307,6 +308,22 @@ def same(a: Tree, b: Tree, what: str, rtol: float = 0.0) -> None:
             assert gap <= rtol * scale + 1e-8, f"{what}: {path} differs by {gap:.2e} of {scale:.2e}"
 
 
+def check_functions(make: Make) -> None:
+    """`select`, `observe`, `setup`, `predict` and `params` work on what `init` and `round` give."""
+    problem, algorithm = tiny_problem(), make(tiny_task())
+    server, memory, cohorts = run(make, problem)
+    held, clients = cohorts[0].engine.held, len(SIZES)
+    ids = algorithm.select(np.random.default_rng(0), server, Population(clients, 5))
+    assert len(set(ids.tolist())) == len(ids) and all(0 <= i < clients for i in ids), f"select gave {ids}"
+    after = algorithm.observe(server, {"loss": 1.0, "accuracy": 0.5})
+    assert jax.tree.structure(after) == jax.tree.structure(server), "observe changed the server's structure"
+    wire.price(jax.eval_shape(algorithm.setup, held))
+    kept = jax.tree.map(lambda rows: rows[0], memory.state()[0])
+    logits = algorithm.predict(held, server, kept, jnp.asarray(problem.x[:4]))
+    assert logits.shape == (4, CLASSES), f"predict gave shape {logits.shape}, not (4, {CLASSES})"
+    assert algorithm.params(server), "params gave no parameters to export"
+
+
 CHECKS: dict[str, Callable[[Make], None]] = {
     "structure kept, nothing recompiles": check_structure,
     "bytes equal the packed messages": check_bytes,
@@ -315,6 +332,7 @@ CHECKS: dict[str, Callable[[Make], None]] = {
     "frozen backbone untouched": check_frozen,
     "resumed equals uninterrupted": check_resume,
     "absent clients keep their memory": check_memory,
+    "select, observe, setup, predict, params": check_functions,
 }
 
 

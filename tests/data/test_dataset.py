@@ -104,7 +104,11 @@ def test_load_gives_arrays_and_three_splits(tmp_path: Path) -> None:
     config = Config(dataset=str(file), examples=20)
     dataset = data.load(config, None)
     assert dataset.kind == "image" and dataset.classes == ("0", "1", "2") and dataset.name == "images.npz"
-    assert np.array_equal(dataset.x, x) and dataset.y.dtype == np.int32
+    assert dataset.y.dtype == np.int32
+    # Training rows beyond `examples` are left out, and what is left keeps its order and its labels.
+    assert len(dataset.x) == len(dataset.y) == 20 + 4 + 10
+    whole = {row.tobytes(): i % 3 for i, row in enumerate(x)}
+    assert [whole[row.tobytes()] for row in dataset.x] == dataset.y.tolist()
     assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (20, 4, 10)
     again = data.load(config, None)
     assert all(np.array_equal(a, b) for a, b in zip(dataset[2:6], again[2:6], strict=True))

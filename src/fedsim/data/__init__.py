@@ -66,8 +66,20 @@ def load(config: Config, tokenizer_file: Path | None) -> Dataset:
         source.splits, validation=config.validation, examples=config.examples, seed=config.seed
     )
     x = _arrays(source, tokenizer_file, config)
+    # Rows that nobody uses (`examples`) are left out, so that no cached feature is computed for them.
+    used = np.sort(np.concatenate([train, validation, test]))
+    train, validation, test = (np.searchsorted(used, rows) for rows in (train, validation, test))
     return Dataset(
-        source.name, x, source.y, train, validation, test, source.classes, source.kind, source.licence, natural={}
+        source.name,
+        x[used],
+        source.y[used],
+        train,
+        validation,
+        test,
+        source.classes,
+        source.kind,
+        source.licence,
+        natural={},
     )
 
 
