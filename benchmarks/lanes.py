@@ -104,7 +104,7 @@ def client_by_client(p: Problem) -> Callable[[], Params]:
     loss, sgd = plain_loss(p), optax.sgd(LR)
 
     @jax.jit
-    def step(params: Params, frozen: Params, x: Any, y: Any, mask: Any) -> Params:
+    def step(params: Params, frozen: Params, x: Any, y: Any, mask: Any) -> Any:
         grads = jax.grad(loss)(params, frozen, x, y, mask)
         return optax.apply_updates(params, sgd.update(grads, sgd.init(params))[0])
 

@@ -58,7 +58,7 @@ IMPOSSIBLE = [
 @pytest.mark.parametrize("options", IMPOSSIBLE, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
 def test_impossible_options_are_refused_by_name_and_value(options: dict) -> None:
     (name, value), *_ = options.items()
-    with pytest.raises(ValueError, match="^Expected ") as caught:
+    with pytest.raises(ValueError, match=r"^Expected ") as caught:
         Config(**options)
     message = str(caught.value)
     assert name in message and (str(value) in message or repr(value) in message)

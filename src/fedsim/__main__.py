@@ -107,7 +107,7 @@ def run(argv: Sequence[str]) -> int:
     options = parse(RunOptions, argv, "fedsim run")
     if options.resume is not None:
         extra = [
-            a for a in argv if a.endswith(".py") or (a.startswith("--") and not a.startswith(("--resume", "--quiet"))
+            a for a in argv if a.endswith(".py") or (a.startswith("--") and not a.startswith(("--resume", "--quiet")))
         ]
         if extra:
             raise ValueError(f"Expected --resume without {extra[0]}; options and folder are those of the resumed run.")
