@@ -5,10 +5,10 @@ Command:  fedsim run experiments/main_job.py
           fedsim run experiments/main_job.py --baselines  (bias, LoRA, full and centralised beside it)
 Data:     20 Newsgroups, 11,293 training and 7,528 test texts, 20 classes, cut to 32 tokens; the pre-processed form of
           docs/licences.md, so accuracies are not comparable with published ones. Chance is 0.05.
-Machine:  <<MAIN_MACHINE>>
-Time:     <<MAIN_TIME>>
-Result:   <<MAIN_RESULT>>
-Bytes:    <<MAIN_BYTES>>
+Machine:  2 cores of a shared AMD EPYC, 23 GiB, Python 3.11, JAX 0.10.2; 2026-11-23, other work on the machine.
+Time:     3:46 min (median of seeds 0, 1, 2; 3:43 to 3:50), weights and texts fetched before.
+Result:   test accuracy 0.664, 0.667, 0.671 (seeds 0, 1, 2); the head alone 0.665, 0.653, 0.656.
+Bytes:    76,189,120 up, 76,189,120 down; once, the backbone to 100 clients, 9,026,150,400.
 """
 
 from fedsim import Config

@@ -65,6 +65,9 @@ def test_every_option_can_be_set(kind: type, name: str) -> None:
     value, argv = other(name, typing.get_type_hints(kind)[name], getattr(DEFAULTS[kind], name))
     options = cli.parse(cli.RunOptions, argv, "fedsim run")
     config, speed = options.config(), options.speed
+    if name == "backbone":  # another backbone starts from Config(), not from the main job that is made for MiniLM
+        assert config == Config(backbone=value)
+        return
     changed = {f"{k.__name__}.{f.name}" for k, found in ((Config, config), (Speed, speed))
                for f in dataclasses.fields(k) if getattr(found, f.name) != getattr(DEFAULTS[k], f.name)}  # fmt: skip
     assert changed == {f"{kind.__name__}.{name}"}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fedsim.cohort import Cohort as Cohort
     from fedsim.config import Config as Config
     from fedsim.config import Speed as Speed
+    from fedsim.config import main_job as main_job
     from fedsim.core import Algorithm as Algorithm
     from fedsim.core import Batch as Batch
     from fedsim.core import Client as Client
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "fedsim.cohort": ("Cohort",),
-    "fedsim.config": ("Config", "Speed"),
+    "fedsim.config": ("Config", "Speed", "main_job"),
     "fedsim.core": ("Algorithm", "Batch", "Client", "Info", "Local", "Passes", "Reduce", "Task", "mean", "stack"),
     "fedsim.local": ("fit",),
     "fedsim.record": ("load",),
