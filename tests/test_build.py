@@ -225,6 +225,7 @@ def test_phases_hand_on_what_was_trained(tmp_path: Path, blobs: Callable[..., Pa
 
 def test_an_idle_accelerator_is_mentioned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     exists = Path.exists
+    monkeypatch.delenv("JAX_PLATFORMS")  # who asks for the CPU is not told about a GPU
     monkeypatch.setattr(Path, "exists", lambda p: str(p) == "/dev/nvidia0" or exists(p))
     with pytest.warns(UserWarning, match=r"/dev/nvidia0.*pip install -e '\.\[cuda13\]'") as caught:
         build.warn_idle_accelerator()
