@@ -318,7 +318,7 @@ def tune_host(speed: Speed) -> None:
     """The persistent compilation cache, and an allocator that keeps large buffers instead of returning every one.
 
     XLA on a CPU allocates its temporaries at every call; glibc maps and unmaps those above 32 MiB each time, and the
-    page faults cost 10 to 20 % of a MiniLM forward pass on 2 cores (`benchmarks/allocator.py`).
+    page faults cost a part of every forward pass (`benchmarks/allocator.py` measures it).
     """
     if speed.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
