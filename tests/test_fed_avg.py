@@ -24,7 +24,7 @@ def numpy_fed_avg(problem, start, cohorts, rate, passes):
         for id in ids:
             own = problem.rows[problem.offsets[id] : problem.offsets[id + 1]]
             mine = {k: v.copy() for k, v in w.items()}
-            _, step, _, example = batches(np.array([id]), np.array([len(own)]), passes, 0, round * 16)
+            _, step, _, example = batches(np.array([id]), np.array([len(own)]), passes, 0, round)
             for s in range(step.max(initial=-1) + 1):
                 rows = own[example[step == s]]
                 x = np.tanh(problem.x[rows].astype(np.float64) @ problem.held["frozen"])
@@ -86,7 +86,7 @@ def test_server_optimizer_sees_the_mean_change_as_gradient():
     start = tiny_task().init
     half = tiny_task(server_optimizer=optax.sgd(0.5))
     slow, _, _ = run(fed_avg, problem, task=half)
-    from fedsim.lanes import key_for
+    from fedsim.programs import key_for
 
     begin = start(key_for(jax.random.key(0), "init"))
     for name in begin:

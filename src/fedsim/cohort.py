@@ -13,7 +13,8 @@ from jax import Array
 from fedsim import plan as planning
 from fedsim import wire
 from fedsim.core import Info, Local, Reduce, Tree, mean
-from fedsim.lanes import Lanes, Slots, key_for, message_bytes, split_message
+from fedsim.lanes import Lanes, message_bytes
+from fedsim.programs import Slots, key_for, split_message
 
 
 class Exchanged(NamedTuple):
@@ -138,9 +139,10 @@ class Cohort:
             engine.offsets,
             local.passes,
             engine.seed,
-            self.round * 16 + len(self.done),
+            self.round,
             len(engine.devices),
             programs.lanes,
+            exchange=len(self.done),
         )
         slots = self._slots(plan)
         clock = engine.put(np.array([self.round, len(self.done)], np.int32))

@@ -60,11 +60,11 @@ def steps_of(sizes: np.ndarray, passes: Passes) -> np.ndarray:
 
 
 def batches(
-    ids: np.ndarray, sizes: np.ndarray, passes: Passes, seed: int, round: int
+    ids: np.ndarray, sizes: np.ndarray, passes: Passes, seed: int, round: int, exchange: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Every row that the cohort visits: (member, step, column, example within the client), each (R,) int64.
 
-    An epoch visits each example once, in an order that depends on (seed, round, client, epoch) only; its last batch is
+    An epoch visits each example once, in an order that depends on (seed, round, exchange, client, epoch) only; its last batch is
     short. With `passes.steps` epochs follow one another without a seam and every batch is full.
     """
     size = passes.batch_size
@@ -77,7 +77,7 @@ def batches(
     place = np.arange(len(member)) - start[member]
     epoch, example = np.divmod(place, np.maximum(sizes, 1)[member])
     if passes.shuffle:
-        order = np.lexsort((mix(seed, round, ids[member], epoch, example), epoch, member))
+        order = np.lexsort((mix(seed, round, exchange, ids[member], epoch, example), epoch, member))
         example = example[order]
     if passes.steps is not None:
         step, column = np.divmod(place, size)
@@ -121,12 +121,14 @@ def make(
     round: int,
     devices: int,
     lanes: int,
+    exchange: int = 0,
 ) -> Plan:
     """The plan of one exchange.
 
     Args:
         ids: (M,) clients of the cohort.
         rows, offsets: the partition; client i owns rows[offsets[i]:offsets[i + 1]].
+        exchange: which of the round's, from 0.
     """
     begin_row = offsets[ids].astype(np.int64)
     sizes = offsets[ids + 1].astype(np.int64) - begin_row
@@ -159,7 +161,7 @@ def make(
 
     # Every row that a client visits.
     grid = np.zeros((*shape, passes.batch_size), np.int32)
-    who, step, column, example = batches(ids, sizes, passes, seed, round)
+    who, step, column, example = batches(ids, sizes, passes, seed, round, exchange)
     at = (device[who], begin[who] + step, lane[who])
     grid[(*at, column)] = rows[begin_row[who] + example]
     np.add.at(count, at, 1)

@@ -27,7 +27,7 @@ from fedsim.core import Population
 from fedsim.data.assets import cache_dir
 from fedsim.data.dataset import stream
 from fedsim.data.show import draw as draw_partition
-from fedsim.lanes import key_for
+from fedsim.programs import key_for
 from fedsim.progress import Progress
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h

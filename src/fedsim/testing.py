@@ -24,7 +24,8 @@ from fedsim.checkpoint import Checkpoints
 from fedsim.cohort import Cohort, Memory
 from fedsim.core import Algorithm, Batch, Client, Local, Params, Passes, Population, Task, Tree, by_examples
 from fedsim.evaluate import classification_loss
-from fedsim.lanes import Lanes, key_for, message_bytes
+from fedsim.lanes import Lanes, message_bytes
+from fedsim.programs import key_for
 
 Make = Callable[[Task], Algorithm]
 
@@ -150,7 +151,7 @@ def one_client(
     root = jax.random.key(seed)
     key = key_for(root, "local", round, exchange, id)
     client = Client(jnp.int32(id), jnp.int32(size), memory, key, jnp.int32(round))
-    _, step, column, example = plan.batches(np.array([id]), np.array([size]), local.passes, seed, round * 16 + exchange)
+    _, step, column, example = plan.batches(np.array([id]), np.array([size]), local.passes, seed, round, exchange)
     steps = max(int(plan.steps_of(np.array([size]), local.passes)[0]), 1)
     carry: Tree = None
     for s in range(steps):
