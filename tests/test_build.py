@@ -48,6 +48,8 @@ def test_optimizers_are_optax_s(text: str, reference: Callable[[float], optax.Gr
         ("constant_schedule", "to be an optax optimizer"),
         ("sgd(0.1)", "to give options by name"),
         ("sgd(momentun=0.9)", "momentun"),
+        ("adam(b1='x')", "makes a step from a gradient"),
+        ("lbfgs", "makes a step from a gradient"),
         ("os.system('true')", "to be an optax optimizer"),
     ],
 )
@@ -99,6 +101,7 @@ def test_phases_cover_all_rounds() -> None:
         ({"algorithm": "fed_prox(nu=1)"}, "'nu'.*did you mean mu"),
         ({"algorithm": "fed_prox(1)"}, "options by name"),
         ({"algorithm": "none.py:fed_mine"}, "none.py"),
+        ({"optimizer": "lbfgs"}, "optimizer='lbfgs'"),
         ({"targets": ("querry",)}, "querry.*did you mean query"),
         ({"rank": 1000}, "rank=1000"),
         ({"backbone": "vit_b16"}, "weights of backbone='vit_b16' to be given"),

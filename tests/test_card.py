@@ -31,7 +31,7 @@ def stacked():
     offsets = np.arange(CLIENTS + 1, dtype=np.int64) * EXAMPLES
     passes = Passes(epochs=1, batch_size=BATCH)
     ids = np.arange(CLIENTS)
-    who, step, column, example = batches(ids, np.full(CLIENTS, EXAMPLES), passes, 0, 16)  # seed 0, round 1, exchange 0
+    who, step, column, example = batches(ids, np.full(CLIENTS, EXAMPLES), passes, 0, 1)  # seed 0, round 1, exchange 0
     rows = np.zeros((CLIENTS, STEPS, BATCH), np.int64)
     rows[who, step, column] = offsets[who] + example
     held = {"frozen": rng.normal(size=(FEATURES, FEATURES)).astype(np.float32)}

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from fedsim import lanes as lanes_module
 from fedsim import wire
 from fedsim.algorithms import ALGORITHMS
 from fedsim.cohort import Cohort, Memory
@@ -84,6 +85,37 @@ def test_engine_equals_client_by_client(passes):
         expected = np.asarray(message[name]) + np.tensordot(weights / weights.sum(), changes, axes=1)
         np.testing.assert_allclose(server[name], expected, rtol=1e-5, atol=1e-6)
     assert memory.state()[0].tolist() == [1.0] * len(COHORT)
+
+
+def test_auto_halves_the_lanes_until_the_program_fits(monkeypatch):
+    """The program's own analysis decides: with memory for little more than one lane, few remain, and nothing else changes."""
+    problem, task = tiny_problem(), tiny_task(passes=Passes(1, 3, 4))
+
+    def lanes_and_result(memory):
+        monkeypatch.setattr(lanes_module, "device_memory", lambda device: memory)
+        server, _, cohorts = run(counting, problem, (COHORT,), task=task, lanes="auto")
+        return cohorts[0].engine.lanes, server
+
+    many, wide = lanes_and_result(2**40)
+    few, narrow = lanes_and_result(1)
+    assert many > 1 and few == 1
+    same(wide, narrow, "lanes", rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "platform", "lanes"),
+    [
+        ([40] * 10, 1, "cpu", 5),  # two turns of five, not three of four
+        ([40] * 10, 2, "cpu", 5),
+        ([40] * 256, 1, "gpu", 256),
+        ([40] * 257, 1, "gpu", 160),  # two turns of 160 lanes stand idle less than two of 256
+        ([400, 8, 8, 8], 1, "cpu", 1),  # nothing beside the long one would be busy
+        ([0, 0], 1, "cpu", 2),
+    ],
+)
+def test_auto_lanes_end_together(sizes, devices, platform, lanes):
+    found = lanes_module.choose_lanes(np.array(sizes), Passes(1, None, 8), devices, platform)
+    assert found == lanes
 
 
 def test_keys_depend_on_round_and_client_only():

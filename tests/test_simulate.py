@@ -293,6 +293,19 @@ def test_a_round_in_which_nobody_counts_changes_nothing(
     assert result.rounds[0]["validation"] == result.summary["start"]["validation"]
 
 
+def test_what_is_refused_leaves_no_folder(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "bad.npz").write_bytes(b"no arrays")
+    for bad in ({"dataset": str(tmp_path / "bad.npz")}, {"algorithm": "fed_prox(mu=-1)"}):
+        with pytest.raises(ValueError, match="Expected"):
+            fedsim.run(config.replace(**bad), SPEED, out=tmp_path / "out", quiet=True)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_used_folder_is_refused_before_the_data_are_read(done: Run, config: Config) -> None:
+    with pytest.raises(ValueError, match="to hold no run"):
+        fedsim.run(config.replace(dataset="missing.npz"), SPEED, out=done.directory, quiet=True)
+
+
 def test_resume_takes_no_options(done: Run, config: Config) -> None:
     with pytest.raises(ValueError, match="Expected resume alone"):
         simulate.run(config, resume=done.directory)

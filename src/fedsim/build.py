@@ -89,11 +89,22 @@ def optimizer(text: str, option: str) -> Callable[[Any], optax.GradientTransform
         raise ValueError(
             f"Expected {option}={text!r} to give options by name; the learning rate is an option of its own."
         )
+
+    def made(rate: Any) -> optax.GradientTransformation:
+        return make(learning_rate=rate, **options)
+
+    def once() -> Any:
+        w, transform = {"w": jnp.zeros(1)}, made(0.1)
+        return transform.update(w, transform.init(w), w)
+
     try:
-        made = lambda rate: make(learning_rate=rate, **options)  # noqa: E731 - returned, and tried on the next line
-        made(0.1).init({"w": jnp.zeros(1)})
-    except TypeError as error:
-        raise ValueError(f"Expected {option}={text!r} to be a call that optax takes; {error}.") from None
+        with jax.numpy_dtype_promotion("standard"):  # as in training
+            jax.eval_shape(once)
+    except Exception as error:  # what optax raises at bad options has no common type
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"Expected {option}={text!r} to be a call with which optax makes a step from a gradient; {reason}."
+        ) from None
     return made
 
 
@@ -216,6 +227,8 @@ def problem(config: Config, speed: Speed) -> Problem:
             "choose another backbone, such as mlp."
         )
     models = [split_model(phase.config, dataset) for phase in phases(config)]
+    for phase, model in zip(phases(config), models, strict=True):  # an algorithm that cannot run refuses here
+        algorithms.find(config.algorithm)(task(phase.config, model, {}, cached=False))
     cuts = sorted({model.cut for model in models if use_cache(speed, model, dataset.x)})
     return Problem(config, speed, dataset, partitions.make(config, dataset), tuple(cuts), {})
 

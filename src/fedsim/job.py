@@ -10,6 +10,7 @@ from fedsim import record, report
 from fedsim.config import Config, Speed, nearest
 
 HEAD_ROUNDS, HEAD_PATIENCE = 200, 30  # the head run ends when its validation accuracy stands still
+FULL_LR = 1e-4  # of full fine-tuning in --baselines: a LoRA's rate destroys a pre-trained encoder
 
 
 def head_config(config: Config) -> Config:
@@ -28,6 +29,7 @@ def head_config(config: Config) -> Config:
 def baseline_configs(config: Config, examples: int) -> dict[str, Config]:
     """The runs of `--baselines`: PEFT kinds in all layers under the config's options, and all `examples` at one client."""
     others = {kind: config.replace(peft=kind, targets=("query", "value")) for kind in ("bias", "lora", "full")}
+    others["full"] = others["full"].replace(lr=min(config.lr, FULL_LR))
     steps = config.steps or config.epochs * max(1, -(-examples // (config.clients * config.batch_size)))
     central = config.replace(clients=1, clients_per_round=1, partition="iid", steps=steps * config.clients_per_round)
     return {**others, "centralised": central}
@@ -49,6 +51,7 @@ def run_job(
     from fedsim import build, simulate
 
     build.check(config, speed)
+    record.refuse_used(out)
     build.fetch_missing(config)
     problem = build.problem(config, speed)
     done = simulate.run(config, speed, out=out, quiet=quiet, problem=problem)

@@ -103,15 +103,18 @@ def folder(out: str | Path | None, config: Config) -> Path:
                 made.mkdir(parents=True)
                 return made
     directory = Path(out or "runs")
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"Expected out={str(out)!r} to be a folder, not a file; choose another --out.")
     refuse_used(directory)
     directory.mkdir(parents=True, exist_ok=True)
     return directory
 
 
-def refuse_used(directory: Path) -> None:
-    """Raises `ValueError` if a folder holds a run."""
+def refuse_used(out: str | Path | None) -> None:
+    """Raises `ValueError` if a folder holds a run, or is a file."""
+    if out is None:
+        return
+    directory = Path(out)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"Expected out={str(out)!r} to be a folder, not a file; choose another --out.")
     if any((directory / name).exists() for name in (CONFIG, ROUNDS, SUMMARY)):
         raise ValueError(
             f"Expected out={str(directory)!r} to hold no run; go on with it by --resume {directory}, "
@@ -330,7 +333,8 @@ def load(directory: str | Path) -> Run:
     directory = Path(directory)
     if not (directory / CONFIG).is_file():
         raise ValueError(
-            f"Expected {str(directory)!r} to hold a run ({CONFIG}); give the folder that fedsim run named."
+            f"Expected {str(directory)!r} to hold a run ({CONFIG}); give the folder that fedsim run named, or start anew "
+            "what was stopped before its first round."
         )
     about = read_json(directory / CONFIG)
     if about.get("schema", 0) > SCHEMA:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import importlib.metadata
 import math
@@ -63,40 +64,38 @@ def run(
     else:
         config, speed = config or main_job(), speed or Speed()
         build.check(config, speed)
+        record.refuse_used(out)
         build.fetch_missing(config)
-        directory = record.folder(out, config)
+        directory = None  # made when there is something to write, so that bad data leave no empty folder behind
     tune_host(speed)
     build.warn_idle_accelerator()
     with ExitStack() as stack:
-        stack.enter_context(record.lock(directory))
-        checkpoints = stack.enter_context(Checkpoints(directory / record.CHECKPOINTS))
         progress = stack.enter_context(
             Progress(config.rounds, head_rounds=config.head_rounds * (config.peft != "head"), quiet=quiet)
         )
-        simulate(config, speed, directory, checkpoints, progress, fresh=resume is None, problem=problem)
+        if problem is None:
+            progress.message("reading the data")
+            problem = build.problem(config, speed)
+        directory = directory or record.folder(out, config)
+        stack.enter_context(record.lock(directory))
+        checkpoints = stack.enter_context(Checkpoints(directory / record.CHECKPOINTS))
+        simulate(config, speed, problem, directory, checkpoints, progress, fresh=resume is None)
     return record.load(directory)
 
 
 def simulate(
     config: Config,
     speed: Speed,
+    problem: Problem,
     directory: Path,
     checkpoints: Checkpoints,
     progress: Progress,
     *,
     fresh: bool,
-    problem: Problem | None = None,
 ) -> None:
-    """The loop over rounds. Everything random derives from (seed, round), so a resumed run repeats what was lost.
-
-    Args:
-        problem: data and features that another run of the same data and backbone has prepared.
-    """
+    """The loop over rounds. Everything random derives from (seed, round), so a resumed run repeats what was lost."""
     began = time.perf_counter()
-    clock = CompileClock()
-    if problem is None:
-        progress.message("reading the data")
-        problem = build.problem(config, speed)
+    clock = compile_clock()
     if fresh:
         shape = list(jax.tree.leaves(problem.dataset.x)[0].shape[1:])
         record.start(directory, config, speed, {"classes": list(problem.dataset.classes), "input_shape": shape})
@@ -330,7 +329,7 @@ def tune_host(speed: Speed) -> None:
 
 
 class CompileClock:
-    """Seconds that JAX has spent compiling in this process since this clock was made."""
+    """Seconds that JAX has spent compiling in this process since this clock was made; see `compile_clock`."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -339,6 +338,12 @@ class CompileClock:
     def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/"):
             self.seconds += duration_secs
+
+
+@functools.cache  # JAX keeps every listener for good: one for all runs of a process
+def compile_clock() -> CompileClock:
+    """The process's clock of compilation."""
+    return CompileClock()
 
 
 @contextmanager

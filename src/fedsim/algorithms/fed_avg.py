@@ -63,4 +63,6 @@ def fed_avg(task: Task, penalty: Penalty | None = None) -> Algorithm:
 
 def fed_prox(task: Task, mu: float = 0.1) -> Algorithm:
     """FedProx (Li et al., arXiv 1812.06127): FedAvg with mu/2 |w - w0|^2 added to every client's loss."""
+    if not isinstance(mu, (int, float)) or not mu >= 0:
+        raise ValueError(f"Expected mu={mu!r} >= 0; 0 is FedAvg.")
     return fed_avg(task, penalty=proximal(mu))
