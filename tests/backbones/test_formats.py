@@ -241,3 +241,17 @@ def test_small_baselines_count_as_published() -> None:
 
     assert count("shufflenet_v2_x0_5", 100) == 444_292
     assert count("cnn", 62, input_shape=(28, 28)) == 1_206_590
+
+
+@pytest.mark.parametrize("name", ["vit", "vit_timm", "vit_augreg", "dinov2", "dinov2_onnx"])
+def test_positions_of_another_grid_are_resampled_at_loading(known, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model for 20-pixel images that loads a checkpoint of 12 pixels is that checkpoint on images of 20."""
+    features = []
+    for image in (12, 20):
+        monkeypatch.setitem(ROWS, name, ROWS[name]._replace(config=dataclasses.replace(ROWS[name].config, image=image)))
+        model = known(name, pool="mean")
+        frozen = load("small", str(FIXTURES / name), peft.published(model))
+        assert frozen["embeddings/position"].shape == (1 + (image // 4) ** 2, 16)
+        features.append(model.prefix(frozen, np.random.default_rng(0).normal(size=(2, 20, 20, 3)).astype(np.float32)))
+    np.testing.assert_allclose(*features, atol=1e-6, rtol=0)
+    assert np.abs(features[0]).max() > 0.1

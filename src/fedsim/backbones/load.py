@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedsim.backbones import Backbone, backbone
 from fedsim.backbones.formats import FORMATS, Format, Place
 from fedsim.backbones.layers import initial
 from fedsim.backbones.sources import Source, hub, is_hub_name, open_source
+from fedsim.backbones.vit import resampled
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
+POSITION = "embeddings/position"  # of a vision transformer: the one leaf whose shape depends on the image size
 
 
 class Match(NamedTuple):
@@ -41,6 +45,7 @@ def load(name: str, weights: str | None, shapes: Shapes, seed: int = 0) -> dict[
         name: of the backbone.
         weights: file, directory or hub name of a checkpoint; "random" for initial values drawn from `seed` and the
             leaf's path; None for the packaged weights.
+            Positions that a vision transformer learned at another image size are resampled (bicubic).
         shapes: the published leaves, by our paths.
 
     Raises:
@@ -49,7 +54,11 @@ def load(name: str, weights: str | None, shapes: Shapes, seed: int = 0) -> dict[
     if weights == "random":
         return random(shapes, seed)
     found = find(name, weights, shapes)
-    return {path: _read(found.source, place, shapes[path].shape) for path, place in found.places.items()}
+    values = {path: _read(found.source, place, shapes[path].shape) for path, place in found.places.items()}
+    if POSITION in values and values[POSITION].shape != shapes[POSITION].shape:  # learned at another image size
+        side = math.isqrt(shapes[POSITION].shape[0] - 1)
+        values[POSITION] = np.asarray(resampled(jnp.asarray(values[POSITION]), (side, side)))
+    return values
 
 
 def random(shapes: Shapes, seed: int = 0) -> dict[str, np.ndarray]:
@@ -131,6 +140,7 @@ def match(source: Source, row: Backbone, shapes: Shapes) -> Match:
         for path, place in places.items()
         if place.name in named
         and source.shapes[named[place.name]] != (shape := _stored_shape(place, shapes[path].shape, row.config))
+        and not (path == POSITION and _is_grid(source.shapes[named[place.name]], shape))
     }
     extra = [
         n
@@ -161,7 +171,14 @@ def _read(source: Source, place: Place, shape: tuple[int, ...]) -> np.ndarray:
     stored = source.read(place.name)
     rows = stored.shape[0] // place.parts
     part = stored[place.part * rows : (place.part + 1) * rows]
+    shape = (-1, *shape[1:])  # positions may be of another grid
     return np.ascontiguousarray(place.layout.ours(part, shape), dtype=np.float32)
+
+
+def _is_grid(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether both are positions (1, 1 + n^2, D) of a class token and a square of patches, for any n."""
+    square = [len(s) == 3 and math.isqrt(max(s[1] - 1, 0)) ** 2 == s[1] - 1 > 0 for s in (stored, shape)]
+    return all(square) and stored[-1] == shape[-1]
 
 
 def _first(names: Iterable[str], most: int = 20) -> list[str]:
