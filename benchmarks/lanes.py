@@ -91,7 +91,7 @@ class Problem:
         self.offsets = np.concatenate([[0], np.cumsum(self.sizes)])
         self.passes = Passes(epochs=1, batch_size=o.batch_size)
         ids = np.arange(o.clients)
-        made = plan.make(ids, self.rows, self.offsets, self.passes, o.seed, 16 * ROUND, 1, 1)
+        made = plan.make(ids, self.rows, self.offsets, self.passes, o.seed, ROUND, 1, 1)
         self.steps = plan.steps_of(self.sizes, self.passes)
         self.batches: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0), np.zeros(0))] * o.clients
         for member in ids:  # one lane: a client's steps follow one another
