@@ -78,4 +78,4 @@ def test_mixed_sizes_are_refused() -> None:
 def test_texts_and_arrays() -> None:
     assert _stacked([b"caf\xc3\xa9", b"b"], "x") == (["café", "b"], "text")
     array, kind = _stacked([np.zeros(3, np.float64)] * 2, "x")
-    assert kind == "array" and array.shape == (2, 3) and array.dtype == np.float32  # type: ignore[union-attr]
+    assert kind == "array" and array.shape == (2, 3) and array.dtype == np.float32  # type: ignore[union-attr]  # the row above says that it is an array
