@@ -166,6 +166,21 @@ def replying(reply, passes=None):
     )
 
 
+@pytest.mark.parametrize("lanes", [1, 3, 16])
+def test_an_empty_step_does_not_happen(lanes):
+    """A client's carry moves once for each of its batches, also where a step would move it without an example."""
+    local = Local(
+        lambda held, message, client, batch: jnp.zeros(()),
+        lambda held, message, carry, batch: (carry + 1.0, {}),
+        lambda held, message, carry, client: (carry, (), {}),
+        Passes(2, None, 4),
+    )
+    cohort = (*COHORT, 3)  # 3 has no example
+    result, _, _ = exchange(local, reduce=stack(lambda client, reply: jnp.ones(())), cohort=cohort, lanes=lanes)
+    assert result.replies.tolist() == [2 * -(-SIZES[id] // 4) for id in cohort]
+    assert result.replies[-1] == 0 and result.weight.tolist() == [1.0] * len(cohort)
+
+
 def test_non_finite_reply_is_left_out_and_counted():
     local = replying(lambda message, carry, client: jnp.where(client.id == 7, jnp.nan, number(client)))
     result, info, _ = exchange(local)
