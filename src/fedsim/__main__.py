@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from fedsim import own
 from fedsim.config import Config, Data, Evaluation, Model, Speed, Training, main_job, nearest
 
 
@@ -101,8 +101,10 @@ class CostOptions(Model):
         for name in ("backbone", "peft", "classes"):
             if not getattr(self, name):
                 raise ValueError(f"Expected {name} to have a value; give one or more.")
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(Config) if hasattr(self, f.name)}
-        return [Config(**{**own, "backbone": b, "peft": p}) for b in self.backbone for p in self.peft]
+        here: dict[str, Any] = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(Config) if hasattr(self, f.name)
+        }
+        return [Config(**here | {"backbone": b, "peft": p}) for b in self.backbone for p in self.peft]
 
 
 def parse(kind: type[Any], argv: Sequence[str], prog: str) -> Any:
@@ -123,12 +125,7 @@ def from_file(file: Path) -> tuple[Config, Speed]:
     Raises:
         ValueError: no such file, or it defines no `config`.
     """
-    if not file.is_file():
-        raise ValueError(f"Expected experiment file {str(file)!r} to exist; give its path.")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None  # the name ends in .py
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = own.execute(file, "experiment")
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise ValueError(f"Expected {file} to define config = fedsim.Config(...).")
