@@ -105,7 +105,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["run", "--resume", "nowhere"], "Expected 'nowhere' to hold a run"),
         (["run", "--resume", "nowhere", "--rounds", "3"], "Expected --resume without --rounds"),
         (["run", "none.py"], "Expected experiment file 'none.py' to exist"),
-        (["rnu"], "Expected command 'rnu' to be one of run, compare, check, data, list; did you mean run?"),
+        (["rnu"], "Expected command 'rnu' to be one of run, cost, compare, check, data, list; did you mean run?"),
         (["list", "pefts"], "did you mean peft"),
         (["data", "lits"], "did you mean list"),
         (["data", "fetch", "minilm"], "minilm"),

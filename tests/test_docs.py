@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 
 import fedsim
 from fedsim import __main__ as cli
@@ -24,7 +25,7 @@ from fedsim.record import Run
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-EXPERIMENTS = sorted(ROOT.glob("experiments/*.py"))
+EXPERIMENTS = sorted(ROOT.glob("experiments/**/*.py"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PIP_TEST = "pip install -e '.[test]' && pytest"
 
@@ -67,6 +68,8 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         config = options.config()
         if command == "run" and options.resume is None:
             algorithms.find(config.algorithm)
+    elif command == "cost":
+        tyro.cli(cli.CostOptions, args=argv).configs()
     elif command == "check" and argv:
         algorithms.find(argv[0])
     elif command == "list":
@@ -108,6 +111,8 @@ def test_options_exist(document: Path) -> None:
     help_text = io.StringIO()
     with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
         cli.parse(cli.RunOptions, ["--help"], "fedsim run")
+    with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
+        tyro.cli(cli.CostOptions, args=["--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", help_text.getvalue()))
     others = {"--help", "--exclude-editable", "--accept-licence"}
     said = {

@@ -64,6 +64,25 @@ def test_ranked_counts_the_rank_that_is_sent():
     assert wire.price(packet) == {"a": 10 * 2 * 4, "b": 8 * 2 * 4}
 
 
+@pytest.mark.parametrize("codec", [None, wire.cast("bfloat16"), wire.cast("float16")])
+def test_price_of_shapes_is_the_price_of_the_message(codec):
+    message = codec.encode(TREE) if codec else TREE
+    found = wire.price_shapes(jax.eval_shape(lambda: TREE), codec)
+    assert found == wire.price(message)
+    assert sum(found.values()) == len(wire.serialise(message, codec))
+
+
+def test_a_price_that_depends_on_values_is_refused():
+    sparse = wire.Codec(
+        lambda tree: jax.tree.map(lambda a: wire.Packet(a, jnp.count_nonzero(a).astype(jnp.uint32) * 8), tree),
+        wire.to_bytes,
+        lambda data, shape: np.frombuffer(data, np.float32).reshape(shape),
+    )
+    assert wire.price(sparse.encode({"w": jnp.ones(3)})) == {"w": 24}
+    with pytest.raises(ValueError, match="price of packet 'w' to be a value"):
+        wire.price_shapes({"w": jax.ShapeDtypeStruct((3,), jnp.float32)}, sparse)
+
+
 def test_unknown_price_is_refused():
     shapes = jax.eval_shape(lambda: wire.ranked(jnp.ones((2, 2)), jnp.int32(1), 0))
     with pytest.raises(ValueError, match="to be a value"):

@@ -1,9 +1,8 @@
-"""The command line: run, compare, check, data, list. Options are `Config` and `Speed`; JAX comes in where needed."""
+"""The command line: run, cost, compare, check, data, list. Options are `Config` and `Speed`; JAX comes in where needed."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from fedsim import own
 from fedsim.config import Config, Data, Evaluation, Model, Speed, Training, main_job, nearest
 
 
@@ -62,6 +62,51 @@ class ShowOptions(Options):
     """The picture (default: <data set>-<partition>.png)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CostOptions(Model):
+    """Parameters and bytes of a setting from shapes alone: no weights, no data, nothing allocated.
+
+    Several backbones, PEFT kinds or numbers of classes give a row for each combination.
+    """
+
+    # Several values where a run has one; the file is never read.
+    backbone: tuple[str, ...] = ("minilm_l6",)  # pyrefly: ignore[bad-override]
+    """Names of backbones (`fedsim list backbones`)."""
+    peft: tuple[str, ...] = ("lora",)  # pyrefly: ignore[bad-override]
+    """What is trained beside the head (`fedsim list peft`), parts joined by `+`."""
+    weights: tyro.conf.Suppress[tyro.conf.Fixed[None]] = None
+    classes: tuple[int, ...] = (20,)
+    """Classes of the data set."""
+    input_shape: tuple[int, ...] | None = None
+    """Shape of one example, for a backbone that takes any (`mlp`)."""
+    dtype: str = "float32"
+    """Of all parameters: float32 as in a run, bfloat16 or float16."""
+    rounds: int = Config.rounds
+    """Communication rounds in all, head_rounds included."""
+    clients: int = Config.clients
+    """Number of clients N."""
+    clients_per_round: int = Config.clients_per_round
+    """Cohort size M."""
+    codec_up: str = Config.codec_up
+    """What clients' messages are cast to on the wire, as for `fedsim run`."""
+    codec_down: str = Config.codec_down
+    """What the server's messages are cast to on the wire."""
+    rules: bool = False
+    """Also say which rule took which leaf."""
+    json: bool = False
+    """Print JSON: a list with an object for each row."""
+
+    def configs(self) -> list[Config]:
+        """A config for each backbone and PEFT kind; raises `ValueError` for impossible options."""
+        for name in ("backbone", "peft", "classes"):
+            if not getattr(self, name):
+                raise ValueError(f"Expected {name} to have a value; give one or more.")
+        here: dict[str, Any] = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(Config) if hasattr(self, f.name)
+        }
+        return [Config(**here | {"backbone": b, "peft": p}) for b in self.backbone for p in self.peft]
+
+
 def parse(kind: type[Any], argv: Sequence[str], prog: str) -> Any:
     """Options from the command line on top of those of an experiment file, if one is named first."""
     # The main job's choices (layers, rates, head first) are made for its backbone; another one starts from `Config()`.
@@ -80,12 +125,7 @@ def from_file(file: Path) -> tuple[Config, Speed]:
     Raises:
         ValueError: no such file, or it defines no `config`.
     """
-    if not file.is_file():
-        raise ValueError(f"Expected experiment file {str(file)!r} to exist; give its path.")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None  # the name ends in .py
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = own.execute(file, "experiment")
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise ValueError(f"Expected {file} to define config = fedsim.Config(...).")
@@ -134,6 +174,22 @@ def run(argv: Sequence[str]) -> int:
         baselines=options.baselines,
         quiet=options.quiet,
     )
+    return 0
+
+
+def cost(argv: Sequence[str]) -> int:
+    """Print parameters and bytes of a backbone, a PEFT kind and a number of classes; needs no weights and no data."""
+    for flag in ("--backbone", "--peft", "--classes"):  # the last one would win without a word
+        if sum(a.split("=")[0] == flag for a in argv) > 1:
+            raise ValueError(f"Expected {flag} once; put all its values behind it, as in {flag} A B.")
+    options = tyro.cli(CostOptions, prog="fedsim cost", args=list(argv))
+    settings = [(config, classes) for config in options.configs() for classes in options.classes]
+    from fedsim import cost as costs
+
+    shape = options.input_shape
+    rows = [costs.cost(config, n, input_shape=shape, dtype=options.dtype) for config, n in settings]
+    leaves = [costs.rules(config, n, input_shape=shape) for config, n in settings] if options.rules else []
+    costs.print_costs(rows, leaves, as_json=options.json)
     return 0
 
 
@@ -214,6 +270,7 @@ def list_(argv: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": run,
+    "cost": cost,
     "compare": compare,
     "check": check,
     "data": data,

@@ -344,11 +344,8 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
 
 
 def full_bytes(model: peft.Model) -> int:
-    """Bytes of one message of full fine-tuning: every leaf of the backbone and the head, as float32."""
-    leaves = {**model.frozen, **model.trained}
-    return sum(
-        wire.array_bytes(leaf) for name, leaf in leaves.items() if name not in model.fresh or name.startswith("head/")
-    )
+    """Bytes of one message of full fine-tuning: all parameters of the backbone and the head, as float32."""
+    return sum(wire.price(peft.parameters(model)).values())
 
 
 def warn_idle_accelerator() -> None:

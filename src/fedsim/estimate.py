@@ -82,8 +82,8 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
         phase=phase,
         trained=_count(model.trained),
         frozen=_count(model.frozen),
-        up=trained // (1 if config.codec_up == "none" else 2),  # the codecs cast float32 to 16 bits
-        down=trained // (1 if config.codec_down == "none" else 2),
+        up=sum(wire.price_shapes(model.trained, wire.codec(config.codec_up)).values()),
+        down=sum(wire.price_shapes(model.trained, wire.codec(config.codec_down)).values()),
         setup=frozen,
         full=build.full_bytes(model),
         steps=float(np.mean([(p.count > 0).sum() for p in plans])),

@@ -18,12 +18,25 @@ import numpy as np
 from flax import nnx
 
 from fedsim.backbones import Module, Shape, backbone
+from fedsim.backbones.layers import STATISTICS, NoRngs
 from fedsim.backbones.load import draw, load
 from fedsim.config import Config, check_model, positive, require_known
 from fedsim.config import Model as Options
 from fedsim.peft_kinds import KINDS, Leaf, is_fresh, parse, rules
 
-__all__ = ["KINDS", "Leaves", "Model", "Options", "Shapes", "build", "from_config", "parse", "published", "start"]
+__all__ = [
+    "KINDS",
+    "Leaves",
+    "Model",
+    "Options",
+    "Shapes",
+    "build",
+    "from_config",
+    "parameters",
+    "parse",
+    "published",
+    "start",
+]
 
 Leaves = dict[str, jax.Array]
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -86,7 +99,7 @@ def from_config(config: Config | Options, classes: int, input_shape: Shape | Non
     parts = parse(options.peft)
 
     def make() -> Module:
-        module = row.make(classes, input_shape, nnx.Rngs(0))
+        module = row.make(classes, input_shape, NoRngs())  # values come from `start`
         for part in parts:
             KINDS[part].attach(module, options)
         return module
@@ -143,6 +156,17 @@ def from_config(config: Config | Options, classes: int, input_shape: Shape | Non
 def published(model: Model) -> Shapes:
     """The leaves that a checkpoint of the backbone must hold: all but the fresh ones."""
     return {p: leaf for p, leaf in {**model.frozen, **model.trained}.items() if p not in model.fresh}
+
+
+def parameters(model: Model) -> Shapes:
+    """What full fine-tuning trains: backbone and head, without what PEFT attached and without batch norm's statistics."""
+    leaves = {**model.frozen, **model.trained}
+    attached = {path for path in model.fresh if not path.startswith("head/")}
+    return {
+        path: leaf
+        for path, leaf in leaves.items()
+        if path not in attached and path.rpartition("/")[2] not in STATISTICS
+    }
 
 
 def start(model: Model, weights: str | None, seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from fedsim.backbones.layers import ADDED, MLP, STATISTICS, Adapter, Attention, Linear, gelu, param
+from fedsim.backbones.layers import ADDED, MLP, STATISTICS, Adapter, Attention, Linear, NoRngs, gelu, param
 from fedsim.config import Model as Options
 from fedsim.config import nearest, one_of
 
@@ -93,7 +93,7 @@ def attach_lora(module: Any, options: Options) -> None:
             raise ValueError(f"Expected rank={rank} <= {full}, the rank of {path}; lower it, or leave that layer out.")
         if layers[path].lora_a is None:  # "lora+ffa_lora" comes here twice
             scale = alpha / math.sqrt(rank) if options.rslora else alpha / rank
-            layers[path].attach_lora(rank, scale, nnx.Rngs(0), dora=options.dora)
+            layers[path].attach_lora(rank, scale, NoRngs(), dora=options.dora)
 
 
 def attach_adapter(module: Any, options: Options) -> None:
@@ -103,12 +103,12 @@ def attach_adapter(module: Any, options: Options) -> None:
         # AdaptFormer: ReLU, and a tenth of the result (its public code's values).
         activation, scale = (jax.nn.relu, 0.1) if parallel else (gelu, 1.0)
         width = mlp.down.kernel.shape[1]
-        mlp.adapter = Adapter(width, options.adapter_width, activation, scale, rngs=nnx.Rngs(0))
+        mlp.adapter = Adapter(width, options.adapter_width, activation, scale, rngs=NoRngs())
         mlp.parallel = parallel
     if options.adapter == "houlsby":
         for attention in _every(module, Attention, "adapter"):
             width = attention.output.kernel.shape[1]
-            attention.adapter = Adapter(width, options.adapter_width, gelu, rngs=nnx.Rngs(0))
+            attention.adapter = Adapter(width, options.adapter_width, gelu, rngs=NoRngs())
 
 
 def attach_prompt(module: Any, options: Options) -> None:
@@ -116,23 +116,23 @@ def attach_prompt(module: Any, options: Options) -> None:
     width = _every(module, Attention, "prompt")[0].query.kernel.shape[0]
     shallow = options.prompt_depth == "shallow"
     for block in list(module.blocks)[: 1 if shallow else None]:
-        block.prompt = param("prompt", (options.prompt_tokens, width), nnx.Rngs(0))
+        block.prompt = param("prompt", (options.prompt_tokens, width), NoRngs())
         block.keep_prompt = shallow
 
 
 def attach_prefix(module: Any, options: Options) -> None:
     """Keys and values in every attention."""
     for attention in _every(module, Attention, "prefix"):
-        attention.attach_prefix(options.prefix_tokens, nnx.Rngs(0))
+        attention.attach_prefix(options.prefix_tokens, NoRngs())
 
 
 def attach_ia3(module: Any, options: Options) -> None:
     """A factor for each key, each value, and each hidden feature of the MLP."""
     for attention in _every(module, Attention, "ia3"):
-        attention.key.attach_ia3(nnx.Rngs(0))
-        attention.value.attach_ia3(nnx.Rngs(0))
+        attention.key.attach_ia3(NoRngs())
+        attention.value.attach_ia3(NoRngs())
     for mlp in _every(module, MLP, "ia3"):
-        mlp.down.attach_ia3(nnx.Rngs(0), on_input=True)
+        mlp.down.attach_ia3(NoRngs(), on_input=True)
 
 
 def _every(module: Any, kind: type, peft: str) -> list[Any]:

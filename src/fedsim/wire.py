@@ -96,6 +96,25 @@ def price(tree: Tree) -> dict[str, int]:
     return prices
 
 
+def price_shapes(shapes: Tree, codec: Codec | None = None) -> dict[str, int]:
+    """What `price` gives for a message of these shapes after `codec`, before there is one: no array is made.
+
+    Raises:
+        ValueError: a packet's price depends on the values.
+    """
+    if codec is None:
+        return price(shapes)
+    prices: dict[str, int] = {}
+
+    def trace(tree: Tree) -> None:
+        # A price that follows from shapes is a number here; one that follows from values stays a tracer, and is refused.
+        with jax.ensure_compile_time_eval():
+            prices.update(price(codec.encode(tree)))
+
+    jax.eval_shape(trace, shapes)
+    return prices
+
+
 def to_bytes(leaf: Any) -> bytes:
     """The little-endian payload of one array."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):

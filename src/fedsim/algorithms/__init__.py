@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Callable
 from pathlib import Path
 
+from fedsim import own
 from fedsim.algorithms.fed_avg import fed_avg, fed_prox
 from fedsim.config import nearest, parse_call, require_known
 from fedsim.core import Algorithm, Task
@@ -28,7 +28,9 @@ def find(text: str) -> Callable[[Task], Algorithm]:
         raise ValueError(f"Expected algorithm={text!r} to give its options by name, like fed_prox(mu=0.1).")
     file, colon, function = name.rpartition(":")
     if colon:
-        make = _from_file(Path(file).expanduser(), function)
+        make = own.find(Path(file).expanduser(), function, "algorithm")
+        if not callable(make):
+            raise ValueError(f"Expected {name!r} to be a function, task -> Algorithm, not {make!r}; give its name.")
     elif name in ALGORITHMS:
         make = ALGORITHMS[name]
     else:
@@ -40,18 +42,3 @@ def find(text: str) -> Callable[[Task], Algorithm]:
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         require_known(options, [p.name for p in parameters][1:], f"option of {name}")
     return lambda task: make(task, **options)
-
-
-def _from_file(file: Path, function: str) -> Callable[..., Algorithm]:
-    if not file.is_file():
-        raise ValueError(f"Expected algorithm file {str(file)!r} to exist; give its path, like my.py:fed_mine.")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"Expected algorithm file {str(file)!r} to be Python, ending in .py.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    made = getattr(module, function, None)
-    if not callable(made):
-        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise ValueError(f"Expected {file} to define a function {function!r}{nearest(function, known)}.")
-    return made

@@ -64,9 +64,17 @@ def initial(path: str, key: jax.Array, shape: Shape) -> jax.Array:
     return INITIAL[path.rpartition("/")[2]](key, shape, jnp.dtype("float32"))
 
 
+class NoRngs(nnx.Rngs):
+    """For modules of which only shapes matter: nothing is drawn, which makes tracing a large one take seconds less."""
+
+    def __init__(self) -> None:
+        pass
+
+
 def param(role: str, shape: Shape, rngs: nnx.Rngs) -> nnx.Param:
-    """A new parameter of that role and shape, drawn from the stream `rngs.params`."""
-    return nnx.Param(initial(role, rngs.params(), shape))
+    """A new parameter of that role and shape, drawn from the stream `rngs.params`; zeros of `NoRngs`."""
+    drawn = not isinstance(rngs, NoRngs)
+    return nnx.Param(initial(role, rngs.params(), shape) if drawn else jnp.zeros(shape, jnp.float32))
 
 
 class Stage(NamedTuple):
