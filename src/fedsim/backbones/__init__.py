@@ -1,7 +1,8 @@
 """The backbones that can be trained, in one plain table; one file per architecture.
 
 A backbone is a `flax.nnx` module with a last layer `head` and a method `stages()` (see `layers.Stage`). A new one is a
-file here, its row in `BACKBONES`, and, where published weights exist, its name maps in `formats.FORMATS`.
+file here, its row in `BACKBONES`, and, where published weights exist, its name maps in `formats.FORMATS`. A user's own
+model is a `Backbone` (see `own`), which needs none of that.
 """
 
 from __future__ import annotations
