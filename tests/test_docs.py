@@ -12,6 +12,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -207,6 +208,33 @@ def test_own_texts_of_the_readme_load(tmp_path: Path, monkeypatch: pytest.Monkey
     source = data.read(cli.parse(cli.RunOptions, words[1:], "fedsim run").config())
     assert len(source.y) == 600
     assert source.classes == ("billing", "hardware")
+
+
+def test_own_model_of_its_page_runs(
+    tmp_path: Path, blobs: Callable[..., Path], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model, the commands and the export of docs/own_model.md as written; the model in at most 15 lines."""
+    model, result = blocks(ROOT / "docs" / "own_model.md", "python")
+    assert sum(bool(line.strip()) for line in model.splitlines()) <= 15
+    (tmp_path / "my_model.py").write_text(model)
+    blobs(tmp_path).rename(tmp_path / "my_data.npz")
+    written = [words for where, words in COMMANDS if where.name == "own_model.md" and "my_model.py:make" in words]
+    assert [words[0] for words in written] == ["cost", "run"]
+    for words in written:
+        more = "--rounds 3 --clients 8 --clients-per-round 4 --min-size 2 --no-head-baseline --quiet"
+        argv = [sys.executable, "-m", "fedsim", *words, *(more.split() if words[0] == "run" else [])]
+        done = subprocess.run(
+            argv, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=600
+        )
+        assert done.returncode == 0, done.stderr
+        assert words[0] == "run" or f"{3 * 17 + 2 * (6 + 32 + 32 + 16):,}" in done.stdout  # head and LoRA
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(model + result, "own_model.md", "exec"), names)
+    x = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
+    leaves = names["leaves"]
+    logits = names["make"]().apply(names["params"], x) @ leaves["head/kernel"] + leaves["head/bias"]
+    assert names["run"].predict(x) == [str(i) for i in np.argmax(logits, axis=1)]
 
 
 def test_own_algorithm_is_short() -> None:

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fedsim import export, peft
-from fedsim.backbones import BACKBONES, Backbone, bert_row, sources
+from fedsim.backbones import BACKBONES, Row, bert_row, sources
 from fedsim.backbones.bert import BertConfig
 from fedsim.backbones.images import IMAGENET, Pixels
 from fedsim.backbones.load import load
@@ -23,11 +23,11 @@ FIXTURES = Path(__file__).parent / "fixtures" / "backbones"
 VIT = VitConfig(width=16, depth=2, heads=4, hidden=24, patch=4, image=12)
 DINOV2 = dataclasses.replace(VIT, hidden=32, layer_scale=True, pixels=Pixels(*IMAGENET))
 BERT = BertConfig(vocabulary=60, width=16, depth=2, heads=4, hidden=24, positions=20)
-ROWS: dict[str, Backbone] = {
-    "vit": Backbone("image", Vit, VIT, formats=BACKBONES["vit_b16"].formats),
-    "vit_timm": Backbone("image", Vit, VIT, formats=BACKBONES["vit_b16"].formats),
-    "vit_augreg": Backbone("image", Vit, VIT, formats=BACKBONES["vit_b16"].formats),
-    "dinov2_onnx": Backbone("image", Vit, DINOV2, formats=BACKBONES["dinov2_s14"].formats),
+ROWS: dict[str, Row] = {
+    "vit": Row("image", Vit, VIT, formats=BACKBONES["vit_b16"].formats),
+    "vit_timm": Row("image", Vit, VIT, formats=BACKBONES["vit_b16"].formats),
+    "vit_augreg": Row("image", Vit, VIT, formats=BACKBONES["vit_b16"].formats),
+    "dinov2_onnx": Row("image", Vit, DINOV2, formats=BACKBONES["dinov2_s14"].formats),
     "bert": bert_row(BERT),
 }
 IDS = np.load(FIXTURES / "bert" / "expected.npz")["ids"]

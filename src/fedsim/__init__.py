@@ -10,6 +10,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedsim.backbones.own import Backbone as Backbone
     from fedsim.cohort import Cohort as Cohort
     from fedsim.config import Config as Config
     from fedsim.config import Speed as Speed
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from fedsim.wire import PerClient as PerClient
 
 _HOME = {
+    "fedsim.backbones.own": ("Backbone",),
     "fedsim.cohort": ("Cohort",),
     "fedsim.config": ("Config", "Speed", "main_job"),
     "fedsim.core": ("Algorithm", "Batch", "Client", "Info", "Local", "Passes", "Reduce", "Task", "mean", "stack"),

@@ -16,7 +16,7 @@ import optax
 from jax import Array
 
 from fedsim import algorithms, peft, wire
-from fedsim.backbones import backbone, load
+from fedsim.backbones import Backbone, backbone, load
 from fedsim.config import Config, Speed, nearest, parse_call
 from fedsim.core import Algorithm, Passes, Task, by_examples, uniform
 from fedsim.data import dataset as data_sets
@@ -154,21 +154,28 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
             "XLA_FLAGS=--xla_force_host_platform_device_count=N."
         )
     row = backbone(config.backbone)
-    if weights(config) is None and row.asset is None:
+    if weights(config) is None and row.asset is None and not isinstance(row, Backbone):
         load.packaged(config.backbone, None)  # refuses, and says what can be given
     peft.parse(config.peft)
     optimizer(config.optimizer, "optimizer")
     optimizer(config.server_optimizer, "server_optimizer")
     schedule(config.lr_schedule, "lr_schedule", config.lr)
     schedule(config.server_lr_schedule, "server_lr_schedule", config.server_lr)
-    if row.make is not None and row.kind == "text":
+    if row.kind == "text":
         for phase in phases(config):
             peft.from_config(phase.config, classes=2, input_shape=(config.tokens,))
     return algorithms.find(config.algorithm)
 
 
 def weights(config: Config) -> str | None:
-    """The config's weights; random ones where the backbone has no published checkpoint."""
+    """The config's weights; random ones where the backbone has no published checkpoint, none where it is a user's own.
+
+    Raises:
+        ValueError: weights for a user's own backbone.
+    """
+    if isinstance(backbone(config.backbone), Backbone):
+        load.refuse_weights(config.backbone, config.weights)
+        return None
     return "random" if config.weights is None and not backbone(config.backbone).formats else config.weights
 
 
@@ -177,6 +184,8 @@ def tokenizer(config: Config) -> Path | None:
     row = backbone(config.backbone)
     if row.kind != "text" or config.dataset.lower().endswith(".npz"):
         return None
+    if isinstance(row, Backbone):
+        return Path(row.tokenizer).expanduser() if row.tokenizer is not None else None
     if config.weights not in (None, "random"):
         folder = Path(config.weights).expanduser()
         file = (folder if folder.is_dir() else folder.parent) / "tokenizer.json"
@@ -235,7 +244,8 @@ def problem(config: Config, speed: Speed) -> Problem:
 
 def split_model(config: Config, dataset: data_sets.Dataset) -> peft.Model:
     """The backbone split by the config's PEFT kind, for the data set's inputs and classes; shapes only."""
-    return peft.from_config(config, len(dataset.classes), jax.tree.leaves(dataset.x)[0].shape[1:])
+    x = jax.tree.leaves(dataset.x)[0]
+    return peft.from_config(config, len(dataset.classes), x.shape[1:], x.dtype)
 
 
 def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached: bool, first: int = 1) -> Task:
@@ -291,7 +301,7 @@ def run_stages(model: peft.Model, frozen: dict[str, np.ndarray], x: Any, start: 
 
 
 def use_cache(speed: Speed, model: peft.Model, x: Any) -> bool:
-    """Whether the frozen prefix is worth keeping: it holds at least one block, and its output fits."""
+    """Whether the frozen prefix is worth keeping: it holds at least one block, or all but the head, and its output fits."""
     if speed.cache == "off" or model.cut == 0:
         return False
     if speed.cache == "on":
@@ -299,7 +309,8 @@ def use_cache(speed: Speed, model: peft.Model, x: Any) -> bool:
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
     count = jax.tree.leaves(x)[0].shape[0]
     output = jax.eval_shape(model.prefix, model.frozen, one)
-    return model.cut > 1 and count * sum(wire.array_bytes(a) for a in jax.tree.leaves(output)) <= CACHE_LIMIT
+    worth = model.cut > 1 or model.cut == model.stages - 1
+    return worth and count * sum(wire.array_bytes(a) for a in jax.tree.leaves(output)) <= CACHE_LIMIT
 
 
 def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | None = None) -> Trainer:

@@ -51,7 +51,7 @@ class Model:
     """The frozen backbone and the small part of it that is trained and travels."""
 
     backbone: str = "minilm_l6"
-    """Name of a backbone (`fedsim list backbones`)."""
+    """Name of a backbone (`fedsim list backbones`), or `file.py:name` of your own (docs/own_model.md)."""
     weights: str | None = None
     """File, directory or hub name with its checkpoint; `random` for none (default: the packaged weights)."""
     pool: Literal["mean", "cls", "pooler"] | None = None

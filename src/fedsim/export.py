@@ -17,10 +17,12 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from fedsim.backbones import Backbone, backbone
+from fedsim.backbones import Row, row
 from fedsim.backbones.formats import FORMATS, Format
 from fedsim.backbones.load import find
+from fedsim.backbones.own import kernel_of
 from fedsim.peft import Model, published
+from fedsim.peft_kinds import lora_scale
 
 Arrays = Mapping[str, Any]
 
@@ -47,9 +49,10 @@ def merge(model: Model, trained: Arrays, frozen: Arrays) -> dict[str, np.ndarray
     merged = {path: leaf for path, leaf in leaves.items() if path not in attached}
     for layer in sorted({path.rpartition("/")[0] for path in attached}):
         part = {path.rpartition("/")[2]: leaves[path] for path in attached if path.rpartition("/")[0] == layer}
-        kernel = leaves[f"{layer}/kernel"]
+        name = kernel_of(layer, leaves)
+        kernel = leaves[name]
         if "lora_a" in part:
-            kernel = kernel + scale(model) * part["lora_a"] @ part["lora_b"]
+            kernel = kernel + lora_scale(model.options) * part["lora_a"] @ part["lora_b"]
         if "magnitude" in part:
             kernel = kernel * (part["magnitude"] / np.linalg.norm(kernel, axis=0))
         if "ia3" in part and layer.endswith("/down"):  # it scales what enters
@@ -57,14 +60,8 @@ def merge(model: Model, trained: Arrays, frozen: Arrays) -> dict[str, np.ndarray
         elif "ia3" in part:
             kernel = kernel * part["ia3"]
             merged[f"{layer}/bias"] = leaves[f"{layer}/bias"] * part["ia3"]
-        merged[f"{layer}/kernel"] = kernel.astype(np.float32)
+        merged[name] = kernel.astype(np.float32)
     return merged
-
-
-def scale(model: Model) -> float:
-    """What LoRA's product is multiplied by."""
-    options = model.options
-    return options.lora_alpha / (options.rank**0.5 if options.rslora else options.rank)
 
 
 def export_backbone(folder: Path, model: Model, trained: Arrays, frozen: Arrays, weights: str | None) -> Path:
@@ -261,8 +258,12 @@ def read_lora(folder: Path, model: Model) -> dict[str, np.ndarray]:
     return values
 
 
-def _row(model: Model) -> Backbone:
-    return backbone(model.name, pool=model.options.pool, image_size=model.options.image_size)
+def _row(model: Model) -> Row:
+    if ":" in model.name:
+        raise ValueError(
+            f"Expected backbone={model.name!r} to have a published layout; merge the leaves, and Backbone.restore them."
+        )
+    return row(model.name, pool=model.options.pool, image_size=model.options.image_size)
 
 
 def _hugging_face(model: Model) -> Format:
@@ -272,7 +273,7 @@ def _hugging_face(model: Model) -> Format:
     return FORMATS[known[0]]
 
 
-def _task(layout: Format, row: Backbone) -> tuple[str, str]:
+def _task(layout: Format, row: Row) -> tuple[str, str]:
     """Prefix and head of transformers' model for classification where it computes what ours does, or two times ""."""
     if layout.task is None or row.config.pool != layout.task[2]:
         return "", ""

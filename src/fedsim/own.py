@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fedsim.config import nearest
+from fedsim.config import nearest, require_known
+
+
+def require_options(make: Callable[..., Any], options: Mapping[str, Any], name: str, *, given: int = 0) -> None:
+    """Raises `ValueError` for an option that `make` does not take; its first `given` parameters are none."""
+    parameters = inspect.signature(make).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        require_known(options, [p.name for p in parameters][given:], f"option of {name}")
 
 
 def execute(file: Path, what: str) -> ModuleType:

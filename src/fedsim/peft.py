@@ -10,19 +10,19 @@ never closed over; under `vmap(apply, (0, None, 0))` over clients it stays one c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
-from fedsim.backbones import Module, Shape, backbone
-from fedsim.backbones.layers import STATISTICS, NoRngs
+from fedsim.backbones import Backbone, Module, Row, Shape, backbone, own
+from fedsim.backbones.layers import STATISTICS, NoRngs, Skeleton
 from fedsim.backbones.load import draw, load
 from fedsim.config import Config, check_model, positive, require_known
 from fedsim.config import Model as Options
-from fedsim.peft_kinds import KINDS, Leaf, is_fresh, parse, rules
+from fedsim.peft_kinds import KINDS, Leaf, choose_targets, is_fresh, lora_scale, parse, rules
 
 __all__ = [
     "KINDS",
@@ -77,7 +77,7 @@ def build(backbone_name: str, classes: int, *, input_shape: Shape | None = None,
     """Splits a backbone by PEFT kind; only shapes are made.
 
     Args:
-        backbone_name: key of `backbones.BACKBONES`.
+        backbone_name: key of `backbones.BACKBONES`, or `file.py:name` of a user's own.
         classes: outputs of the head.
         input_shape: of one example without the batch axis; backbones of fixed input size do not need it.
         options: those of `config.Model`: `peft="lora+bias"`, `rank=4`, ...
@@ -90,40 +90,30 @@ def build(backbone_name: str, classes: int, *, input_shape: Shape | None = None,
     return from_config(Options(backbone=backbone_name, **options), classes, input_shape)
 
 
-def from_config(config: Config | Options, classes: int, input_shape: Shape | None = None) -> Model:
-    """`build` with the options of a config."""
+def from_config(
+    config: Config | Options, classes: int, input_shape: Shape | None = None, input_dtype: Any = None
+) -> Model:
+    """`build` with the options of a config.
+
+    Args:
+        input_dtype: of the inputs, for a user's own backbone (default: int32 for texts, float32 else).
+    """
     options = Options(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Options)})
     check_model(options)
     positive(classes=classes)
-    row = backbone(options.backbone, pool=options.pool, image_size=options.image_size)
+    found = backbone(options.backbone, pool=options.pool, image_size=options.image_size)
     parts = parse(options.peft)
-
-    def make() -> Module:
-        module = row.make(classes, input_shape, NoRngs())  # values come from `start`
-        for part in parts:
-            KINDS[part].attach(module, options)
-        return module
-
-    module = nnx.eval_shape(make)
-    graph, state = nnx.split(module)
-    flat, structure = jax.tree.flatten_with_path(state)
-    paths = [jax.tree_util.keystr(keys[:-1], simple=True, separator="/") for keys, _ in flat]  # [-1] is Param's value
-    shapes: Shapes = {path: leaf for path, (_, leaf) in zip(paths, flat, strict=True)}
-    stages = [stage.path for stage in module.stages()]
-    stage_of = locate(paths, stages)
+    shapes, stages, run = (
+        ours(found, parts, options, classes, input_shape)
+        if isinstance(found, Row)
+        else theirs(found, parts, options, classes, input_shape, input_dtype)
+    )
+    stage_of = locate(list(shapes), stages)
     taken = rules(leaves(stage_of, stages), parts, options)
     trained = {path: leaf for path, leaf in shapes.items() if taken[path] != "frozen"}
     frozen = {path: leaf for path, leaf in shapes.items() if taken[path] == "frozen"}
     fresh = {path: leaf for path, leaf in shapes.items() if is_fresh(path)}
     cut = min(stage_of[path] for path in trained)
-
-    def run(leaves: Mapping[str, Any], x: Any, start: int, stop: int) -> Any:
-        # Leaves that these stages do not read may be absent: their shapes hold the place.
-        values = [leaves.get(path, shapes[path]) for path in paths]
-        merged = nnx.merge(graph, jax.tree.unflatten(structure, values))
-        for stage in merged.stages()[start:stop]:
-            x = stage.run(x)
-        return x
 
     def prefix(frozen: Mapping[str, Any], x: Any) -> Any:
         return run(frozen, x, 0, cut)
@@ -151,6 +141,58 @@ def from_config(config: Config | Options, classes: int, input_shape: Shape | Non
         below=frozenset(path for path, stage in stage_of.items() if stage < cut),
         options=options,
     )
+
+
+def ours(row: Row, parts: Sequence[str], options: Options, classes: int, input_shape: Shape | None) -> Skeleton:
+    """A backbone of the table, with what the kinds attach to its layers."""
+
+    def make() -> Module:
+        module = row.make(classes, input_shape, NoRngs())  # values come from `start`
+        for part in parts:
+            KINDS[part].attach(module, options)
+        return module
+
+    module = nnx.eval_shape(make)
+    graph, state = nnx.split(module)
+    flat, structure = jax.tree.flatten_with_path(state)
+    paths = [jax.tree_util.keystr(keys[:-1], simple=True, separator="/") for keys, _ in flat]  # [-1] is Param's value
+    shapes: Shapes = {path: leaf for path, (_, leaf) in zip(paths, flat, strict=True)}
+
+    def run(leaves: Mapping[str, Any], x: Any, start: int, stop: int) -> Any:
+        # Leaves that these stages do not read may be absent: their shapes hold the place.
+        values = [leaves.get(path, shapes[path]) for path in paths]
+        merged = nnx.merge(graph, jax.tree.unflatten(structure, values))
+        for stage in merged.stages()[start:stop]:
+            x = stage.run(x)
+        return x
+
+    return Skeleton(shapes, [stage.path for stage in module.stages()], run)
+
+
+def theirs(
+    given: Backbone, parts: Sequence[str], options: Options, classes: int, input_shape: Shape | None, input_dtype: Any
+) -> Skeleton:
+    """A user's own backbone; LoRA replaces the kernels that its `apply` gets.
+
+    Raises:
+        ValueError: a kind that needs layers or blocks which only the table's backbones have.
+    """
+    alone = ("full", "head", "bias", "norm", "lora", "ffa_lora", "last_k")
+    for part in parts:
+        if part not in alone:
+            raise ValueError(
+                f"Expected peft={part!r} of an own backbone to be one of {', '.join(alone)}; {part} is attached inside "
+                "transformer layers that only fedsim's backbones have: take one of these."
+            )
+    if "last_k" in parts and callable(given.apply):
+        raise ValueError("Expected peft='last_k' to meet blocks; give apply and params as lists, a function a block.")
+    with_lora = "lora" in parts or "ffa_lora" in parts
+    layers = choose_targets(own.kernels(given), options) if with_lora else []
+    if input_shape is None and given.kind == "text":
+        input_shape = (8,)  # any length shows the width
+    dtype = input_dtype or ("int32" if given.kind == "text" else "float32")
+    x = None if input_shape is None else jax.ShapeDtypeStruct((1, *input_shape), dtype)
+    return own.skeleton(given, classes, layers, options.rank, lora_scale(options), options.dora, x)
 
 
 def published(model: Model) -> Shapes:
@@ -181,7 +223,7 @@ def start(model: Model, weights: str | None, seed: int) -> tuple[dict[str, np.nd
     values |= {path: np.asarray(value) for path, value in model.init(jax.random.key(seed)).items()}
     for path in model.fresh:
         if path.endswith("/magnitude"):
-            values[path] = np.linalg.norm(values[path.replace("/magnitude", "/kernel")], axis=0)
+            values[path] = np.linalg.norm(values[own.kernel_of(path.removesuffix("/magnitude"), values)], axis=0)
     return {path: values[path] for path in model.trained}, {path: values[path] for path in model.frozen}
 
 

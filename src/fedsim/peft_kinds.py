@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,12 +50,13 @@ def _by_role(*roles: str) -> Callable[[Leaf, Options], bool]:
 
 
 def _norm(leaf: Leaf, options: Options) -> bool:
-    """Scale and bias of a normalisation: its module is called norm, norm1, norms/0, ..."""
-    return leaf.role in ("scale", "bias") and any(part.startswith("norm") for part in leaf.path.split("/")[:-1])
+    """Scale and bias of a normalisation: its module is called norm, norm1, norms/0, LayerNorm_0, ..."""
+    return leaf.role in ("scale", "bias") and any("norm" in part.lower() for part in leaf.path.split("/")[:-1])
 
 
 def _bias(leaf: Leaf, options: Options) -> bool:
-    return leaf.role == "bias" and (options.bias_patch or leaf.path != "embeddings/patch/bias")
+    # `b` is what functions without modules call it.
+    return leaf.role in ("bias", "b") and (options.bias_patch or leaf.path != "embeddings/patch/bias")
 
 
 def _last(leaf: Leaf, options: Options) -> bool:
@@ -73,12 +74,28 @@ def attach_lora(module: Any, options: Options) -> None:
         for path, layer in nnx.iter_graph(module)
         if isinstance(layer, Linear) and path[0] != "head"
     }
+    for path in choose_targets({path: layer.kernel.shape for path, layer in layers.items()}, options):
+        if layers[path].lora_a is None:  # "lora+ffa_lora" comes here twice
+            layers[path].attach_lora(options.rank, lora_scale(options), NoRngs(), dora=options.dora)
+
+
+def lora_scale(options: Options) -> float:
+    """What LoRA's product is multiplied by."""
+    return options.lora_alpha / (math.sqrt(options.rank) if options.rslora else options.rank)
+
+
+def choose_targets(kernels: Mapping[str, Sequence[int]], options: Options) -> list[str]:
+    """The layers that the target patterns choose, among those with matrices of these shapes.
+
+    Raises:
+        ValueError: a pattern matches nothing, or the rank is above that of a matched matrix.
+    """
     chosen: set[str] = set()
     for pattern in options.targets:
-        hits = {path for path in layers if matches(path, pattern)}
+        hits = {path for path in kernels if matches(path, pattern)}
         if not hits:
-            ends = sorted({path.rpartition("/")[2] for path in layers} | {_generic(path) for path in layers})
-            there = ", ".join(sorted({_generic(path) for path in layers})) or "no linear layer but the head"
+            ends = sorted({path.rpartition("/")[2] for path in kernels} | {_generic(path) for path in kernels})
+            there = ", ".join(sorted({_generic(path) for path in kernels})) or "no linear layer but the head"
             raise ValueError(
                 f"Expected targets={pattern!r} to match a linear layer{nearest(pattern, ends)}; there are {there}: "
                 "choose among them, or another peft."
@@ -86,14 +103,13 @@ def attach_lora(module: Any, options: Options) -> None:
         chosen |= hits
     if not chosen:
         raise ValueError("Expected targets=() to name a linear layer for LoRA; give a pattern, or take peft=head.")
-    rank, alpha = options.rank, options.lora_alpha
     for path in sorted(chosen):
-        full = min(layers[path].kernel.shape)
-        if rank > full:
-            raise ValueError(f"Expected rank={rank} <= {full}, the rank of {path}; lower it, or leave that layer out.")
-        if layers[path].lora_a is None:  # "lora+ffa_lora" comes here twice
-            scale = alpha / math.sqrt(rank) if options.rslora else alpha / rank
-            layers[path].attach_lora(rank, scale, NoRngs(), dora=options.dora)
+        full = min(kernels[path])
+        if options.rank > full:
+            raise ValueError(
+                f"Expected rank={options.rank} <= {full}, the rank of {path}; lower it, or leave that layer out."
+            )
+    return sorted(chosen)
 
 
 def attach_adapter(module: Any, options: Options) -> None:

@@ -8,11 +8,22 @@ import jax
 import numpy as np
 
 from fedsim import build, peft
+from fedsim.backbones.own import identity
 
 if TYPE_CHECKING:
     from fedsim.record import Run
 
 BATCH = 64
+
+
+def refuse_other_backbone(run: Run) -> None:
+    """Raises `ValueError` if a user's own backbone gives other parameters than the run started from."""
+    before, now = run.about.get("backbone_hash"), identity(run.config.backbone)
+    if before != now:
+        raise ValueError(
+            f"Expected backbone={run.config.backbone!r} to give the params of {run.directory}, hash {before}, not {now}; draw "
+            "them from a fixed seed or load them from a file."
+        )
 
 
 def predict(run: Run, inputs: Any) -> list[str]:
@@ -27,6 +38,7 @@ def predict(run: Run, inputs: Any) -> list[str]:
     classes = run.about.get("classes")
     if not run.parameters or not classes:
         raise ValueError(f"Expected {run.directory} to hold a finished run; go on with it by --resume.")
+    refuse_other_backbone(run)
     file = build.tokenizer(run.config)
     if file is not None:
         from fedsim.data.text import tokenize
@@ -42,7 +54,7 @@ def predict(run: Run, inputs: Any) -> list[str]:
         return []
     # A target may be reached while the head still trains alone.
     ended = next(p for p in build.phases(run.config) if p.first <= len(run.rounds) <= p.last)
-    model = peft.from_config(ended.config, len(classes), x.shape[1:])
+    model = peft.from_config(ended.config, len(classes), x.shape[1:], x.dtype)
     _, frozen = peft.start(model, build.weights(run.config), run.config.seed)
     apply = jax.jit(model.apply)
     trained, frozen = jax.device_put((run.parameters, frozen))

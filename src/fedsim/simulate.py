@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from fedsim import build, plots, record, report, wire
+from fedsim.backbones.own import file_of, identity
 from fedsim.build import Phase, Problem, Trainer
 from fedsim.checkpoint import Checkpoints
 from fedsim.cohort import Cohort, Memory
@@ -98,7 +99,9 @@ def simulate(
     clock = compile_clock()
     if fresh:
         shape = list(jax.tree.leaves(problem.dataset.x)[0].shape[1:])
-        record.start(directory, config, speed, {"classes": list(problem.dataset.classes), "input_shape": shape})
+        facts = {"classes": list(problem.dataset.classes), "input_shape": shape}
+        own = identity(config.backbone)
+        record.start(directory, config, speed, facts | ({"backbone_hash": own} if own else {}))
 
     inputs = fingerprint(config, problem)
 
@@ -292,13 +295,15 @@ def expected(config: Config, trainer: Trainer, inputs: str) -> dict[str, Any]:
 
 
 def fingerprint(config: Config, problem: Problem) -> str:
-    """A hash of the examples, the partition and, where it is a file, the algorithm: edited ones are noticed on resuming."""
+    """A hash of examples, partition and, where they are files, algorithm and backbone: edited ones are noticed on resuming."""
     data, owned = problem.dataset, problem.partition
     digest = hashlib.sha256()
     for part in (*jax.tree.leaves(data.x), data.y, data.train, data.validation, data.test, owned.rows, owned.offsets):
         digest.update(np.ascontiguousarray(part).view(np.uint8).data)
-    file = Path(config.algorithm.partition("(")[0].rpartition(":")[0] or "-")
-    digest.update(file.read_bytes() if file.is_file() else b"")
+    for named in (config.algorithm, config.backbone):
+        file = file_of(named)
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    digest.update((identity(config.backbone) or "").encode())
     return digest.hexdigest()[:16]
 
 

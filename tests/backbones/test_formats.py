@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fedsim import peft
-from fedsim.backbones import BACKBONES, Backbone, sources
+from fedsim.backbones import BACKBONES, Row, sources
 from fedsim.backbones.bert import BertConfig
 from fedsim.backbones.images import IMAGENET, Pixels, bicubic
 from fedsim.backbones.load import load, match
@@ -27,16 +27,16 @@ ROBERTA = BertConfig(
     vocabulary=60, width=16, depth=2, heads=4, hidden=24, positions=22, offset=2, types=1, eps=1e-5, pad=1
 )
 LEVELS = {"depths": (1, 2, 1, 1), "stem": 64, "width": 4}
-ROWS: dict[str, Backbone] = {
-    "vit": Backbone("image", Vit, VIT, formats=BACKBONES["vit_b16"].formats),
-    "vit_timm": Backbone("image", Vit, VIT, formats=BACKBONES["vit_b16"].formats),
-    "vit_augreg": Backbone("image", Vit, VIT, formats=BACKBONES["vit_b16"].formats),
-    "dinov2": Backbone("image", Vit, DINOV2, formats=BACKBONES["dinov2_s14"].formats),
-    "dinov2_timm": Backbone("image", Vit, DINOV2, formats=BACKBONES["dinov2_s14"].formats),
-    "dinov2_onnx": Backbone("image", Vit, DINOV2, formats=BACKBONES["dinov2_s14"].formats),
-    "resnet_basic": Backbone("image", Resnet, ResnetConfig(**LEVELS), formats=("resnet",)),
-    "resnet_bottleneck": Backbone("image", Resnet, ResnetConfig(block="bottleneck", **LEVELS), formats=("resnet",)),
-    "shufflenet": Backbone(
+ROWS: dict[str, Row] = {
+    "vit": Row("image", Vit, VIT, formats=BACKBONES["vit_b16"].formats),
+    "vit_timm": Row("image", Vit, VIT, formats=BACKBONES["vit_b16"].formats),
+    "vit_augreg": Row("image", Vit, VIT, formats=BACKBONES["vit_b16"].formats),
+    "dinov2": Row("image", Vit, DINOV2, formats=BACKBONES["dinov2_s14"].formats),
+    "dinov2_timm": Row("image", Vit, DINOV2, formats=BACKBONES["dinov2_s14"].formats),
+    "dinov2_onnx": Row("image", Vit, DINOV2, formats=BACKBONES["dinov2_s14"].formats),
+    "resnet_basic": Row("image", Resnet, ResnetConfig(**LEVELS), formats=("resnet",)),
+    "resnet_bottleneck": Row("image", Resnet, ResnetConfig(block="bottleneck", **LEVELS), formats=("resnet",)),
+    "shufflenet": Row(
         "image",
         Shufflenet,
         ShufflenetConfig(depths=(1, 2, 1), widths=(8, 16, 24), stem=8, last=32),

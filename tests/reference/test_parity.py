@@ -219,16 +219,14 @@ def test_peft_round_trip(
     """Our LoRA in the real `peft`, on the reference model: the same logits; saved by `peft` and read again: the same leaves."""
     from peft import PeftModel
 
-    from fedsim.backbones import BACKBONES, Backbone, bert_row
+    from fedsim.backbones import BACKBONES, Row, bert_row
     from fedsim.backbones.bert import BertConfig
     from fedsim.backbones.vit import Vit, VitConfig
 
     folder = Path(__file__).parents[1] / "fixtures" / "backbones" / fixture
     rows = {
         "bert_classifier": bert_row(BertConfig(vocabulary=60, width=16, depth=2, heads=4, hidden=24, positions=20)),
-        "vit": Backbone(
-            "image", Vit, VitConfig(width=16, depth=2, heads=4, hidden=24, patch=4, image=12), formats=("vit",)
-        ),
+        "vit": Row("image", Vit, VitConfig(width=16, depth=2, heads=4, hidden=24, patch=4, image=12), formats=("vit",)),
     }
     monkeypatch.setitem(BACKBONES, "small", rows[fixture])
     model = peft.build("small", 3, peft="lora", rank=2, lora_alpha=6.0, targets=("query", "value", "mlp/*"), **options)

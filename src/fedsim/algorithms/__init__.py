@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 
 from fedsim import own
 from fedsim.algorithms.fed_avg import fed_avg, fed_prox
-from fedsim.config import nearest, parse_call, require_known
+from fedsim.config import nearest, parse_call
 from fedsim.core import Algorithm, Task
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
@@ -38,7 +37,5 @@ def find(text: str) -> Callable[[Task], Algorithm]:
             f"Expected algorithm={name!r} to be one of {', '.join(ALGORITHMS)}, or file.py:function"
             f"{nearest(name, ALGORITHMS)}."
         )
-    parameters = inspect.signature(make).parameters.values()
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        require_known(options, [p.name for p in parameters][1:], f"option of {name}")
+    own.require_options(make, options, name, given=1)
     return lambda task: make(task, **options)

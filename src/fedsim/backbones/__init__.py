@@ -1,7 +1,8 @@
 """The backbones that can be trained, in one plain table; one file per architecture.
 
 A backbone is a `flax.nnx` module with a last layer `head` and a method `stages()` (see `layers.Stage`). A new one is a
-file here, its row in `BACKBONES`, and, where published weights exist, its name maps in `formats.FORMATS`.
+file here, its row in `BACKBONES`, and, where published weights exist, its name maps in `formats.FORMATS`. A user's own
+model is a `Backbone` (see `own`), which needs none of that.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from fedsim.backbones.cnn import Cnn, CnnConfig
 from fedsim.backbones.images import IMAGENET_PIXELS
 from fedsim.backbones.layers import Shape, Stage
 from fedsim.backbones.mlp import Mlp, MlpConfig
+from fedsim.backbones.own import Backbone, find
 from fedsim.backbones.resnet import Resnet, ResnetConfig
 from fedsim.backbones.shufflenet import Shufflenet, ShufflenetConfig
 from fedsim.backbones.vit import Vit, VitConfig
@@ -29,7 +31,7 @@ class Module(Protocol):
     def stages(self) -> list[Stage]: ...
 
 
-class Backbone(NamedTuple):
+class Row(NamedTuple):
     """One row of the table."""
 
     kind: Literal["text", "image", "array"]
@@ -51,35 +53,35 @@ class Backbone(NamedTuple):
         return self.architecture(self.config, classes, input_shape, rngs=rngs)
 
 
-def bert_row(config: BertConfig, asset: str | None = None, formats: tuple[str, ...] = ("bert",)) -> Backbone:
+def bert_row(config: BertConfig, asset: str | None = None, formats: tuple[str, ...] = ("bert",)) -> Row:
     """The row of any BERT or RoBERTa."""
-    return Backbone("text", Bert, config, pad=config.pad, tokens=config.tokens, asset=asset, formats=formats)
+    return Row("text", Bert, config, pad=config.pad, tokens=config.tokens, asset=asset, formats=formats)
 
 
-def vit_row(width: int, depth: int, heads: int, patch: int) -> Backbone:
+def vit_row(width: int, depth: int, heads: int, patch: int) -> Row:
     """The row of a ViT of the usual proportions, at 224 px."""
     config = VitConfig(width=width, depth=depth, heads=heads, hidden=4 * width, patch=patch)
-    return Backbone("image", Vit, config, formats=("vit", "vit_timm", "vit_augreg"))
+    return Row("image", Vit, config, formats=("vit", "vit_timm", "vit_augreg"))
 
 
-def dinov2_row(width: int, heads: int, asset: str | None = None) -> Backbone:
+def dinov2_row(width: int, heads: int, asset: str | None = None) -> Row:
     """The row of a DINOv2 without register tokens, learned at 518 px."""
     config = VitConfig(
         width=width, heads=heads, hidden=4 * width, patch=14, image=518, layer_scale=True, pixels=IMAGENET_PIXELS
     )
-    return Backbone("image", Vit, config, asset=asset, formats=("dinov2", "vit_timm"))
+    return Row("image", Vit, config, asset=asset, formats=("dinov2", "vit_timm"))
 
 
-def convolutional_row(architecture: Callable[..., Module], config: ResnetConfig | ShufflenetConfig) -> Backbone:
+def convolutional_row(architecture: Callable[..., Module], config: ResnetConfig | ShufflenetConfig) -> Row:
     """The row of a convolutional backbone with published checkpoints."""
-    return Backbone("image", architecture, config, formats=("resnet" if architecture is Resnet else "shufflenet",))
+    return Row("image", architecture, config, formats=("resnet" if architecture is Resnet else "shufflenet",))
 
 
 RESNET50 = ResnetConfig((3, 4, 6, 3), "bottleneck")
 ROBERTA = BertConfig(vocabulary=50265, positions=514, offset=2, types=1, eps=1e-5, pad=1, pool="cls")
 TINY = BertConfig(vocabulary=512, width=32, depth=2, heads=2, hidden=64, positions=128, pool="mean", fold=True)
 
-BACKBONES: dict[str, Backbone] = {
+BACKBONES: dict[str, Row] = {
     "vit_ti16": vit_row(192, 12, 3, 16),
     "vit_s16": vit_row(384, 12, 6, 16),
     "vit_b16": vit_row(768, 12, 12, 16),
@@ -98,17 +100,31 @@ BACKBONES: dict[str, Backbone] = {
     "resnet50_gn": convolutional_row(Resnet, dataclasses.replace(RESNET50, norm="group")),
     "shufflenet_v2_x0_5": convolutional_row(Shufflenet, ShufflenetConfig()),
     "shufflenet_v2_x0_5_gn": convolutional_row(Shufflenet, ShufflenetConfig(norm="group")),
-    "cnn": Backbone("image", Cnn, CnnConfig()),
-    "mlp": Backbone("array", Mlp, MlpConfig()),
+    "cnn": Row("image", Cnn, CnnConfig()),
+    "mlp": Row("array", Mlp, MlpConfig()),
     # Two blocks, for trying things out and for tests.
-    "vit_tiny": Backbone("image", Vit, VitConfig(width=32, depth=2, heads=2, hidden=64, patch=4, image=16)),
+    "vit_tiny": Row("image", Vit, VitConfig(width=32, depth=2, heads=2, hidden=64, patch=4, image=16)),
     "bert_tiny": bert_row(TINY),
     "roberta_tiny": bert_row(dataclasses.replace(TINY, positions=130, offset=2, types=1, pad=1), formats=("roberta",)),
 }
 
 
-def backbone(name: str, *, pool: str | None = None, image_size: int | None = None) -> Backbone:
-    """The row of the table, with the pooling of features and the size of images changed where given.
+def backbone(name: str, *, pool: str | None = None, image_size: int | None = None) -> Row | Backbone:
+    """The row of the table, with the pooling of features and the size of images changed where given; or the user's own.
+
+    Raises:
+        ValueError: an unknown name; the nearest ones are given. A change that the backbone does not know.
+    """
+    if ":" not in name:
+        return row(name, pool=pool, image_size=image_size)
+    for option, value in (("pool", pool), ("image_size", image_size)):
+        if value is not None:
+            raise ValueError(f"Expected {option}={value!r} to be unset for backbone={name!r}; its own apply does that.")
+    return find(name)
+
+
+def row(name: str, *, pool: str | None = None, image_size: int | None = None) -> Row:
+    """The row of the table, as `backbone`.
 
     Raises:
         ValueError: an unknown name; the nearest ones are given. A change that the backbone does not know.

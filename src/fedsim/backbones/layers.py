@@ -8,7 +8,7 @@ leaves the model has: the head starts equal under every PEFT kind. What PEFT att
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -52,8 +52,8 @@ INITIAL: dict[str, nnx.Initializer] = {
     "prefix_value": NORMAL,
 }
 
-STATISTICS = frozenset({"mean", "variance"})
-"""Roles that are never trained: no gradient is meant for them."""
+STATISTICS = frozenset({"mean", "variance", "var"})
+"""Roles that are never trained: no gradient is meant for them. flax says var."""
 
 ADDED = frozenset(list(INITIAL)[list(INITIAL).index("lora_a") :])
 """Roles that only PEFT attaches; no checkpoint of a backbone holds them."""
@@ -86,6 +86,17 @@ class Stage(NamedTuple):
 
     path: str  # prefix of the paths of all its leaves, e.g. "blocks/3"
     run: Callable[[Any], Any]
+
+
+class Skeleton(NamedTuple):
+    """A backbone with its head and what PEFT attached, before it is known what is trained."""
+
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    """Every leaf."""
+    stages: list[str]
+    """Prefix of each stage's leaves, in the order of the forward pass, the head's last."""
+    run: Callable[[Mapping[str, Any], Any, int, int], Any]
+    """(leaves, h, start, stop) -> h after the stages start..stop - 1; leaves of other stages may be absent."""
 
 
 class Linear(nnx.Module):

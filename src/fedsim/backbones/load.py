@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedsim.backbones import Backbone, backbone
+from fedsim.backbones import Backbone, Row, backbone
+from fedsim.backbones import row as table_row
 from fedsim.backbones.formats import FORMATS, Format, Place
 from fedsim.backbones.layers import initial
 from fedsim.backbones.sources import Source, hub, is_hub_name, open_source
@@ -51,6 +52,10 @@ def load(name: str, weights: str | None, shapes: Shapes, seed: int = 0) -> dict[
     Raises:
         ValueError: leaves are missing, left over or misshapen (all are listed), or there is no checkpoint to read.
     """
+    own = backbone(name)
+    if isinstance(own, Backbone):
+        refuse_weights(name, weights)
+        return {path: value for path, value in own.values().items() if path in shapes}
     if weights == "random":
         return random(shapes, seed)
     found = find(name, weights, shapes)
@@ -59,6 +64,14 @@ def load(name: str, weights: str | None, shapes: Shapes, seed: int = 0) -> dict[
         side = math.isqrt(shapes[POSITION].shape[0] - 1)
         values[POSITION] = np.asarray(resampled(jnp.asarray(values[POSITION]), (side, side)))
     return values
+
+
+def refuse_weights(name: str, weights: str | None) -> None:
+    """Raises `ValueError` for weights beside those that a user's own backbone brings."""
+    if weights is not None:
+        raise ValueError(
+            f"Expected weights={weights!r} to be unset for backbone={name!r}; it brings its params itself."
+        )
 
 
 def random(shapes: Shapes, seed: int = 0) -> dict[str, np.ndarray]:
@@ -81,7 +94,7 @@ def find(name: str, weights: str | None, shapes: Shapes) -> Match:
     Raises:
         ValueError: as `load`.
     """
-    row = backbone(name)
+    row = table_row(name)
     if not row.formats:
         raise ValueError(f"Expected weights={weights!r} of backbone={name!r} to be 'random'; it has no checkpoint.")
     return match(open_source(locate(name, weights)), row, shapes)
@@ -116,7 +129,7 @@ def check_config(file: Path, expected: Mapping[str, Any]) -> None:
         )
 
 
-def match(source: Source, row: Backbone, shapes: Shapes) -> Match:
+def match(source: Source, row: Row, shapes: Shapes) -> Match:
     """Where every leaf lies, after comparing all names and shapes.
 
     Raises:
