@@ -140,6 +140,18 @@ def test_a_text_backbone_does_not_read_arrays(tmp_path: Path, blobs: Callable[..
         build.problem(config, Speed())
 
 
+def test_the_tokenizer_lies_beside_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    config = Config(backbone="bert_base", weights=str(tmp_path))
+    assert build.tokenizer(config) == tmp_path / "tokenizer.json"
+    monkeypatch.setattr(build.load, "hub", lambda name: tmp_path / name.rpartition("/")[2])
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match="to come with a tokenizer"):
+        build.tokenizer(config.replace(weights="owner/model"))
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    assert build.tokenizer(config.replace(weights="owner/model")) == tmp_path / "model" / "tokenizer.json"
+
+
 def test_a_text_backbone_reads_token_ids_without_a_tokenizer(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "ids.npz", x=rng.integers(1, 500, (80, 12)), y=rng.integers(0, 2, 80))

@@ -187,7 +187,7 @@ def tokenizer(config: Config) -> Path | None:
     if isinstance(row, Backbone):
         return Path(row.tokenizer).expanduser() if row.tokenizer is not None else None
     if config.weights not in (None, "random"):
-        folder = Path(config.weights).expanduser()
+        folder = load.locate(config.backbone, config.weights)
         file = (folder if folder.is_dir() else folder.parent) / "tokenizer.json"
         if file.is_file():
             return file
