@@ -98,6 +98,10 @@ class Cohort(Protocol):
     @property
     def sizes(self) -> np.ndarray: ...  # (M,), int64: examples per client
     @property
+    def round(self) -> int: ...  # from 1
+    @property
+    def last(self) -> np.ndarray: ...  # (M,), int64: round in which each was in the cohort before; 0 for never
+    @property
     def exchange(self) -> Exchange: ...
     @property
     def fetch(self) -> Callable[[Tree], Tree]: ...  # device values -> NumPy, the same in every process

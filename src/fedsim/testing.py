@@ -100,11 +100,16 @@ def run(
     task: Task | None = None,
     state: tuple[Tree, Memory] | None = None,
     first: int = 1,
+    met: dict[int, int] | None = None,
     sent: list[Sent] | None = None,
     **options: Any,
 ) -> tuple[Tree, Memory, list[Cohort]]:
-    """Rounds `first`, `first + 1`, ... with the given cohorts: the server's state, clients' memory, the cohorts."""
-    lanes = engine(problem, **options)
+    """Rounds `first`, `first + 1`, ... with the given cohorts: the server's state, clients' memory, the cohorts.
+
+    Args:
+        state, met: of the rounds before `first`; `met` is client -> the last round in which it was in the cohort.
+    """
+    lanes, met = engine(problem, **options), dict(met or {})
     algorithm = make(task or tiny_task())
     server, memory = state or (
         algorithm.init(key_for(lanes.root, "init"), lanes.held),
@@ -113,7 +118,8 @@ def run(
     server = lanes.put(server)
     done = []
     for round, ids in enumerate(cohorts, first):
-        cohort = Cohort(lanes, np.array(ids), round, memory)
+        cohort = Cohort(lanes, np.array(ids), round, memory, met=met)
+        met.update(dict.fromkeys(ids, round))
         if sent is not None:
             listen(cohort, sent)
         server, _ = algorithm.round(key_for(lanes.root, "server", round), lanes.held, server, cohort)
