@@ -114,6 +114,18 @@ class Population(NamedTuple):
     cohort: int
 
 
+class Factors(NamedTuple):
+    """One matrix that LoRA adapts, W + scale * A B on inputs from the left: where its leaves lie, and their sizes."""
+
+    kernel: str  # path of W (inputs, outputs)
+    a: str  # path of A (inputs, rank), random at the start
+    b: str  # path of B (rank, outputs), zero at the start
+    scale: float
+    inputs: int
+    rank: int
+    outputs: int
+
+
 class Task(NamedTuple):
     """What an algorithm is made for: the model's pure functions and the training that the config asks for."""
 
@@ -127,6 +139,8 @@ class Task(NamedTuple):
     weight: Callable[[Client, Tree], Array]  # weight of a reply in the mean
     encode_up: Callable[[Tree], Tree]  # codec of the clients' replies
     encode_down: Callable[[Tree], Tree]  # codec of the server's message
+    trained: frozenset[str] = frozenset()  # paths of `init`'s leaves, for rules that treat some apart
+    factors: tuple[Factors, ...] = ()  # the matrices that LoRA adapts
 
 
 class Algorithm(NamedTuple):
