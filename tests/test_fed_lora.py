@@ -550,8 +550,7 @@ def test_a_packet_that_claims_too_little_is_found():
     """The check of bytes can fail, for a reply and for a message."""
 
     def cheap(task):
-        made = find("fed_avg")(task._replace(encode_up=cheaper))
-        return made
+        return find("fed_avg")(task._replace(encode_up=cheaper))
 
     def cheaper(tree):
         return jax.tree.map(lambda a: wire.Packet(a, jnp.uint32(a.size)), tree)

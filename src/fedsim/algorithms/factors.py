@@ -155,7 +155,7 @@ def means(factors: tuple[Factors, ...], weight: Callable[[Client, Tree], Array])
 # --- kernels that the server writes into
 
 
-class Server(NamedTuple):
+class WritingServer(NamedTuple):
     """What a server keeps that writes into the adapted kernels."""
 
     params: Params  # all that is trained

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fedsim.algorithms import fed_avg
 from fedsim.algorithms.factors import (
     Means,
-    Server,
+    WritingServer,
     adapted,
     kernel_packets,
     means,
@@ -29,6 +28,8 @@ from fedsim.algorithms.factors import (
     product,
     wrote,
 )
+from fedsim.algorithms.fed_avg import Server as Averaged
+from fedsim.algorithms.fed_avg import descend, fed_avg
 from fedsim.core import Algorithm, Cohort, Metrics, Params, Task, Tree
 from fedsim.local import fit
 
@@ -37,7 +38,7 @@ def fed_ex_lora(task: Task) -> Algorithm:
     """FedEx-LoRA (Singhal et al., arXiv 2410.09432): FedIT, and the residual goes into the kernel; needs peft=lora."""
     factors = adapted(task, "fed_ex_lora", frozen=True)
     if not factors:  # the head alone: no product, no residual
-        return fed_avg.fed_avg(task)
+        return fed_avg(task)
     rest = others(task)
     plain = fit(
         task.loss,
@@ -54,23 +55,21 @@ def fed_ex_lora(task: Task) -> Algorithm:
 
     local, reduce = plain._replace(finish=finish), means(factors, task.weight)
 
-    def init(key: Array, held: Params) -> Server:
+    def init(key: Array, held: Params) -> WritingServer:
         params, kernels = task.init(key), {f.kernel: jnp.array(held[f.kernel]) for f in factors}
         state = task.server_optimizer.init({path: params[path] for path in rest})
-        return Server(params, state, kernels, nothing_written(factors, factors[0].rank))
+        return WritingServer(params, state, kernels, nothing_written(factors, factors[0].rank))
 
     @jax.jit
-    def encode(server: Server, last: Array) -> Tree:
+    def encode(server: WritingServer, last: Array) -> Tree:
         packets = kernel_packets(factors, server.kernels, server.written, last)
         return {**task.encode_down(server.params), **packets}
 
     @jax.jit
-    def update(server: Server, reply: Means, round: Array) -> Server:
-        before = fed_avg.Server({path: server.params[path] for path in rest}, server.optimizer)
+    def update(server: WritingServer, reply: Means, round: Array) -> WritingServer:
+        before = Averaged({path: server.params[path] for path in rest}, server.optimizer)
         change = reply.leaves
-        averaged = fed_avg.descend(
-            task.server_optimizer, before, {path: change[path] for path in rest}, reply.weight.sum()
-        )
+        averaged = descend(task.server_optimizer, before, {path: change[path] for path in rest}, reply.weight.sum())
         params = {path: server.params[path] + change[path] for f in factors for path in (f.a, f.b)}
         kernels = {}
         for f in factors:
@@ -78,13 +77,13 @@ def fed_ex_lora(task: Task) -> Algorithm:
             kernels[f.kernel] = server.kernels[f.kernel] + f.scale * residual
         counted = (reply.weight > 0).sum(dtype=jnp.int32)
         written = wrote(server.written, jnp.maximum(counted - 1, 0) * factors[0].rank, round)
-        return Server({**params, **averaged.params}, averaged.optimizer, kernels, written)
+        return WritingServer({**params, **averaged.params}, averaged.optimizer, kernels, written)
 
-    def round(key: Array, held: Tree, server: Server, cohort: Cohort) -> tuple[Server, Metrics]:
+    def round(key: Array, held: Tree, server: WritingServer, cohort: Cohort) -> tuple[WritingServer, Metrics]:
         reply, info = cohort.exchange(encode(server, cohort.last), local, reduce)
         return update(server, reply, np.int32(cohort.round)), info.metrics
 
-    def predict(held: Tree, server: Server, memory: Tree, x: Tree) -> Array:
+    def predict(held: Tree, server: WritingServer, memory: Tree, x: Tree) -> Array:
         return task.logits(held, {**server.params, **server.kernels}, x)
 
     return Algorithm(init, round, predict, params=lambda server: {**server.params, **server.kernels})

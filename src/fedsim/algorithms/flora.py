@@ -17,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fedsim.algorithms import fed_avg
 from fedsim.algorithms.factors import (
     Means,
-    Server,
+    WritingServer,
     adapted,
     by_rank,
     check_ranks,
@@ -35,6 +34,8 @@ from fedsim.algorithms.factors import (
     ranks_of,
     wrote,
 )
+from fedsim.algorithms.fed_avg import Server as Averaged
+from fedsim.algorithms.fed_avg import descend, fed_avg
 from fedsim.backbones.load import draw
 from fedsim.core import Algorithm, Batch, Client, Cohort, Metrics, Params, Task, Tree
 from fedsim.local import Fit, fit
@@ -48,7 +49,7 @@ def flora(task: Task, ranks: Sequence[int] = ()) -> Algorithm:
     """
     factors = adapted(task, "flora", frozen=True)
     if not factors:  # the head alone: nothing to stack
-        return fed_avg.fed_avg(task)
+        return fed_avg(task)
     ranks, rest = check_ranks(ranks, factors), others(task)
     sizes = {path: shape for f in factors for path, shape in ((f.a, (f.inputs, f.rank)), (f.b, (f.rank, f.outputs)))}
     shapes = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in sizes.items()}
@@ -73,35 +74,35 @@ def flora(task: Task, ranks: Sequence[int] = ()) -> Algorithm:
 
     local, reduce = plain._replace(start=start, finish=finish), means(factors, task.weight)
 
-    def init(key: Array, held: Params) -> Server:
+    def init(key: Array, held: Params) -> WritingServer:
         params = task.init(key)
         kernels = {f.kernel: held[f.kernel] + f.scale * product(params[f.a], params[f.b]) for f in factors}
         params |= {f.b: jnp.zeros_like(params[f.b]) for f in factors}
         state = task.server_optimizer.init({path: params[path] for path in rest})
-        return Server(params, state, kernels, nothing_written(factors, min(ranks)))
+        return WritingServer(params, state, kernels, nothing_written(factors, min(ranks)))
 
     @jax.jit
-    def encode(server: Server, last: Array) -> Tree:
+    def encode(server: WritingServer, last: Array) -> Tree:
         return {
             **task.encode_down({path: server.params[path] for path in rest}),
             **kernel_packets(factors, server.kernels, server.written, last),
         }
 
     @jax.jit
-    def update(server: Server, reply: Means, ranks: Array, round: Array) -> Server:
-        before = fed_avg.Server({path: server.params[path] for path in rest}, server.optimizer)
+    def update(server: WritingServer, reply: Means, ranks: Array, round: Array) -> WritingServer:
+        before = Averaged({path: server.params[path] for path in rest}, server.optimizer)
         change = {path: reply.leaves[path] for path in rest}
-        averaged = fed_avg.descend(task.server_optimizer, before, change, reply.weight.sum())
+        averaged = descend(task.server_optimizer, before, change, reply.weight.sum())
         kernels = {f.kernel: server.kernels[f.kernel] + f.scale * reply.products[f.kernel] for f in factors}
         stacked = jnp.where(reply.weight > 0, ranks, 0).sum()
         written = wrote(server.written, stacked, round)
-        return Server({**server.params, **averaged.params}, averaged.optimizer, kernels, written)
+        return WritingServer({**server.params, **averaged.params}, averaged.optimizer, kernels, written)
 
-    def round(key: Array, held: Tree, server: Server, cohort: Cohort) -> tuple[Server, Metrics]:
+    def round(key: Array, held: Tree, server: WritingServer, cohort: Cohort) -> tuple[WritingServer, Metrics]:
         reply, info = cohort.exchange(encode(server, cohort.last), local, reduce)
         return update(server, reply, ranks_of(ranks, cohort.ids), np.int32(cohort.round)), info.metrics
 
-    def predict(held: Tree, server: Server, memory: Tree, x: Tree) -> Array:
+    def predict(held: Tree, server: WritingServer, memory: Tree, x: Tree) -> Array:
         return task.logits(held, {**server.params, **server.kernels}, x)
 
     return Algorithm(init, round, predict, params=lambda server: {**server.params, **server.kernels})
