@@ -241,6 +241,25 @@ def test_per_client_messages_reach_their_clients():
     assert down == {"all": 12 * 6, "own/tag": 4 * 6, "factor": 4 * 5 * int(ranks.sum())}
 
 
+def test_a_broadcast_leaf_is_priced_by_client():
+    """One value for all, of which each client pays its own part: no copy per client, exact sums."""
+    message = {"w": wire.Packet(jnp.ones((3, 5)), jnp.arange(6, dtype=jnp.uint32) * 11), "b": jnp.zeros(2)}
+    local = replying(lambda m, carry, client: m["w"].sum() + 0.0 * m["b"].sum())
+    result, _, cohort = exchange(local, message, devices=2)
+    assert float(result) == 15.0
+    assert cohort.traffic()[0] == {"w": 11 * 15, "b": 8 * 6}
+    with pytest.raises(ValueError, match=r"leading axis of per-client part 'w' to be 6"):
+        exchange(local, {"w": wire.Packet(jnp.ones((3, 5)), jnp.ones(5, jnp.uint32)), "b": jnp.zeros(2)})
+
+
+def test_cohort_knows_when_each_member_was_there_last():
+    lanes = engine(tiny_problem())
+    cohort = Cohort(lanes, np.array([4, 0, 7]), 9, Memory(NOTHING, lanes.held), met={7: 3, 4: 8, 2: 1})
+    assert cohort.last.tolist() == [8, 0, 3]
+    _, _, cohorts = run(ALGORITHMS["fed_avg"], tiny_problem(), ((0, 1), (1, 2), (0, 1)))
+    assert [c.last.tolist() for c in cohorts] == [[0, 0], [1, 0], [1, 2]]
+
+
 def test_packets_are_priced_by_client():
     local = replying(lambda message, carry, client: wire.ranked({"a": jnp.ones((4, 7))}, client.id % 3, 1))
     _, _, cohort = exchange(local, devices=2)

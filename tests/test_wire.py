@@ -83,6 +83,22 @@ def test_a_price_that_depends_on_values_is_refused():
         wire.price_shapes({"w": jax.ShapeDtypeStruct((3,), jnp.float32)}, sparse)
 
 
+def test_ranked_counts_a_cast_leaf_at_its_cast_size():
+    packet = wire.ranked(wire.cast("bfloat16").encode({"a": jnp.ones((10, 8))}), jnp.int32(3), axis=1)
+    assert wire.price(packet) == {"a": 10 * 3 * 2}
+
+
+def test_a_broadcast_leaf_may_have_a_price_for_each_client():
+    """Exact beyond what an int32 or a float32 holds."""
+    prices = jnp.array([4_000_000_000, 0, 4_000_000_001], jnp.uint32)
+    packet = wire.Packet(jnp.ones((2, 2)), prices)
+    assert wire.for_all(packet, 3) == 8_000_000_001
+    assert wire.for_all(jnp.ones((2, 2)), 3) == 48
+    assert wire.for_all(wire.Packet(jnp.ones(4), jnp.uint32(7)), 3) == 21
+    with pytest.raises(ValueError, match="to have one price"):
+        wire.price({"w": packet})
+
+
 def test_unknown_price_is_refused():
     shapes = jax.eval_shape(lambda: wire.ranked(jnp.ones((2, 2)), jnp.int32(1), 0))
     with pytest.raises(ValueError, match="to be a value"):

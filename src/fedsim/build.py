@@ -267,6 +267,8 @@ def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached
         weight=by_examples if config.weighting == "examples" else uniform,
         encode_up=up.encode if up else lambda tree: tree,
         encode_down=down.encode if down else lambda tree: tree,
+        trained=frozenset(model.trained),
+        factors=peft.factors(model),
     )
 
 

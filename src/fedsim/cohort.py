@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -88,10 +89,17 @@ class Cohort:
 
     Args:
         reports: (M,) bool, False for a client that drops out in mid-round: its downlink is paid, nothing returns.
+        met: client -> the last round before this one in which it was in the cohort; absent for never.
     """
 
     def __init__(
-        self, engine: Lanes, ids: np.ndarray, round: int, memory: Memory, reports: np.ndarray | None = None
+        self,
+        engine: Lanes,
+        ids: np.ndarray,
+        round: int,
+        memory: Memory,
+        reports: np.ndarray | None = None,
+        met: Mapping[int, int] | None = None,
     ) -> None:
         self.engine, self.round, self.memory = engine, round, memory
         self.ids = np.asarray(ids, np.int64)
@@ -103,6 +111,7 @@ class Cohort:
             )
         self.sizes = np.asarray(engine.offsets[self.ids + 1] - engine.offsets[self.ids], np.int64)
         self.reports = np.ones(len(self.ids), bool) if reports is None else np.asarray(reports, bool)
+        self.last = np.array([(met or {}).get(int(i), 0) for i in self.ids], np.int64)
         self.done: list[Exchanged] = []
 
     def fetch(self, tree: Tree) -> Tree:
@@ -122,11 +131,10 @@ class Cohort:
         engine, members = self.engine, len(self.ids)
         reduce = reduce or MEAN
         for name, node in wire.parts(message):
-            rows = (
-                {leaf.shape[0] for leaf in jax.tree.leaves(node.tree)}
-                if isinstance(node, wire.PerClient)
-                else {members}
-            )
+            own = node.tree if isinstance(node, wire.PerClient) else ()
+            if wire.is_packet(node) and np.ndim(node.nbytes):
+                own = node.nbytes
+            rows = {leaf.shape[0] for leaf in jax.tree.leaves(own)} or {members}
             if rows != {members}:
                 raise ValueError(
                     f"Expected the leading axis of per-client part {name!r} to be {members}, the cohort, not {rows}; "

@@ -98,6 +98,10 @@ class Cohort(Protocol):
     @property
     def sizes(self) -> np.ndarray: ...  # (M,), int64: examples per client
     @property
+    def round(self) -> int: ...  # from 1
+    @property
+    def last(self) -> np.ndarray: ...  # (M,), int64: round in which each was in the cohort before; 0 for never
+    @property
     def exchange(self) -> Exchange: ...
     @property
     def fetch(self) -> Callable[[Tree], Tree]: ...  # device values -> NumPy, the same in every process
@@ -108,6 +112,18 @@ class Population(NamedTuple):
 
     size: int
     cohort: int
+
+
+class Factors(NamedTuple):
+    """One matrix that LoRA adapts, W + scale * A B on inputs from the left: where its leaves lie, and their sizes."""
+
+    kernel: str  # path of W (inputs, outputs)
+    a: str  # path of A (inputs, rank), random at the start
+    b: str  # path of B (rank, outputs), zero at the start
+    scale: float
+    inputs: int
+    rank: int
+    outputs: int
 
 
 class Task(NamedTuple):
@@ -123,6 +139,8 @@ class Task(NamedTuple):
     weight: Callable[[Client, Tree], Array]  # weight of a reply in the mean
     encode_up: Callable[[Tree], Tree]  # codec of the clients' replies
     encode_down: Callable[[Tree], Tree]  # codec of the server's message
+    trained: frozenset[str] = frozenset()  # paths of `init`'s leaves, for rules that treat some apart
+    factors: tuple[Factors, ...] = ()  # the matrices that LoRA adapts
 
 
 class Algorithm(NamedTuple):

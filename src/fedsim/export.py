@@ -139,6 +139,12 @@ def export_lora(
     Raises:
         ValueError: the backbone has no Hugging Face names, or more than LoRA and the head was trained.
     """
+    written = sorted(set(trained) - set(model.trained))
+    if written:
+        raise ValueError(
+            f"Expected the run to have left the backbone as it was; its algorithm wrote into {written[0]}: export the "
+            "merged backbone by export_backbone."
+        )
     layout, row = _hugging_face(model), _row(model)
     others = sorted(set(model.rules.values()) - {"frozen", "head", "lora", "ffa_lora"})
     layers = sorted({path.rpartition("/")[0] for path in model.fresh if path.endswith("/lora_a")})

@@ -33,7 +33,7 @@ CPU_LANES, ACCELERATOR_LANES = 6, 256  # beyond that a MiniLM step on two cores 
 
 
 def message_bytes(message: Tree, members: int) -> dict[str, int]:
-    """Bytes of sending a message to the whole cohort, by leaf: broadcast parts once per client, own parts as they are."""
+    """Bytes of sending a message to the whole cohort, by leaf: broadcast parts to each client, own parts as they are."""
     prices: dict[str, int] = {}
     for name, node in wire.parts(message):
         if isinstance(node, wire.PerClient):
@@ -43,7 +43,7 @@ def message_bytes(message: Tree, members: int) -> dict[str, int]:
                 )
                 prices["/".join(filter(None, (name, leaf_name.removeprefix("message")))) or "message"] = nbytes
         else:
-            prices[name or "message"] = members * sum(wire.price(node).values())
+            prices[name or "message"] = wire.for_all(node, members)
     return prices
 
 

@@ -31,6 +31,7 @@ def fit(
     passes: Passes,
     *,
     penalty: Penalty | None = None,
+    view: Callable[[Tree, Tree], Tree] = lambda held, message: held,
     start: Callable[[Tree, Tree], Params] = lambda message, memory: message,
     reply: Callable[[Params, Tree, Tree], tuple[Tree, Tree]] | None = None,
 ) -> Local:
@@ -40,12 +41,13 @@ def fit(
         optimizer: learning rate -> optax transformation; the rate is data, so a schedule recompiles nothing.
         lr: round -> learning rate.
         penalty: a differentiable scalar of (params, message, memory); FedProx is `proximal(mu)`.
+        view: (held, message) -> the frozen part to train over, where the message has newer values of some of it.
         start: (message, memory) -> the parameters to start from; default: the message is the parameters.
         reply: (params, message, memory) -> reply, memory; default: params - start, and the memory as it was.
     """
 
     def total(params: Params, held: Tree, message: Tree, memory: Tree, batch: Batch) -> tuple[Array, Metrics]:
-        value, metrics = loss(held, params, batch)
+        value, metrics = loss(view(held, message), params, batch)
         return (value if penalty is None else value + penalty(params, message, memory)), metrics
 
     def start_(held: Tree, message: Tree, client: Client, batch: Batch) -> Fit:

@@ -22,6 +22,7 @@ from fedsim.backbones.layers import STATISTICS, NoRngs, Skeleton
 from fedsim.backbones.load import draw, load
 from fedsim.config import Config, check_model, positive, require_known
 from fedsim.config import Model as Options
+from fedsim.core import Factors
 from fedsim.peft_kinds import KINDS, Leaf, choose_targets, is_fresh, lora_scale, parse, rules
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Options",
     "Shapes",
     "build",
+    "factors",
     "from_config",
     "parameters",
     "parse",
@@ -209,6 +211,18 @@ def parameters(model: Model) -> Shapes:
         for path, leaf in leaves.items()
         if path not in attached and path.rpartition("/")[2] not in STATISTICS
     }
+
+
+def factors(model: Model) -> tuple[Factors, ...]:
+    """The matrices that LoRA adapts, by path; trained or not."""
+    shapes, found = {**model.frozen, **model.trained}, []
+    for path in sorted(model.fresh):
+        layer, _, role = path.rpartition("/")
+        if role == "lora_a":
+            (inputs, rank), outputs = shapes[path].shape, shapes[f"{layer}/lora_b"].shape[1]
+            kernel, scale = own.kernel_of(layer, shapes), lora_scale(model.options)
+            found.append(Factors(kernel, path, f"{layer}/lora_b", scale, inputs, rank, outputs))
+    return tuple(found)
 
 
 def start(model: Model, weights: str | None, seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -108,7 +108,8 @@ def simulate(
     # --- where to start: round 0, or after the last good checkpoint
     phases = build.phases(config)
     round, stopped, elapsed = 0, "rounds", 0.0
-    totals, best, stale, seen = {"up": 0, "down": 0}, -1.0, 0, np.zeros(0, np.int64)
+    totals, best, stale = {"up": 0, "down": 0}, -1.0, 0
+    met: dict[int, int] = {}  # client -> the last round in which it was in the cohort
     start_scores: dict[str, Any] | None = None
     now: Current | None = None
 
@@ -131,7 +132,8 @@ def simulate(
             now = tried["now"]
             now = now._replace(server=now.trainer.engine.put(state["server"]))
             now.memory.restore(state["memory"], state["memory_ids"])
-            seen, totals, best, stale = state["seen"], extra["totals"], extra["best"], extra["stale"]
+            met = dict(state["met"].tolist())
+            totals, best, stale = extra["totals"], extra["best"], extra["stale"]
             start_scores, stopped, elapsed = extra["start"], extra["stopped"], extra["elapsed"]
     lines = [] if fresh else record.truncate(directory, round)
 
@@ -151,15 +153,15 @@ def simulate(
             ids = algorithm.select(
                 stream(config.seed, f"sample {round}"), server, Population(engine.population, config.clients_per_round)
             )
-            cohort = Cohort(engine, ids, round, memory)
+            cohort = Cohort(engine, ids, round, memory, met=met)
             server, metrics = algorithm.round(key_for(engine.root, "server", round), engine.held, server, cohort)
             metrics = cohort.fetch(metrics)
             jax.block_until_ready(server)
             down, up = cohort.traffic()
             seconds = time.perf_counter() - tick
             compile_seconds = min(clock.seconds - compiled, seconds)
-            newcomers = np.setdiff1d(ids, seen)
-            seen = np.union1d(seen, ids)
+            newcomers = int((cohort.last == 0).sum())
+            met.update(dict.fromkeys(cohort.ids.tolist(), round))
             totals = {"up": totals["up"] + sum(up.values()), "down": totals["down"] + sum(down.values())}
 
             scores = None
@@ -187,7 +189,7 @@ def simulate(
                 "bytes_down": sum(down.values()),
                 "bytes_up_leaves": up,
                 "bytes_down_leaves": down,
-                "setup_bytes": len(newcomers) * setup_price(trainer),
+                "setup_bytes": newcomers * setup_price(trainer),
                 "total_bytes_up": totals["up"],
                 "total_bytes_down": totals["down"],
                 "clients": len(ids),
@@ -207,7 +209,8 @@ def simulate(
             asked = interrupted()
             if asked or stopped != "rounds" or round == config.rounds or round % speed.checkpoint_every == 0:
                 rows, memory_ids = memory.state()
-                state = {"server": server, "memory": rows, "memory_ids": memory_ids, "seen": seen}
+                last_met = np.array(list(met.items()), np.int64).reshape(-1, 2)
+                state = {"server": server, "memory": rows, "memory_ids": memory_ids, "met": last_met}
                 extra = {
                     **expected(config, trainer, inputs),
                     "totals": totals,
@@ -217,7 +220,7 @@ def simulate(
                     "stopped": stopped,
                     "elapsed": elapsed + time.perf_counter() - began,
                     "memory_count": len(memory_ids),
-                    "seen_count": len(seen),
+                    "met_count": len(met),
                 }
                 checkpoints.save(round, state, extra)
             if asked:
@@ -308,13 +311,13 @@ def fingerprint(config: Config, problem: Problem) -> str:
 
 
 def checkpoint_shapes(now: Current, extra: dict[str, Any]) -> dict[str, Any]:
-    """Shapes of a checkpoint's arrays: the server's are known, rows of memory and clients seen stand in `extra`."""
+    """Shapes of a checkpoint's arrays: the server's are known, rows of memory and clients met stand in `extra`."""
     count = extra["memory_count"]
     return {
         "server": now.server,
         "memory": jax.tree.map(lambda r: np.zeros((count, *r.shape[1:]), r.dtype), now.memory.rows),
         "memory_ids": np.zeros(count, np.int64),
-        "seen": np.zeros(extra["seen_count"], np.int64),
+        "met": np.zeros((extra["met_count"], 2), np.int64),
     }
 
 

@@ -22,7 +22,7 @@ class Packet(NamedTuple):
     """A leaf that travels encoded: what the receiver decodes, and the exact size of what was sent."""
 
     value: Array  # decoded
-    nbytes: Array  # (), uint32: bytes on the wire
+    nbytes: Array  # (), uint32: bytes on the wire; (M,) in a broadcast message, where it differs by client
 
 
 @jax.tree_util.register_dataclass
@@ -90,6 +90,8 @@ def price(tree: Tree) -> dict[str, int]:
         if is_packet(leaf):
             if isinstance(leaf.nbytes, (jax.ShapeDtypeStruct, jax.core.Tracer)):
                 raise ValueError(f"Expected the price of packet {name!r} to be a value; price it after it was made.")
+            if np.ndim(leaf.nbytes):
+                raise ValueError(f"Expected packet {name!r} to have one price; `for_all` adds up prices per client.")
             prices[name] = int(leaf.nbytes)
         else:
             prices[name] = array_bytes(leaf)
@@ -113,6 +115,13 @@ def price_shapes(shapes: Tree, codec: Codec | None = None) -> dict[str, int]:
 
     jax.eval_shape(trace, shapes)
     return prices
+
+
+def for_all(leaf: Any, members: int) -> int:
+    """Bytes of broadcasting one leaf to so many clients: the same for each, or as a packet's prices per client say."""
+    if is_packet(leaf) and np.ndim(leaf.nbytes):
+        return int(np.asarray(leaf.nbytes).sum(dtype=np.int64))
+    return members * sum(price(leaf).values())
 
 
 def to_bytes(leaf: Any) -> bytes:
@@ -162,13 +171,14 @@ def ranked(tree: Tree, ranks: Array, axis: int) -> Tree:
     """Prices padded factors by what is really sent: only the first `ranks` entries along `axis` of every leaf.
 
     Args:
-        tree: leaves padded with zeros to the largest rank along `axis`.
-        ranks: (), int32: this client's own rank.
+        tree: leaves padded with zeros to the largest rank along `axis`, as arrays or cast.
+        ranks: (), int32: this client's own rank; (M,) in a broadcast message, of which each client reads its own part.
         axis: which axis of each leaf is the rank.
     """
 
     def packet(leaf: Any) -> Packet:
-        per_rank = leaf.size // leaf.shape[axis] * leaf.dtype.itemsize
-        return Packet(leaf, ranks.astype(jnp.uint32) * jnp.uint32(per_rank))
+        value = unwrap(leaf)
+        nbytes = leaf.nbytes if is_packet(leaf) else jnp.uint32(array_bytes(leaf))
+        return Packet(value, jnp.asarray(ranks).astype(jnp.uint32) * (nbytes // jnp.uint32(value.shape[axis])))
 
-    return jax.tree.map(packet, tree)
+    return jax.tree.map(packet, tree, is_leaf=is_packet)

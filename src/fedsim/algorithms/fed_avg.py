@@ -7,6 +7,7 @@ w is the weighted mean of the clients' parameters. FedPEFT (arXiv 2210.01708) is
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -40,16 +41,7 @@ def fed_avg(task: Task, penalty: Penalty | None = None) -> Algorithm:
         params = task.init(key)
         return Server(params, task.server_optimizer.init(params))
 
-    @jax.jit
-    def update(server: Server, change: Params, weight: Array) -> Server:
-        """One step of the server's optimizer; a round in which nothing counted changes nothing, momentum included."""
-        with jax.numpy_dtype_promotion("standard"):
-            updates, state = task.server_optimizer.update(
-                jax.tree.map(jnp.negative, change), server.optimizer, server.params
-            )
-            params: Any = optax.apply_updates(server.params, updates)
-        new = Server(params, state)
-        return jax.tree.map(lambda n, o: jnp.where(weight > 0, n, o), new, server)
+    update = jax.jit(partial(descend, task.server_optimizer))
 
     def round(key: Array, held: Tree, server: Server, cohort: Cohort) -> tuple[Server, Metrics]:
         change, info = cohort.exchange(encode(server.params), local, reduce)
@@ -59,6 +51,14 @@ def fed_avg(task: Task, penalty: Penalty | None = None) -> Algorithm:
         return task.logits(held, server.params, x)
 
     return Algorithm(init, round, predict)
+
+
+def descend(optimizer: optax.GradientTransformation, server: Server, change: Params, weight: Array) -> Server:
+    """One step of the server's optimizer along the mean change; a total weight of zero changes nothing, momentum included."""
+    with jax.numpy_dtype_promotion("standard"):
+        updates, state = optimizer.update(jax.tree.map(jnp.negative, change), server.optimizer, server.params)
+        params: Any = optax.apply_updates(server.params, updates)
+    return jax.tree.map(lambda n, o: jnp.where(weight > 0, n, o), Server(params, state), server)
 
 
 def fed_prox(task: Task, mu: float = 0.1) -> Algorithm:
