@@ -80,12 +80,12 @@ def check_ranks(ranks: Sequence[int], factors: tuple[Factors, ...]) -> tuple[int
         ValueError: they are no ranks, or their largest is not the model's.
     """
     largest = factors[0].rank
-    ranks = tuple(ranks) if isinstance(ranks, (tuple, list)) else (ranks,)
-    if not all(isinstance(r, int) and not isinstance(r, bool) and r > 0 for r in ranks):
+    given = tuple(ranks) if isinstance(ranks, Sequence) else (ranks,)
+    if not all(isinstance(r, int) and not isinstance(r, bool) and r > 0 for r in given):
         raise ValueError(f"Expected ranks={ranks} to be numbers >= 1; give them like ranks=(4, 8, 16).")
-    if ranks and max(ranks) != largest:
-        raise ValueError(f"Expected the largest of ranks={ranks} to be rank={largest}; give --rank {max(ranks)}.")
-    return ranks or (largest,)
+    if given and max(given) != largest:
+        raise ValueError(f"Expected the largest of ranks={ranks} to be rank={largest}; give --rank {max(given)}.")
+    return given or (largest,)
 
 
 def rank_of(ranks: tuple[int, ...], id: Array) -> Array:
