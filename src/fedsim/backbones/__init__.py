@@ -100,6 +100,7 @@ BACKBONES: dict[str, Backbone] = {
     "shufflenet_v2_x0_5_gn": convolutional_row(Shufflenet, ShufflenetConfig(norm="group")),
     "cnn": Backbone("image", Cnn, CnnConfig()),
     "mlp": Backbone("array", Mlp, MlpConfig()),
+    "linear": Backbone("array", Mlp, MlpConfig(hidden=())),  # what frozen features are compared with
     # Two blocks, for trying things out and for tests.
     "vit_tiny": Backbone("image", Vit, VitConfig(width=32, depth=2, heads=2, hidden=64, patch=4, image=16)),
     "bert_tiny": bert_row(TINY),
