@@ -45,10 +45,10 @@ def test_a_whole_pass(
     x = (rng.integers(0, 128, (90, 8, 8)) + 100 * y[:, None, None]).astype(np.uint8)
     np.savez(tmp_path / "toy.npz", x=x, y=y)
     toy = Config(dataset=str(tmp_path / "toy.npz"), backbone="vit_tiny", weights="random", image_size=8, clients=4,
-                 clients_per_round=2, rounds=2, min_size=2, steps=1, eval_every=2)  # fmt: skip
+                 clients_per_round=2, rounds=2, head_rounds=1, min_size=2, steps=1, eval_every=2, peft="head")  # fmt: skip
     monkeypatch.setitem(vision.SETS, "fashion_mnist", toy)
-    pixels = {"backbone": "linear", "image_size": None, "peft": "head"}
-    monkeypatch.setattr(vision, "METHODS", {"head": {"peft": "head"}, "full": {"peft": "full"}, "pixels": pixels})
+    pixels = {"backbone": "linear", "image_size": None}
+    monkeypatch.setattr(vision, "METHODS", {"head": {}, "full": {"peft": "full"}, "pixels": pixels})
     options = vision.Options(
         "fashion_mnist", methods=("head", "full", "pixels"), runs=tmp_path / "runs", out=tmp_path / "out.json"
     )
@@ -62,7 +62,10 @@ def test_a_whole_pass(
         assert run.summary["final"]["test"] == run.summary["final"]["validation"], "a run of the grid has no test rows"
         assert row["validation_by_rate"][f"{row['rate']:g}"] == max(row["validation_by_rate"].values())
         assert row["test"]["accuracy"] * 18 == pytest.approx(round(row["test"]["accuracy"] * 18))
-        assert row["bytes"]["up"] == 2 * 2 * row["bytes"]["client_up"] == 4 * 4 * row["parameters"]["trained"]
+        assert row["bytes"]["client_up"] == 4 * row["parameters"]["trained"]
+        before = result["rows"]["head" if name == "full" else name]["bytes"]["client_up"]  # in the round of the head
+        assert row["bytes"]["up"] == 2 * (before + row["bytes"]["client_up"])
+    assert result["rows"]["full"]["config"]["head_lr"] == result["rows"]["head"]["rate"]
     monkeypatch.setattr(fedsim, "run", lambda *_, **__: pytest.fail("a finished run was repeated"))
     vision.main(options)
     assert json.loads((tmp_path / "out.json").read_text())["rows"] == result["rows"]
@@ -79,5 +82,5 @@ def test_the_files_of_results_are_of_this_script(vision: ModuleType) -> None:
         file = ROOT / "experiments" / "results" / f"vision_{name}.json"
         for method, row in json.loads(file.read_text())["rows"].items():
             said = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in row["config"].items()})
-            accepted = {"accept_licence": said.accept_licence, "lr": row["rate"]}
-            assert said == base.replace(**vision.METHODS[method], **accepted)
+            found = {"accept_licence": said.accept_licence, "lr": row["rate"], "head_lr": said.head_lr}
+            assert said == base.replace(**vision.METHODS[method], **found)
