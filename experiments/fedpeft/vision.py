@@ -181,7 +181,7 @@ def main(o: Options) -> None:
         "licence": data.licence,
         "grid": RATES,
         "rows": json.loads(out.read_text())["rows"] if out.is_file() else {},
-        **record.machine(),
+        **{key: value for key, value in record.machine().items() if key != "platform"},  # the kernel
     }
     for name, config in configs.items():
         folder = o.runs / o.dataset / "".join(c for c in name.replace(" ", "-") if c not in ",:=")
