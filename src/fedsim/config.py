@@ -24,6 +24,8 @@ class Data:
 
     dataset: str = "20newsgroups"
     """Packaged name (`fedsim data list`), `tfds:NAME`, or a file: .csv, .jsonl, .npz."""
+    accept_licence: str | None = None
+    """Name of a licence that you accept; some packaged sets are neither fetched nor read without it."""
     data_dir: str | None = None
     """Where TFDS looks for prepared sets (default: TFDS' own)."""
     text_column: str = "text"
@@ -38,8 +40,9 @@ class Data:
     """Keep only this many training examples, drawn by seed (default: all)."""
     clients: int = 100
     """Number of clients N."""
-    partition: Literal["dirichlet", "iid"] = "dirichlet"
-    """How training examples go to clients."""
+    partition: Literal["dirichlet", "iid", "domain"] = "dirichlet"
+    """How training examples go to clients; `domain` gives each client examples of one domain of the set (ELPV's two
+    cell types), and each domain clients in proportion to its examples."""
     alpha: float = 0.3
     """Concentration of the Dirichlet partition over labels; smaller is more skewed."""
     min_size: int = 8
@@ -251,7 +254,7 @@ def check(config: Config) -> None:
         raise ValueError(
             f"Expected clients_per_round={c.clients_per_round} <= clients={c.clients}; lower it or add clients."
         )
-    one_of(("dirichlet", "iid"), partition=c.partition)
+    one_of(("dirichlet", "iid", "domain"), partition=c.partition)
     one_of(("examples", "uniform"), weighting=c.weighting)
     one_of(("none", "bfloat16", "float16"), codec_up=c.codec_up, codec_down=c.codec_down)
     for name in ("algorithm", "optimizer", "lr_schedule", "server_optimizer", "server_lr_schedule"):

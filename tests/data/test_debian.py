@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.data import assets, debian
+from fedsim.data import assets, debian, show
 
 
 @pytest.fixture
@@ -89,10 +89,35 @@ def test_another_version_and_a_missing_tool_are_refused(package: Path, monkeypat
 def test_a_licence_must_be_accepted_by_name(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = assets.ASSETS["tiny"]
     monkeypatch.setitem(assets.ASSETS, "strict", tiny._replace(name="strict", accept="CC-BY-NC-SA"))
-    with pytest.raises(ValueError, match="fetch strict --accept-licence CC-BY-NC-SA"):
+    for wrong in (None, "MIT"):
+        with pytest.raises(
+            ValueError, match="add --accept-licence CC-BY-NC-SA, in Python accept_licence='CC-BY-NC-SA'"
+        ):
+            assets.fetch(["tiny", "strict"], accepted=wrong)
+    assert not assets.is_fetched("tiny"), "refused before anything is fetched"
+    assert len(assets.fetch(["strict"], accepted="CC-BY-NC-SA")) == 1
+    with pytest.raises(ValueError, match="accept_licence=None"):
         assets.fetch(["strict"])
-    said: list[str] = []
-    assert len(assets.fetch(["tiny", "strict"], said.append)) == 1
-    assert any(line.startswith("strict: left out") for line in said)
-    assert len(assets.fetch(["strict"], accepted=["CC-BY-NC-SA"])) == 1
-    assert len(assets.fetch(["strict"])) == 1, "what lies in the cache was accepted"
+
+
+def test_all_assets_are_fetched_but_those_that_ask_for_more(
+    package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a name: a licence that is not accepted, or an apt that fails, leaves that asset out and says how."""
+    tiny = assets.ASSETS["tiny"]
+    strict = tiny._replace(name="strict", accept="CC-BY-NC-SA")
+    broken = tiny._replace(name="broken", sha256="0" * 64)
+    monkeypatch.setattr(assets, "ASSETS", {"strict": strict, "broken": broken, "tiny": tiny})
+    show.data_fetch()
+    said = capsys.readouterr().out
+    assert [assets.is_fetched(name) for name in assets.ASSETS] == [False, False, True]
+    assert "strict: left out" in said and "alone: fedsim data fetch strict --accept-licence CC-BY-NC-SA\n" in said
+    assert "broken: left out" in said and "alone: fedsim data fetch broken\n" in said
+    show.data_fetch(accepted="CC-BY-NC-SA")
+    assert assets.is_fetched("strict")
+    with pytest.raises(ValueError, match="sha256"):
+        show.data_fetch(["broken"])
+    monkeypatch.setitem(assets.ASSETS, "broken", broken._replace(channel="pip"))
+    monkeypatch.setattr(assets, "_download", lambda *_: (_ for _ in ()).throw(ValueError("no network")))
+    with pytest.raises(ValueError, match="no network"):  # what every user can have is not left out in silence
+        show.data_fetch()

@@ -63,9 +63,33 @@ def test_dirichlet_law(total: int, clients: int, classes: int, alpha: float, fil
     assert p.sizes.min() >= min_size
 
 
+@given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=6), more=st.integers(0, 80), seed=st.integers(0, 9))
+def test_domain_law(sizes: list[int], more: int, seed: int) -> None:
+    total, clients = sum(sizes), len(sizes) + more
+    rows, _ = labelled(total, 3)
+    domains = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    p = partition.domain(rows, domains, clients, seed)
+    holds(p, rows, clients)
+    of = dict(zip(rows.tolist(), domains.tolist(), strict=True))
+    # A client without examples is of the domain of its neighbour before it: a domain's first client has some.
+    homes = [{of[row] for row in p.client(i).tolist()} for i in range(clients)]
+    assert all(len(home) <= 1 for home in homes), "one domain a client"
+    if clients <= total:
+        assert p.sizes.min() >= 1
+        owned = np.bincount([home.pop() for home in homes], minlength=len(sizes))
+        assert owned.min() >= 1
+        for i, size in enumerate(sizes):
+            own = p.sizes[[j for j in range(clients) if of[int(p.client(j)[0])] == i]]
+            assert np.ptp(own) <= 1, "iid within"
+            # In proportion: taking a client from any domain would leave it clients larger than all there are.
+            assert owned[i] == 1 or size / (owned[i] - 1) >= max(s / o for s, o in zip(sizes, owned, strict=True))
+
+
 def test_golden_values() -> None:
     rows, labels = labelled(12, 3)
     assert partition.iid(rows, 3, 0).rows.tolist() == GOLDEN["iid"]
+    of_domain = partition.domain(rows, np.array(["b", "a", "b"] * 4), 4, 0)
+    assert of_domain.rows.tolist() == GOLDEN["domain"] and of_domain.offsets.tolist() == GOLDEN["domain offsets"]
     p = partition.dirichlet(rows, labels, 4, 0.5, 2, 0)
     assert p.rows.tolist() == GOLDEN["rows"]
     assert p.offsets.tolist() == GOLDEN["offsets"]
@@ -73,6 +97,8 @@ def test_golden_values() -> None:
 
 GOLDEN: dict[str, list[int]] = {
     "iid": [31, 7, 13, 19, 28, 37, 16, 40, 34, 22, 25, 10],
+    "domain": [37, 28, 10, 19, 25, 31, 40, 22, 34, 13, 16, 7],
+    "domain offsets": [0, 2, 4, 8, 12],
     "rows": [22, 40, 37, 16, 31, 13, 28, 34, 25, 7, 10, 19],
     "offsets": [0, 2, 4, 7, 12],
 }
@@ -147,6 +173,10 @@ def test_the_impossible_is_refused() -> None:
     rows, labels = labelled(100, 2)
     with pytest.raises(ValueError, match=r"min_size=11 x clients=10 = 110 <= 100 training examples; lower one"):
         partition.dirichlet(rows, labels, 10, 0.3, 11, 0)
+    with pytest.raises(ValueError, match=r"clients=1 >= 2, the number of domains \(0, 1\); add clients"):
+        partition.domain(rows, labels, 1, 0)
+    with pytest.raises(ValueError, match="partition='domain' on a data set with the natural key `domain`, which toy"):
+        partition.make(Config(partition="domain"), dataset(200))
     with pytest.raises(ValueError, match="alpha="):
         partition.dirichlet(rows, labels, 10, 1e308, 0, 0)
 
@@ -163,6 +193,9 @@ def test_make_reads_the_config() -> None:
     toy = dataset(200)
     iid = partition.make(Config(partition="iid", clients=20, seed=5), toy)
     assert np.array_equal(iid.rows, partition.iid(toy.train, 20, 5).rows)
+    domains = np.array(["x", "y"])[np.arange(len(toy.y)) % 2]
+    made = partition.make(Config(partition="domain", clients=20, seed=5), toy._replace(natural={"domain": domains}))
+    assert np.array_equal(made.rows, partition.domain(toy.train, domains[toy.train], 20, 5).rows)
     config = Config(clients=20, alpha=0.2, min_size=3, seed=5)
     expected = partition.dirichlet(toy.train, toy.y[toy.train], 20, 0.2, 3, 5)
     assert np.array_equal(partition.make(config, toy).rows, expected.rows)

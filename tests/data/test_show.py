@@ -51,10 +51,10 @@ def test_data_list_and_fetch(
     said = capsys.readouterr().out
     assert all(name in said for name in assets.ASSETS) and "Apache-2.0" in said and "yes" not in said
     asked: list[list[str]] = []
-    monkeypatch.setattr(assets, "fetch", lambda names: asked.append(list(names)))
+    monkeypatch.setattr(assets, "fetch", lambda names, accepted: asked.append([*names, accepted]))
     show.data_fetch(["minilm_l6"])
-    show.data_fetch()
-    assert asked == [["minilm_l6"], list(assets.ASSETS)]
+    show.data_fetch(accepted="CC-BY-NC-SA")
+    assert asked == [["minilm_l6", None], *([name, "CC-BY-NC-SA"] for name in assets.ASSETS)]
 
 
 def test_picture_of_many_clients_shows_evenly_spaced_ones() -> None:

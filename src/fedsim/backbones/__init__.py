@@ -102,6 +102,7 @@ BACKBONES: dict[str, Row] = {
     "shufflenet_v2_x0_5_gn": convolutional_row(Shufflenet, ShufflenetConfig(norm="group")),
     "cnn": Row("image", Cnn, CnnConfig()),
     "mlp": Row("array", Mlp, MlpConfig()),
+    "linear": Row("array", Mlp, MlpConfig(hidden=())),  # what frozen features are compared with
     # Two blocks, for trying things out and for tests.
     "vit_tiny": Row("image", Vit, VitConfig(width=32, depth=2, heads=2, hidden=64, patch=4, image=16)),
     "bert_tiny": bert_row(TINY),

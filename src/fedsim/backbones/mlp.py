@@ -1,4 +1,5 @@
-"""A perceptron on flattened images or arrays, for tests and small data sets; there is no checkpoint for it."""
+"""A perceptron on flattened images or arrays, for tests and small data sets, and without hidden layers the linear
+classifier of raw pixels that frozen features are compared with; there is no checkpoint for it."""
 
 from __future__ import annotations
 
@@ -31,14 +32,21 @@ class Mlp(nnx.Module):
         self.head = Linear(widths[-1], classes, rngs=rngs)
 
     def layer(self, i: int, x: jax.Array) -> jax.Array:
-        """Hidden layer `i` with its ReLU; the first one flattens and scales its input."""
-        if i == 0:
-            x = x.reshape(x.shape[0], -1)
-            x = x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x.astype(jnp.float32)
-        return jax.nn.relu(self.layers[i](x))
+        """Hidden layer `i` with its ReLU; the first one reads the input."""
+        return jax.nn.relu(self.layers[i](flat(x) if i == 0 else x))
+
+    def output(self, x: jax.Array) -> jax.Array:
+        """The head; it reads the input where there is no hidden layer."""
+        return self.head(x if len(self.layers) else flat(x))
 
     def stages(self) -> list[Stage]:
         """The forward pass in order; see `layers.Stage`."""
         # `i=i` binds the loop's value, not its variable.
         hidden = [Stage(f"layers/{i}", lambda x, i=i: self.layer(i, x)) for i in range(len(self.layers))]
-        return [*hidden, Stage("head", self.head)]
+        return [*hidden, Stage("head", self.output)]
+
+
+def flat(x: jax.Array) -> jax.Array:
+    """(B, ...) -> float32 (B, values); bytes are scaled to [0, 1]."""
+    x = x.reshape(x.shape[0], -1)
+    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x.astype(jnp.float32)

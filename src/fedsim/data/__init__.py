@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from fedsim.config import Config, nearest
+from fedsim.data import assets
 from fedsim.data.dataset import Dataset, Source, check, divide
 
 __all__ = ["Dataset", "Source", "load", "needed", "read"]
 
-PACKAGED = ("20newsgroups",)
+PACKAGED = ("20newsgroups", "fashion_mnist", "elpv")
 FILES = (".csv", ".jsonl", ".npz")
 
 
@@ -24,14 +25,14 @@ def read(config: Config) -> Source:
     """The config's data set as it was read, checked, texts not yet tokenised.
 
     Raises:
-        ValueError: a set that is unknown, not fetched, not prepared, or that holds what cannot be used.
+        ValueError: a set that is unknown, not fetched, not prepared, or that holds what cannot be used; a packaged one
+            whose licence the config does not accept, even if it is in the cache.
     """
     name = config.dataset
     file = Path(name).expanduser()
     if name in PACKAGED:
-        from fedsim.data.text import newsgroups
-
-        source = newsgroups()
+        assets.require_accepted([name], config.accept_licence)
+        source = _packaged(name)
     elif name.startswith("tfds:"):
         from fedsim.data.tfds import read_tfds
 
@@ -79,8 +80,14 @@ def load(config: Config, tokenizer_file: Path | None) -> Dataset:
         source.classes,
         source.kind,
         source.licence,
-        natural={},
+        {key: values[used] for key, values in source.natural.items()},
     )
+
+
+def _packaged(name: str) -> Source:
+    from fedsim.data import images, text
+
+    return {"20newsgroups": text.newsgroups, "fashion_mnist": images.fashion_mnist, "elpv": images.elpv}[name]()
 
 
 def _arrays(source: Source, tokenizer_file: Path | None, config: Config) -> np.ndarray:

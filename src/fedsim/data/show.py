@@ -18,9 +18,26 @@ from fedsim.data.partition import Partition, make
 _COLUMNS = 400  # clients that a picture can tell apart
 
 
-def data_fetch(names: Sequence[str] = ()) -> None:
-    """Fetches the named assets into the cache, all of them without a name."""
-    assets.fetch(names or list(assets.ASSETS))
+def data_fetch(names: Sequence[str] = (), accepted: str | None = None) -> None:
+    """Fetches the named assets into the cache; without a name all that can be had, and says what is left out and why.
+
+    Raises:
+        ValueError: as `assets.fetch`; without a name not for an asset that needs apt, or an acceptance not given.
+    """
+    if names:
+        assets.fetch(names, accepted=accepted)
+        return
+    for name, asset in assets.ASSETS.items():
+        try:
+            assets.fetch([name], accepted=accepted)
+        except ValueError as error:
+            if asset.channel == "pip" and asset.accept in ("", accepted):
+                raise
+            print(f"{name}: left out. {error}\n  alone: fedsim data fetch {name}{_flag(asset)}")
+
+
+def _flag(asset: assets.Asset) -> str:
+    return f" --accept-licence {asset.accept}" if asset.accept else ""
 
 
 def data_list() -> None:
@@ -50,7 +67,7 @@ def labels_only(config: Config) -> Dataset:
     """The config's data set without its inputs: all that a partition needs, and no tokenizer."""
     s = data.read(config)
     splits = divide(s.splits, validation=config.validation, examples=config.examples, seed=config.seed)
-    return Dataset(s.name, None, s.y, *splits, s.classes, s.kind, s.licence, natural={})
+    return Dataset(s.name, None, s.y, *splits, s.classes, s.kind, s.licence, dict(s.natural))
 
 
 def counts(dataset: Dataset, partition: Partition, clients: np.ndarray) -> np.ndarray:
@@ -81,6 +98,9 @@ def summary(config: Config, dataset: Dataset, partition: Partition) -> Table:
     table.add_row("test", f"{len(dataset.test):,} examples, read once at the end")
     table.add_row("classes", f"{len(dataset.classes)}: {classes}")
     table.add_row("clients", f"{partition.clients:,}, {int((sizes == 0).sum()):,} of them empty")
+    for key, values in dataset.natural.items():
+        held_by = [(str(value), int((values[dataset.train] == value).sum())) for value in np.unique(values)[:8]]
+        table.add_row(key, ", ".join(f"{value}: {count:,} training examples" for value, count in held_by))
     table.add_row("examples a client", f"smallest {sizes.min()}, median {np.median(sizes):g}, largest {sizes.max()}")
     held = classes_held(dataset, partition)
     table.add_row("classes a client", f"fewest {held.min()}, median {np.median(held):g}, most {held.max()}")
@@ -178,6 +198,8 @@ def _shown(clients: int) -> np.ndarray:
 def _law(config: Config) -> str:
     if config.partition == "iid":
         return "iid"
+    if config.partition == "domain":
+        return "each client in one domain"
     return f"Dirichlet(alpha = {config.alpha:g}), at least {config.min_size} each"
 
 

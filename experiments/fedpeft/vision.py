@@ -1,0 +1,197 @@
+"""ViT-S/14 on Fashion-MNIST and ELPV: what six ways of training it cost in bytes and give in accuracy.
+
+Command:  python experiments/fedpeft/vision.py fashion_mnist
+          python experiments/fedpeft/vision.py elpv --accept-licence CC-BY-NC-SA
+          python experiments/fedpeft/vision.py elpv --table    (Markdown from the JSON file; trains nothing)
+Every way trains the head alone for 60 rounds (from cached features, at the rate found for the row `head`), then for 8
+rounds what it adds; the head alone trains for all 68. Every way gets the same grid of learning rates and takes the rate
+of the best validation accuracy (seed 0). Runs of the grid do not see the test set, which is read once, for the chosen
+rate. A stopped search goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+import fedsim
+from fedsim import build, record, simulate
+from fedsim.build import Problem
+from fedsim.config import Config, Speed
+from fedsim.evaluate import evaluator
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+COMMON = Config(
+    backbone="vit_s14", peft="head", clients=20, clients_per_round=5, rounds=68, head_rounds=60, steps=4, batch_size=16,
+    optimizer="adam", eval_every=68,
+)  # fmt: skip
+SETS: dict[str, Config] = {
+    "fashion_mnist": COMMON.replace(
+        dataset="fashion_mnist", image_size=42, examples=2000, validation=0.0085, partition="dirichlet", alpha=0.3
+    ),
+    "elpv": COMMON.replace(dataset="elpv", image_size=56, validation=0.24, partition="domain"),
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "head": {},
+    "bias": {"peft": "bias"},
+    "adapter 8": {"peft": "adapter", "adapter_width": 8},
+    "prompt, deep 10": {"peft": "prompt", "prompt_tokens": 10},
+    "LoRA q, v, r = 4": {"peft": "lora", "rank": 4, "lora_alpha": 8.0},
+    "full": {"peft": "full"},
+    "no backbone: linear on pixels": {"backbone": "linear", "image_size": None},
+}
+RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+FIRST = slice(1, 4)  # of the grid: tried for everything; its neighbours where the best is at the end of what was tried
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is run."""
+
+    dataset: Annotated[Literal["fashion_mnist", "elpv"], tyro.conf.Positional]
+    """Which of the two sets."""
+    accept_licence: str | None = None
+    """ELPV's licence: CC-BY-NC-SA."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Which rows."""
+    runs: Path = Path("runs/vision")
+    """Folder of the runs; they hold trained weights, which for ELPV are not to be published."""
+    out: Path | None = None
+    """The JSON file (default: in experiments/results)."""
+    table: bool = False
+    """Print the table of the JSON file and train nothing."""
+
+
+def search(score: Callable[[float], float]) -> tuple[dict[float, float], float]:
+    """Scores of the rates tried, and the best rate: the middle of the grid, and outwards while the best is at its end."""
+    tried = {rate: score(rate) for rate in RATES[FIRST]}
+    while True:
+        best = max(tried, key=lambda rate: tried[rate])
+        at = RATES.index(best)
+        ahead = [rate for rate in RATES[max(at - 1, 0) : at + 2] if rate not in tried]
+        if not ahead:
+            return dict(sorted(tried.items())), best
+        tried |= {rate: score(rate) for rate in ahead}
+
+
+def finished(config: Config, speed: Speed, folder: Path, problem: Problem) -> record.Run:
+    """The run in that folder: as it is, gone on with, or made."""
+    if not (folder / record.CONFIG).is_file():
+        return fedsim.run(config, speed, out=folder, quiet=True, problem=problem)
+    found = record.load(folder)
+    if found.config != config:
+        raise ValueError(f"Expected {folder} to hold a run of the same config; remove it, or choose another --runs.")
+    return found if found.summary else fedsim.run(resume=folder, quiet=True, problem=problem)
+
+
+def row(name: str, config: Config, speed: Speed, problem: Problem, folder: Path) -> dict[str, Any]:
+    """One line of the table: the search for a rate, and the test set at the chosen one."""
+    data = problem.dataset
+    blind = problem._replace(dataset=data._replace(test=data.validation))  # a run reads its test set at the end
+    runs: dict[float, record.Run] = {}
+
+    def score(rate: float) -> float:
+        runs[rate] = finished(config.replace(lr=rate), speed, folder / f"{rate:g}", blind)
+        found = (runs[rate].summary or {})["final"]["validation"]["accuracy"]
+        print(f"{config.dataset}, {name}, rate {rate:g}: validation {found:.4f}", flush=True)
+        return found
+
+    tried, best = search(score)
+    chosen = runs[best]
+    now = simulate.prepare(problem, build.phases(chosen.config)[-1], chosen.parameters)
+    test = now.trainer.test(now.server)
+    domains = {}
+    for value in np.unique(data.natural.get("domain", [])):
+        rows = data.test[data.natural["domain"][data.test] == value]
+        score_of = evaluator(now.trainer.engine, now.trainer.algorithm.predict, rows, speed.eval_batch)
+        domains[str(value)] = {"examples": len(rows), **score_of(now.server)}
+    last, summary = chosen.rounds[-1], chosen.summary or {}
+    return {
+        "config": dataclasses.asdict(chosen.config),
+        "config_hash": chosen.config.hash(),
+        "validation_after_head_rounds": chosen.rounds[config.head_rounds - 1]["validation"],
+        "validation_by_rate": {f"{rate:g}": accuracy for rate, accuracy in tried.items()},
+        "seconds_by_rate": {f"{rate:g}": round((runs[rate].summary or {})["seconds"], 1) for rate in tried},
+        "rate": best,
+        "at_the_edge": best in (RATES[0], RATES[-1]),
+        "validation": tried[best],
+        "test": test,
+        "test_by_domain": domains,
+        "parameters": summary["parameters"],
+        "bytes": {
+            "client_up": last["bytes_up"] // last["clients"],
+            "client_down": last["bytes_down"] // last["clients"],
+            "up": last["total_bytes_up"],
+            "down": last["total_bytes_down"],
+            "setup": sum(line["setup_bytes"] for line in chosen.rounds),
+        },
+        "started": chosen.about["started"],
+        "git": chosen.about["git"],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    rows = result["rows"]
+    domains = list(next(iter(rows.values()))["test_by_domain"])
+    columns = ["trained", "parameters", "bytes: client, one way", "all, both ways", "once", "rate", "validation"]
+    lines = header([*columns, "test", *domains])
+    for name, r in rows.items():
+        sent = r["bytes"]
+        assert sent["client_up"] == sent["client_down"]  # FedAvg without codecs: the same leaves both ways
+        counts = (r["parameters"]["trained"], sent["client_up"], sent["up"] + sent["down"], sent["setup"])
+        scores = [r["validation"], r["test"]["accuracy"], *(r["test_by_domain"][d]["accuracy"] for d in domains)]
+        cells = [name, *(f"{n:,}" for n in counts), f"{r['rate']:g}{' (edge)' if r['at_the_edge'] else ''}"]
+        lines.append(f"| {' | '.join([*cells, *(f'{accuracy:.3f}' for accuracy in scores)])} |")
+    rates = [f"{rate:g}" for rate in RATES]
+    lines += ["", *header(["validation accuracy at rate", *rates, "seconds"])]
+    for name, r in rows.items():
+        found = [f"{r['validation_by_rate'][rate]:.3f}" if rate in r["validation_by_rate"] else "" for rate in rates]
+        lines.append(f"| {name} | {' | '.join(found)} | {sum(r['seconds_by_rate'].values()):.0f} |")
+    return "\n".join(lines)
+
+
+def header(columns: list[str]) -> list[str]:
+    """The first two lines of a Markdown table; all columns but the first hold numbers."""
+    return [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+
+
+def main(o: Options) -> None:
+    """Runs what is missing and writes the JSON file after each row."""
+    out = o.out or RESULTS / f"vision_{o.dataset}.json"
+    if o.table:
+        print(table(json.loads(out.read_text())))
+        return
+    base = SETS[o.dataset].replace(accept_licence=o.accept_licence)
+    configs = {name: base.replace(**METHODS[name]) for name in o.methods}
+    build.fetch_missing(base)
+    simulate.tune_host(speed := Speed(lanes=base.clients_per_round, checkpoint_every=1000))
+    problem = build.problem(base, speed)  # whose frozen features are cached; those of the other kinds cannot be
+    data = problem.dataset
+    result: dict[str, Any] = {
+        "examples": {split: len(getattr(data, split)) for split in ("train", "validation", "test")},
+        "chance": float(np.bincount(data.y[data.test]).max() / len(data.test)),
+        "licence": data.licence,
+        "grid": RATES,
+        "rows": json.loads(out.read_text())["rows"] if out.is_file() else {},
+        **{key: value for key, value in record.machine().items() if key != "platform"},  # the kernel
+    }
+    for name, config in configs.items():
+        folder = o.runs / o.dataset / "".join(c for c in name.replace(" ", "-") if c not in ",:=")
+        if config.peft != "head":
+            config = config.replace(head_lr=result["rows"]["head"]["rate"])
+        result["rows"][name] = row(name, config, speed, problem, folder)
+        result["rows"] = {n: result["rows"][n] for n in METHODS if n in result["rows"]}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,102 @@
+"""Packaged image sets: Fashion-MNIST from its idx files, ELPV out of its archive, both grey."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from fedsim.data import assets
+from fedsim.data.dataset import Source, class_ids
+
+FASHION_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag")
+FASHION_CLASSES += ("Ankle boot",)  # in the order of the label's number, as the set's authors give them
+ELPV_DATA = "elpv_dataset/data/"
+
+
+def fashion_mnist() -> Source:
+    """Fashion-MNIST from the fetched asset: 60,000 training and 10,000 test images (N, 28, 28, 1) uint8 of 10 classes.
+
+    Raises:
+        ValueError: the asset is not in the cache, or its files are not what they should be.
+    """
+    asset = assets.ASSETS["fashion_mnist"]
+    folder = assets.path(asset.name)
+    x, y = zip(
+        *((idx(folder / f"{name}-images-idx3-ubyte.gz", 3), idx(folder / f"{name}-labels-idx1-ubyte.gz", 1))
+          for name in ("train", "t10k")),
+        strict=True,
+    )  # fmt: skip
+    train, total = len(y[0]), len(y[0]) + len(y[1])
+    return Source(
+        name=asset.name,
+        x=np.concatenate(x)[..., None],
+        y=np.concatenate(y).astype(np.int32),
+        splits={"train": np.arange(train), "test": np.arange(train, total)},
+        classes=FASHION_CLASSES,
+        kind="image",
+        licence=asset.licence,
+    )
+
+
+def idx(file: Path, axes: int) -> np.ndarray:
+    """The bytes of a gzipped idx file (two zeros, type 8 for uint8, axes, big-endian sizes, values) as an array.
+
+    Raises:
+        ValueError: it is damaged, or of another type or number of axes.
+    """
+    try:
+        data = gzip.decompress(file.read_bytes())
+        if data[:4] != bytes((0, 0, 8, axes)):
+            raise ValueError(f"it starts with {data[:4].hex(' ')}")
+        shape = struct.unpack_from(f">{axes}I", data, 4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
+    except (OSError, EOFError, ValueError, struct.error) as error:
+        raise ValueError(
+            f"Expected {file} to be a gzipped idx file of bytes with {axes} axes ({error}); delete {file.parent} and "
+            "fetch again."
+        ) from error
+
+
+def elpv() -> Source:
+    """ELPV from the fetched asset: images (N, 300, 300, 1) uint8 of solar cells, functional or defective.
+
+    A cell is defective where its probability of a defect is above one half. The natural key `domain` is the type of
+    the cell, mono or poly. The archive is read as it is: nothing is unpacked to the disk.
+
+    Raises:
+        ValueError: the asset is not in the cache, or the archive is not what it should be.
+    """
+    from PIL import Image
+
+    asset = assets.ASSETS["elpv"]
+    file = assets.path(asset.name) / "elpv.zip"
+    try:
+        with zipfile.ZipFile(file) as archive:
+            lines = archive.read(ELPV_DATA + "labels.csv").decode().splitlines()
+            names, probabilities, domains = zip(*(line.split() for line in lines if line.strip()), strict=True)
+            images = []
+            for name in names:
+                with Image.open(io.BytesIO(archive.read(ELPV_DATA + name))) as image:
+                    images.append(np.asarray(image.convert("L")))
+            x = np.stack(images)[..., None]
+        y, classes = class_ids(["defective" if float(p) > 0.5 else "functional" for p in probabilities])
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"Expected {file} to hold {ELPV_DATA}labels.csv (image, probability, cell type) and its images of one size "
+            f"({error}); delete {file.parent} and fetch again."
+        ) from error
+    return Source(
+        name=asset.name,
+        x=x,
+        y=y,
+        splits={"train": np.arange(len(y))},
+        classes=classes,
+        kind="image",
+        licence=asset.licence,
+        natural={"domain": np.asarray(domains)},
+    )
