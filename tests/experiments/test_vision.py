@@ -47,6 +47,8 @@ def test_a_whole_pass(
     toy = Config(dataset=str(tmp_path / "toy.npz"), backbone="vit_tiny", weights="random", image_size=8, clients=4,
                  clients_per_round=2, rounds=2, head_rounds=1, min_size=2, steps=1, eval_every=2, peft="head")  # fmt: skip
     monkeypatch.setitem(vision.SETS, "fashion_mnist", toy)
+    monkeypatch.setattr(vision, "RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(vision, "FIRST", slice(0, 2))
     pixels = {"backbone": "linear", "image_size": None}
     monkeypatch.setattr(vision, "METHODS", {"head": {}, "full": {"peft": "full"}, "pixels": pixels})
     options = vision.Options(
