@@ -106,6 +106,7 @@ def test_fashion_mnist_is_read_with_its_own_splits(fashion: tuple[np.ndarray, np
         (lambda good: good[:-20], "gzipped idx file of bytes with 3 axes"),
         (lambda good: gzip.compress(b"\0\0\x0d\x03" + gzip.decompress(good)[4:]), "it starts with 00 00 0d 03"),
         (lambda good: gzip.compress(gzip.decompress(good)[:-1]), "cannot reshape"),
+        (lambda good: good[:12] + b"\xff" * 12 + good[24:], "delete .* and fetch again"),
         (lambda good: b"no gzip", "delete .* and fetch again"),
     ],
 )

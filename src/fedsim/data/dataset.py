@@ -23,7 +23,7 @@ class Source(NamedTuple):
     kind: str  # "text", "image" or "array"
     licence: str
     key: str | None = None  # a hash of the content, where tokens may be kept in the cache
-    natural: Mapping[str, np.ndarray] = {}
+    natural: Mapping[str, np.ndarray] = {}  # natural keys of rows (author, domain ...), each (N,)
 
 
 class Dataset(NamedTuple):

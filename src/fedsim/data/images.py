@@ -6,6 +6,7 @@ import gzip
 import io
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,8 @@ def fashion_mnist() -> Source:
     """
     asset = assets.ASSETS["fashion_mnist"]
     folder = assets.path(asset.name)
-    x, y = zip(
-        *((idx(folder / f"{name}-images-idx3-ubyte.gz", 3), idx(folder / f"{name}-labels-idx1-ubyte.gz", 1))
-          for name in ("train", "t10k")),
-        strict=True,
-    )  # fmt: skip
+    x = [idx(folder / f"{name}-images-idx3-ubyte.gz", 3) for name in ("train", "t10k")]
+    y = [idx(folder / f"{name}-labels-idx1-ubyte.gz", 1) for name in ("train", "t10k")]
     train, total = len(y[0]), len(y[0]) + len(y[1])
     return Source(
         name=asset.name,
@@ -55,7 +53,7 @@ def idx(file: Path, axes: int) -> np.ndarray:
             raise ValueError(f"it starts with {data[:4].hex(' ')}")
         shape = struct.unpack_from(f">{axes}I", data, 4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
-    except (OSError, EOFError, ValueError, struct.error) as error:
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise ValueError(
             f"Expected {file} to be a gzipped idx file of bytes with {axes} axes ({error}); delete {file.parent} and "
             "fetch again."
@@ -85,7 +83,7 @@ def elpv() -> Source:
                     images.append(np.asarray(image.convert("L")))
             x = np.stack(images)[..., None]
         y, classes = class_ids(["defective" if float(p) > 0.5 else "functional" for p in probabilities])
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"Expected {file} to hold {ELPV_DATA}labels.csv (image, probability, cell type) and its images of one size "
             f"({error}); delete {file.parent} and fetch again."
