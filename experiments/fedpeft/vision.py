@@ -45,7 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "prompt, deep 10": {"peft": "prompt", "prompt_tokens": 10},
     "LoRA q, v, r = 4": {"peft": "lora", "rank": 4, "lora_alpha": 8.0},
     "full": {"peft": "full"},
-    "no backbone: linear on pixels": {"backbone": "linear", "image_size": None},
+    "no backbone: linear on pixels": {"backbone": "linear"},  # the pixels that the others see
 }
 RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 FIRST = slice(1, 4)  # of the grid: tried for everything; its neighbours where the best is at the end of what was tried

@@ -163,6 +163,11 @@ def test_linear_is_one_matrix_on_pixels() -> None:
     model = peft.build("linear", 3, peft="head", input_shape=(4, 5, 1))
     trained, frozen = peft.start(model, "random", 0)
     assert {k: v.shape for k, v in trained.items()} == {"head/kernel": (20, 3), "head/bias": (3,)} and frozen == {}
+    smaller = peft.build("linear", 3, peft="head", image_size=2, input_shape=(4, 4, 1))
+    assert smaller.trained["head/kernel"].shape == (4, 3), "resized as for the other backbones"
+    even = np.full((1, 4, 4, 1), 51, np.uint8)
+    leaves = {"head/kernel": np.eye(4, 3, dtype=np.float32), "head/bias": np.zeros(3, np.float32)}
+    np.testing.assert_allclose(smaller.apply(leaves, {}, even), [[0.2, 0.2, 0.2]], atol=1e-6)
     x = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 1)).astype(np.uint8)
     expected = x.reshape(6, 20) / 255 @ trained["head/kernel"] + trained["head/bias"]
     np.testing.assert_allclose(model.apply(trained, frozen, x), expected, rtol=1e-4, atol=1e-5)

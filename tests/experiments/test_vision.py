@@ -49,7 +49,7 @@ def test_a_whole_pass(
     monkeypatch.setitem(vision.SETS, "fashion_mnist", toy)
     monkeypatch.setattr(vision, "RATES", (1e-3, 1e-2))
     monkeypatch.setattr(vision, "FIRST", slice(0, 2))
-    pixels = {"backbone": "linear", "image_size": None}
+    pixels = {"backbone": "linear"}
     monkeypatch.setattr(vision, "METHODS", {"head": {}, "full": {"peft": "full"}, "pixels": pixels})
     options = vision.Options(
         "fashion_mnist", methods=("head", "full", "pixels"), runs=tmp_path / "runs", out=tmp_path / "out.json"

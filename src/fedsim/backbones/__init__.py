@@ -139,12 +139,12 @@ def row(name: str, *, pool: str | None = None, image_size: int | None = None) ->
             raise ValueError(f"Expected pool={pool!r} to be one of {pools} for backbone={name!r}; leave it out.")
         row = row._replace(config=dataclasses.replace(row.config, pool=pool))
     if image_size is not None:
-        if row.kind != "image":
+        if row.kind == "text":
             raise ValueError(f"Expected image_size={image_size} to be unset for backbone={name!r}; it reads no images.")
         config = row.config
         resized = (
             dataclasses.replace(config, resize=image_size)
-            if isinstance(config, CnnConfig)
+            if isinstance(config, (CnnConfig, MlpConfig))
             else dataclasses.replace(config, pixels=config.pixels._replace(resize=image_size))
         )
         row = row._replace(config=resized)

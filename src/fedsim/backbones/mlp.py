@@ -13,14 +13,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fedsim.backbones.images import Pixels, prepare, prepared_shape
 from fedsim.backbones.layers import Linear, Shape, Stage
 
 
 @dataclass(frozen=True)
 class MlpConfig:
-    """Widths of the hidden layers."""
+    """Widths of the hidden layers, and the side to which images are resized first, if any."""
 
     hidden: tuple[int, ...] = (128, 64)
+    resize: int | None = None
 
 
 class Mlp(nnx.Module):
@@ -29,26 +31,31 @@ class Mlp(nnx.Module):
     def __init__(self, c: MlpConfig, classes: int, input_shape: Shape | None = None, *, rngs: nnx.Rngs) -> None:
         if input_shape is None:
             raise ValueError("Expected input_shape of backbone='mlp' to be given; it is the shape of one example.")
+        self.pixels: Pixels | None = None
+        if c.resize is not None:
+            channels = input_shape[2] if len(input_shape) == 3 else 1
+            self.pixels = Pixels((0.0,) * channels, (1.0,) * channels, c.resize)
+            input_shape = prepared_shape(input_shape, self.pixels)
         widths = (math.prod(input_shape), *c.hidden)
         self.layers = nnx.List([Linear(i, o, rngs=rngs) for i, o in itertools.pairwise(widths)])
         self.head = Linear(widths[-1], classes, rngs=rngs)
 
+    def flat(self, x: jax.Array) -> jax.Array:
+        """(B, ...) -> float32 (B, values); bytes are scaled to [0, 1]."""
+        x = x if self.pixels is None else prepare(x, self.pixels)
+        x = x.reshape(x.shape[0], -1)
+        return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x.astype(jnp.float32)
+
     def layer(self, i: int, x: jax.Array) -> jax.Array:
         """Hidden layer `i` with its ReLU; the first one reads the input."""
-        return jax.nn.relu(self.layers[i](flat(x) if i == 0 else x))
+        return jax.nn.relu(self.layers[i](self.flat(x) if i == 0 else x))
 
     def output(self, x: jax.Array) -> jax.Array:
         """The head; it reads the input where there is no hidden layer."""
-        return self.head(x if len(self.layers) else flat(x))
+        return self.head(x if len(self.layers) else self.flat(x))
 
     def stages(self) -> list[Stage]:
         """The forward pass in order; see `layers.Stage`."""
         # `i=i` binds the loop's value, not its variable.
         hidden = [Stage(f"layers/{i}", lambda x, i=i: self.layer(i, x)) for i in range(len(self.layers))]
         return [*hidden, Stage("head", self.output)]
-
-
-def flat(x: jax.Array) -> jax.Array:
-    """(B, ...) -> float32 (B, values); bytes are scaled to [0, 1]."""
-    x = x.reshape(x.shape[0], -1)
-    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x.astype(jnp.float32)
