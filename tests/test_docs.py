@@ -210,6 +210,7 @@ def test_own_texts_of_the_readme_load(tmp_path: Path, monkeypatch: pytest.Monkey
     assert source.classes == ("billing", "hardware")
 
 
+@pytest.mark.slow
 def test_own_model_of_its_page_runs(
     tmp_path: Path, blobs: Callable[..., Path], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

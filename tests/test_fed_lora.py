@@ -522,6 +522,7 @@ def test_the_residual_has_the_rank_that_is_paid():
             assert (s > 1e-6).sum() == (counted - 1) * RANK
 
 
+@pytest.mark.slow
 def test_codecs_and_ranks_multiply():
     codec = wire.cast("bfloat16")
     task = lora_task(encode_up=codec.encode, encode_down=codec.encode)
@@ -534,6 +535,7 @@ def test_codecs_and_ranks_multiply():
 # --- the contract with the options that the registered names do not show
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", ["structure kept, nothing recompiles", "resumed equals uninterrupted"])
 @pytest.mark.parametrize("text", ["flora(ranks=(1, 2))", "het_lora(ranks=(1, 2), gamma=0.5, penalty=0.01)"])
 def test_contract_with_options(text, check):
@@ -658,6 +660,7 @@ def last_model(run):
     return model, frozen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["flora(ranks=(2, 4))", "fed_ex_lora"])
 def test_a_run_that_wrote_kernels_predicts_and_merges(ran, text):
     run = fedsim.load(ran(text).directory)
@@ -692,6 +695,7 @@ def test_a_stopped_flora_goes_on_bit_for_bit(ran, tmp_path):
         assert timeless[0] == timeless[1]
 
 
+@pytest.mark.slow
 def test_a_run_of_fed_sa_lora_is_that_of_a_new_client(ran):
     """What is evaluated and kept has B zero: the averaged head on the backbone."""
     run = ran("fed_sa_lora")

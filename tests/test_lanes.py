@@ -27,8 +27,16 @@ from fedsim.testing import (
 pytestmark = pytest.mark.usefixtures("compile_once")
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def contract():
+    """Every algorithm with every check; the long ones, but for two algorithms of different kinds, run with -m slow."""
+    for algorithm in ALGORITHMS:
+        reduction = algorithm in ("fed_it", "ffa_lora")  # they are fed_avg, on what other leaves are trained
+        for check in CHECKS:
+            long = check == "lanes and devices agree" and algorithm not in ("fed_avg", "flora")
+            yield pytest.param(algorithm, check, marks=pytest.mark.slow if reduction or long else ())
+
+
+@pytest.mark.parametrize(("algorithm", "check"), contract())
 def test_contract(algorithm, check):
     CHECKS[check](ALGORITHMS[algorithm])
 

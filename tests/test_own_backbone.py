@@ -316,6 +316,7 @@ def command(environment: dict[str, str], *argv: str) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.slow
 def test_resume_and_predict_in_other_processes(
     file: Path, blobs: Callable[..., Path], tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -375,6 +376,7 @@ def bag():
 '''
 
 
+@pytest.mark.slow
 def test_texts_with_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -301,6 +301,15 @@ def test_what_is_refused_leaves_no_folder(config: Config, tmp_path: Path) -> Non
         assert not (tmp_path / "out").exists()
 
 
+def test_a_shared_problem_takes_the_run_s_own_speed(
+    config: Config, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, seen = build.trainer, []
+    monkeypatch.setattr(build, "trainer", lambda *args: seen.append(made(*args)) or seen[-1])
+    run(config.replace(rounds=1), Speed(lanes=3, devices=1), problem=build.problem(config, Speed(lanes=2, devices=1)))
+    assert [trainer.engine.lanes for trainer in seen] == [3]
+
+
 def test_a_used_folder_is_refused_before_the_data_are_read(done: Run, config: Config) -> None:
     with pytest.raises(ValueError, match="to hold no run"):
         fedsim.run(config.replace(dataset="missing.npz"), SPEED, out=done.directory, quiet=True)

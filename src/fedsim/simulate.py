@@ -77,6 +77,7 @@ def run(
         if problem is None:
             progress.message("reading the data")
             problem = build.problem(config, speed)
+        problem = problem._replace(speed=speed)  # a shared one may have been made for another
         directory = directory or record.folder(out, config)
         stack.enter_context(record.lock(directory))
         checkpoints = stack.enter_context(Checkpoints(directory / record.CHECKPOINTS))

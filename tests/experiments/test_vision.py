@@ -36,6 +36,7 @@ def test_the_search_goes_on_while_the_best_is_at_the_end(vision: ModuleType, bes
     assert vision.search(lambda rate: 0.5)[1] == 1e-4, "of equals the one that was tried first"
 
 
+@pytest.mark.slow
 def test_a_whole_pass(
     vision: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
