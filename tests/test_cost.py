@@ -145,7 +145,9 @@ def test_a_row_equals_what_a_run_reports(
 @pytest.mark.parametrize("name", BACKBONES)
 def test_full_fine_tuning_sends_what_it_is_compared_with(name: str) -> None:
     """Batch norm's statistics are neither trained nor sent, so they count in no total."""
-    row = cost.cost(Config(backbone=name, peft="full"), 10, input_shape=(6,) if BACKBONES[name].kind == "array" else None)
+    row = cost.cost(
+        Config(backbone=name, peft="full"), 10, input_shape=(6,) if BACKBONES[name].kind == "array" else None
+    )
     assert row.bytes_up == row.full_bytes == 4 * row.total_parameters
     assert row.share == row.full_ratio == 1
     if name == "resnet18":
