@@ -245,6 +245,7 @@ def test_own_algorithm_is_short() -> None:
     assert sum(bool(line.strip()) for line in body.splitlines()) < 40
 
 
+@pytest.mark.slow
 def test_own_algorithm_is_server_momentum(
     tmp_path: Path, blobs: Callable[..., Path], environment: dict[str, str]
 ) -> None:

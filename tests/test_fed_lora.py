@@ -678,6 +678,7 @@ def test_a_run_that_wrote_kernels_predicts_and_merges(ran, text):
         export.export_lora(run.directory, model, run.parameters, frozen)
 
 
+@pytest.mark.slow
 def test_a_stopped_flora_goes_on_bit_for_bit(ran, tmp_path):
     """Kernels, what was written when, and who was there last come from the checkpoint: the same bytes and bits."""
     whole = ran("flora(ranks=(2, 4))")

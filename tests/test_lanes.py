@@ -27,16 +27,16 @@ from fedsim.testing import (
 pytestmark = pytest.mark.usefixtures("compile_once")
 
 
-def contract():
-    """Every algorithm with every check; the long ones, but for two algorithms of different kinds, run with -m slow."""
-    for algorithm in ALGORITHMS:
-        reduction = algorithm in ("fed_it", "ffa_lora")  # they are fed_avg, on what other leaves are trained
-        for check in CHECKS:
-            long = check == "lanes and devices agree" and algorithm not in ("fed_avg", "flora")
-            yield pytest.param(algorithm, check, marks=pytest.mark.slow if reduction or long else ())
+BRIEF = ("fed_avg", "fed_prox", "flora")  # of different kinds; the others, and what takes long, run with -m slow
+LONG = "lanes and devices agree"
+CONTRACT = [
+    pytest.param(name, check, marks=() if name in BRIEF and (check != LONG or name == "fed_avg") else pytest.mark.slow)
+    for name in ALGORITHMS
+    for check in CHECKS
+]
 
 
-@pytest.mark.parametrize(("algorithm", "check"), contract())
+@pytest.mark.parametrize(("algorithm", "check"), CONTRACT)
 def test_contract(algorithm, check):
     CHECKS[check](ALGORITHMS[algorithm])
 
