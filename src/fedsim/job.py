@@ -9,7 +9,7 @@ from typing import Any
 from fedsim import record, report
 from fedsim.config import Config, Speed, nearest
 
-HEAD_ROUNDS, HEAD_PATIENCE = 500, 30  # the head run ends when its validation accuracy stands still
+HEAD_ROUNDS, HEAD_PATIENCE = 500, 100  # the head run ends when its validation accuracy stands still
 FULL_LR = 1e-4  # of full fine-tuning in --baselines: a LoRA's rate destroys a pre-trained encoder
 
 
