@@ -201,8 +201,8 @@ def test_the_task_of_a_config(tmp_path: Path, blobs: Callable[..., Path]) -> Non
     trained, frozen = peft.start(model, "random", 0)
     task = build.task(config, model, trained, cached=False)
     assert (task.passes.epochs, task.passes.steps, task.passes.batch_size) == (3, None, 5)
-    np.testing.assert_allclose([task.lr(jnp.int32(r)) for r in (1, 6, 11)], [0.5, 0.25, 0.0], atol=1e-7)
-    client = Client(jnp.int32(0), jnp.int32(9), (), jax.random.key(0), jnp.int32(1))
+    client = Client(jnp.int32(0), jnp.int32(9), (), jax.random.key(0), jnp.int32(1), jnp.float32(0.5))
+    assert float(task.lr(client)) == 0.5
     assert float(task.weight(client, ())) == 1
     examples = build.task(config.replace(weighting="examples"), model, trained, cached=False)
     assert float(examples.weight(client, ())) == 9
@@ -228,9 +228,14 @@ def test_phases_hand_on_what_was_trained(tmp_path: Path, blobs: Callable[..., Pa
         peft="bias",
         rounds=4,
         head_rounds=2,
+        head_lr=0.5,
+        lr=0.1,
+        lr_schedule="linear_schedule(1.0, 0.0, 10)",
     )
     problem = build.problem(config, Speed())
     head, rest = build.phases(config)
+    rates = [build.trainer(problem, phase).lr for phase in (head, rest)]
+    np.testing.assert_allclose([rates[0](1), rates[0](2), rates[1](6)], [0.5, 0.45, 0.05], rtol=1e-6)
     trained = {k: v + 1 for k, v in build.trainer(problem, head).start.items()}
     start = build.trainer(problem, rest, trained).start
     assert set(trained) < set(start) and all(np.array_equal(start[k], trained[k]) for k in trained)

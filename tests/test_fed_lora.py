@@ -65,7 +65,7 @@ def lora_task(trains_a=True, **changes):
         loss=classification_loss(apply),
         logits=lambda held, params, x: apply(params, held, x),
         optimizer=optax.sgd,
-        lr=lambda round: jnp.float32(0.3),
+        lr=lambda client: jnp.float32(0.3),
         passes=Passes(2, None, 8),
         trained=frozenset(jax.eval_shape(init, jax.random.key(0))),
         factors=FACTORS,
@@ -288,7 +288,9 @@ class Given:
 
     def exchange(self, message, local, reduce, args=()):
         members, number = len(self.ids), jnp.asarray(self.ids, jnp.int32)
-        clients = Client(number, jnp.ones_like(number), (), jax.random.split(jax.random.key(0), members), number)
+        clients = Client(
+            number, jnp.ones_like(number), (), jax.random.split(jax.random.key(0), members), number, number
+        )
         weights = jax.vmap(reduce.weight)(clients, self.replies)
         total = reduce.add(
             reduce.zero(jax.tree.map(lambda r: r[0], self.replies), members), self.replies, weights, number

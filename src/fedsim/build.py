@@ -56,6 +56,7 @@ class Trainer(NamedTuple):
     engine: Lanes
     validate: Callable[[Any], dict[str, float]]  # server -> loss, accuracy
     test: Callable[[Any], dict[str, float]]
+    lr: Callable[[int], float]  # round, from 1 -> the clients' learning rate
     start: dict[str, np.ndarray]  # the trained part before the first round
     cached: bool
 
@@ -257,7 +258,6 @@ def split_model(config: Config, dataset: data_sets.Dataset) -> peft.Model:
 def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached: bool, first: int = 1) -> Task:
     """What an algorithm is constructed for; `first` is the round in which it starts, for schedules over rounds."""
     apply = model.suffix if cached else model.apply
-    rate = schedule(config.lr_schedule, "lr_schedule", config.lr)
     server_rate = schedule(config.server_lr_schedule, "server_lr_schedule", config.server_lr)
     up, down = wire.codec(config.codec_up), wire.codec(config.codec_down)
     return Task(
@@ -265,7 +265,7 @@ def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached
         loss=classification_loss(apply),
         logits=lambda held, params, x: apply(params, held, x),
         optimizer=optimizer(config.optimizer, "optimizer"),
-        lr=lambda round: rate(round - 1),
+        lr=lambda client: client.lr,
         server_optimizer=optimizer(config.server_optimizer, "server_optimizer")(
             lambda count: server_rate(count + first - 1)
         ),
@@ -351,12 +351,14 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         segment_steps=speed.segment_steps,
     )
     algorithm = algorithms.find(config.algorithm)(task(config, model, trained, cached, phase.first))
+    rate = schedule(config.lr_schedule, "lr_schedule", config.lr)
     return Trainer(
         model=model,
         algorithm=algorithm,
         engine=engine,
         validate=evaluator(engine, algorithm.predict, dataset.validation, speed.eval_batch),
         test=evaluator(engine, algorithm.predict, dataset.test, speed.eval_batch),
+        lr=lambda round: float(rate(round - 1)),
         start=trained,
         cached=cached,
     )

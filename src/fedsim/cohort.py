@@ -15,7 +15,7 @@ from fedsim import plan as planning
 from fedsim import wire
 from fedsim.core import Info, Local, Reduce, Tree, mean
 from fedsim.lanes import Lanes, message_bytes
-from fedsim.programs import Slots, key_for, split_message
+from fedsim.programs import Clock, Slots, key_for, split_message
 
 
 class Exchanged(NamedTuple):
@@ -90,6 +90,7 @@ class Cohort:
     Args:
         reports: (M,) bool, False for a client that drops out in mid-round: its downlink is paid, nothing returns.
         met: client -> the last round before this one in which it was in the cohort; absent for never.
+        lr: the clients' learning rate in this round, `Client.lr`.
     """
 
     def __init__(
@@ -100,8 +101,9 @@ class Cohort:
         memory: Memory,
         reports: np.ndarray | None = None,
         met: Mapping[int, int] | None = None,
+        lr: float = 0.0,
     ) -> None:
-        self.engine, self.round, self.memory = engine, round, memory
+        self.engine, self.round, self.memory, self.lr = engine, round, memory, lr
         self.ids = np.asarray(ids, np.int64)
         wrong = [int(i) for i in self.ids if not 0 <= i < engine.population]
         if wrong or len(self.ids) == 0 or len(set(self.ids.tolist())) < len(self.ids):
@@ -153,7 +155,7 @@ class Cohort:
             exchange=len(self.done),
         )
         slots = self._slots(plan)
-        clock = engine.put(np.array([self.round, len(self.done)], np.int32))
+        clock = engine.put(Clock(jnp.int32(self.round), jnp.int32(len(self.done)), jnp.float32(self.lr)))
         shared, own, _ = split_message(message)
         shared = engine.put(shared)
         own = jax.device_put(jax.tree.map(lambda a: self._by_slot(plan, jnp.asarray(a)), own), engine.apart)

@@ -31,6 +31,7 @@ class Client(NamedTuple):
     memory: Tree  # what it kept from its last participation
     key: Array  # (), typed PRNG key of (seed, round, id)
     round: Array  # (), int32, from 1
+    lr: Array  # (), float32: learning rate of this round; data, so another rate recompiles nothing
 
 
 class Batch(NamedTuple):
@@ -133,7 +134,7 @@ class Task(NamedTuple):
     loss: Callable[[Tree, Params, Batch], tuple[Array, Metrics]]  # (held, params, batch) -> mean loss, metrics
     logits: Callable[[Tree, Params, Tree], Array]  # (held, params, x) -> (B, classes)
     optimizer: Callable[[Array | float], optax.GradientTransformation]  # learning rate -> the clients' optimizer
-    lr: Callable[[Array], Array]  # round -> the clients' learning rate
+    lr: Callable[[Client], Array]  # its learning rate in this round
     server_optimizer: optax.GradientTransformation
     passes: Passes
     weight: Callable[[Client, Tree], Array]  # weight of a reply in the mean

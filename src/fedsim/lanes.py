@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from fedsim import plan as planning
 from fedsim import wire
 from fedsim.core import Local, Passes, Reduce, Tree
-from fedsim.programs import Programs, Slots, make_programs, reply_shapes, split_message
+from fedsim.programs import Clock, Programs, Slots, make_programs, reply_shapes, split_message
 
 PREFETCH_BYTES = 256 * 2**20  # of batches that a segment may hold on a device at once
 MEMORY_SHARE = 0.8  # of a device's memory that the program may need; the rest is for evaluation and fragments
@@ -166,8 +166,7 @@ class Lanes:
         number, flag = array(jnp.int32, slots), array(jnp.bool_, slots)
         shared, own, _ = split_message(message)
         own = jax.tree.map(lambda a: array(a.dtype, slots, *a.shape[1:]), own)
-        clock = np.zeros(2, np.int32)
-        shared, clock = self.put((shared, clock))
+        shared, clock = self.put((shared, Clock(jnp.int32(0), jnp.int32(0), jnp.float32(0))))
         own, cohort = apart((own, Slots(number, number, number, flag, flag, kept)))
         rows = array(jnp.int32, *grid, local.passes.batch_size)
         at = {name: array(jnp.int32, *grid) for name in ("count", "step", "slot")}

@@ -27,7 +27,7 @@ class Fit(NamedTuple):
 def fit(
     loss: Callable[[Tree, Params, Batch], tuple[Array, Metrics]],
     optimizer: Callable[[Array], optax.GradientTransformation],
-    lr: Callable[[Array], Array],
+    lr: Callable[[Client], Array],
     passes: Passes,
     *,
     penalty: Penalty | None = None,
@@ -39,7 +39,7 @@ def fit(
 
     Args:
         optimizer: learning rate -> optax transformation; the rate is data, so a schedule recompiles nothing.
-        lr: round -> learning rate.
+        lr: client -> its learning rate in this round.
         penalty: a differentiable scalar of (params, message, memory); FedProx is `proximal(mu)`.
         view: (held, message) -> the frozen part to train over, where the message has newer values of some of it.
         start: (message, memory) -> the parameters to start from; default: the message is the parameters.
@@ -51,7 +51,7 @@ def fit(
         return (value if penalty is None else value + penalty(params, message, memory)), metrics
 
     def start_(held: Tree, message: Tree, client: Client, batch: Batch) -> Fit:
-        rate = lr(client.round)
+        rate = lr(client)
         params = start(message, client.memory)
         return Fit(params, optimizer(rate).init(params), rate, client.memory)
 

@@ -32,6 +32,14 @@ class Slots(NamedTuple):
     memory: Tree  # (S, ...): stored memory, where seen
 
 
+class Clock(NamedTuple):
+    """When an exchange happens, and the scalars that change with it."""
+
+    round: Array  # (), int32, from 1
+    exchange: Array  # (), int32: which of the round's, from 0
+    lr: Array  # (), float32: the clients' learning rate
+
+
 class State(NamedTuple):
     """What one segment hands to the next, on one device of L lanes and S slots."""
 
@@ -103,7 +111,7 @@ def reply_shapes(
         msg = treedef.unflatten([o if is_own else s for s, o, is_own in zip(shared, own, own_part, strict=True)])
         size, number = local.passes.batch_size, jnp.zeros((), jnp.int32)
         pick = jnp.zeros((size,), jnp.int32)
-        client = Client(number, number, init_memory(root, held), root, number)
+        client = Client(number, number, init_memory(root, held), root, number, jnp.zeros((), jnp.float32))
         batch = Batch(jax.tree.map(lambda a: a[pick], x), y[pick], jnp.ones((size,)), root, number, jnp.zeros((), bool))
         carry, metrics = local.step(held, msg, local.start(held, msg, client, batch), batch)
         reply, _, final = local.finish(held, msg, carry, client)
@@ -154,13 +162,14 @@ def make_programs(
         ]
         return treedef.unflatten(parts)
 
-    def client_at(slots: Slots, memory: Tree, slot: Array, root: Array, time_: Array) -> Client:
+    def client_at(slots: Slots, memory: Tree, slot: Array, root: Array, clock: Clock) -> Client:
         """The clients in the lanes, (L,) each; idle lanes show slot S - 1, and nothing of them is used."""
         slot = jnp.minimum(slot, slots.id.shape[0] - 1)
         ids = slots.id[slot]
-        keys = jax.vmap(lambda i: key_for(root, "local", time_[0], time_[1], i))(ids)
+        keys = jax.vmap(lambda i: key_for(root, "local", clock.round, clock.exchange, i))(ids)
         own = jax.tree.map(lambda a: a[slot], memory)
-        return Client(ids, slots.n[slot], own, keys, jnp.broadcast_to(time_[0], ids.shape))
+        round, lr = (jnp.broadcast_to(value, ids.shape) for value in (clock.round, clock.lr))
+        return Client(ids, slots.n[slot], own, keys, round, lr)
 
     def batch_at(x: Tree, y: Array, at: dict[str, Array], keys: Array) -> Batch:
         """The lanes' batches, (L, B, ...)."""
@@ -177,11 +186,11 @@ def make_programs(
         return where_lane(slots.seen, slots.memory, fresh)
 
     def begin(
-        held: Tree, shared: Any, own: Any, slots: Slots, time_: Array, root: Array, x: Tree, y: Array, at: Any
+        held: Tree, shared: Any, own: Any, slots: Slots, clock: Clock, root: Array, x: Tree, y: Array, at: Any
     ) -> State:
         x, y, at = jax.tree.map(lambda a: a[0], (x, y, at))
         memory = first_memory(held, slots, root)
-        clients = client_at(slots, memory, at["slot"], root, time_)
+        clients = client_at(slots, memory, at["slot"], root, clock)
         msg = join(shared, own, jnp.minimum(at["slot"], slots.id.shape[0] - 1))
         batch = batch_at(x, y, at, clients.key)
         # The values do not matter, every client starts afresh at its first step; the shapes do.
@@ -206,7 +215,7 @@ def make_programs(
         shared: Any,
         own: Any,
         slots: Slots,
-        time_: Array,
+        clock: Clock,
         root: Array,
         state: State,
         x: Tree,
@@ -218,7 +227,7 @@ def make_programs(
 
         def body(t: Array, state: State) -> State:
             at = {name: a[t] for name, a in plan.items()}
-            clients = client_at(slots, state.memory, at["slot"], root, time_)
+            clients = client_at(slots, state.memory, at["slot"], root, clock)
             msg = join(shared, own, jnp.minimum(at["slot"], unused - 1))
             batch = batch_at(jax.tree.map(lambda a: a[t], x), y[t], at, clients.key)
 
@@ -284,7 +293,7 @@ def make_programs(
         info = Info(metrics, ordered, state.weight.sum(), counted[0], counted[1])
         return reduce.done(total, args, key), info, state.memory, state.nbytes
 
-    broadcast = (False, False, True, True, False, False)  # held, shared, own, slots, time, root
+    broadcast = (False, False, True, True, False, False)  # held, shared, own, slots, clock, root
     return Programs(
         begin=spread(begin, (*broadcast, True, True, True)),
         segment=spread(segment, (*broadcast, True, True, True, True, True), donate=(6,)),

@@ -154,7 +154,7 @@ def simulate(
             ids = algorithm.select(
                 stream(config.seed, f"sample {round}"), server, Population(engine.population, config.clients_per_round)
             )
-            cohort = Cohort(engine, ids, round, memory, met=met)
+            cohort = Cohort(engine, ids, round, memory, met=met, lr=trainer.lr(round))
             server, metrics = algorithm.round(key_for(engine.root, "server", round), engine.held, server, cohort)
             metrics = cohort.fetch(metrics)
             jax.block_until_ready(server)

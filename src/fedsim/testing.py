@@ -72,7 +72,7 @@ def tiny_task(**changes: Any) -> Task:
         loss=classification_loss(apply),
         logits=lambda held, params, x: apply(params, held, x),
         optimizer=lambda rate: optax.sgd(rate, momentum=0.9),
-        lr=lambda round: 0.1 / round.astype(jnp.float32),
+        lr=lambda client: 0.1 / client.round.astype(jnp.float32),
         server_optimizer=optax.sgd(1.0),
         passes=Passes(epochs=2, batch_size=4),
         weight=by_examples,
@@ -200,7 +200,7 @@ def one_client(
     own = problem.rows[problem.offsets[id] : problem.offsets[id + 1]]
     root = jax.random.key(seed)
     key = key_for(root, "local", round, exchange, id)
-    client = Client(jnp.int32(id), jnp.int32(size), memory, key, jnp.int32(round))
+    client = Client(jnp.int32(id), jnp.int32(size), memory, key, jnp.int32(round), jnp.float32(0.0))
     _, step, column, example = plan.batches(np.array([id]), np.array([size]), local.passes, seed, round, exchange)
     steps = max(int(plan.steps_of(np.array([size]), local.passes)[0]), 1)
     carry: Tree = None
