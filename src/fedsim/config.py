@@ -176,6 +176,8 @@ class Speed:
     """Local devices to use (default: all)."""
     parallel: Literal["shard_map", "pmap"] = "shard_map"
     """How lanes are spread over devices."""
+    resident: Literal["auto", "on", "off"] = "auto"
+    """Keep the examples on the device; off leaves them on the host, from which batches are sent ahead of their use."""
     cache: Literal["auto", "on", "off"] = "auto"
     """Compute the frozen layers below the first trained one once and keep their output as the data set."""
     segment_steps: int | Literal["auto"] = "auto"
@@ -191,7 +193,7 @@ class Speed:
         positive(lanes=self.lanes, devices=self.devices, segment_steps=self.segment_steps)
         positive(eval_batch=self.eval_batch, checkpoint_every=self.checkpoint_every)
         one_of(("shard_map", "pmap"), parallel=self.parallel)
-        one_of(("auto", "on", "off"), cache=self.cache)
+        one_of(("auto", "on", "off"), cache=self.cache, resident=self.resident)
 
 
 GROUPS: tuple[type, ...] = (Data, Model, Training, Evaluation)
