@@ -155,5 +155,5 @@ def test_options_of_algorithms_are_checked(tmp_path):
 
 
 def test_a_penalty_is_a_function():
-    with pytest.raises(ValueError, match="Expected penalty=0.1 to be a function"):
+    with pytest.raises(ValueError, match=r"Expected penalty=0\.1 to be a function"):
         fed_avg(tiny_task(), penalty=0.1)  # pyrefly: ignore[bad-argument-type] - what a command line can give
