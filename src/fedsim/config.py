@@ -202,12 +202,13 @@ GROUPS: tuple[type, ...] = (Data, Model, Training, Evaluation)
 # lower four blocks are evaluated once per text (experiments/main_job.py has time and result).
 MAIN_JOB: dict[str, Any] = {
     "targets": ("blocks/[45]/attention/query", "blocks/[45]/attention/value", "blocks/[45]/mlp/*"),
-    "head_rounds": 150,
+    "head_rounds": 400,
     "head_lr": 5e-3,
-    "rounds": 158,
+    "rounds": 440,
     "steps": 4,
     "batch_size": 16,
-    "lr": 2e-3,
+    "lr": 8e-3,
+    "lr_schedule": "linear_schedule(1.0, 0.1, 40, 400)",  # constant for the head, then down to a tenth
     "eval_every": 5,
 }
 
