@@ -280,15 +280,23 @@ def size_law(text: str) -> tuple[str, float]:
     """Name and parameter of the law of clients' sizes: `"power(exponent=1.5)"` gives ("power", 1.5).
 
     Raises:
-        ValueError: an unknown law, or a parameter that is missing or not above zero.
+        ValueError: an unknown law, or a parameter that is missing or out of range.
     """
     name, args, options = parse_call(text, "size_law")
     one_of(tuple(SIZE_LAWS), size_law=name)
     parameter = SIZE_LAWS[name]
-    if args or set(options) != {parameter}:
-        raise ValueError(f"Expected size_law={text!r} to have one parameter; write {name}({parameter}=1.0).")
-    positive(**{f"size_law {parameter}": options[parameter]})
-    return name, float(options[parameter])
+    value = options.get(parameter)
+    if (
+        args
+        or len(options) != 1
+        or isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 0 < value <= 100
+    ):
+        raise ValueError(
+            f"Expected size_law={text!r} to have the one parameter 0 < {parameter} <= 100; write {name}({parameter}=1.0)."
+        )
+    return name, float(value)
 
 
 def check_model(m: Model) -> None:

@@ -13,7 +13,7 @@ from fedsim import data
 from fedsim.config import Config
 from fedsim.data import assets
 from fedsim.data.dataset import Dataset, divide
-from fedsim.data.partition import Partition, make
+from fedsim.data.partition import Partition, make, split_local
 
 _COLUMNS = 400  # clients that a picture can tell apart
 
@@ -99,9 +99,16 @@ def summary(config: Config, dataset: Dataset, partition: Partition) -> Table:
     table.add_row("classes", f"{len(dataset.classes)}: {classes}")
     table.add_row("clients", f"{partition.clients:,}, {int((sizes == 0).sum()):,} of them empty")
     for key, values in dataset.natural.items():
-        held_by = [(str(value), int((values[dataset.train] == value).sum())) for value in np.unique(values)[:8]]
-        table.add_row(key, ", ".join(f"{value}: {count:,} training examples" for value, count in held_by))
-    table.add_row("examples a client", f"smallest {sizes.min()}, median {np.median(sizes):g}, largest {sizes.max()}")
+        table.add_row(f"natural key {key}", _values(values[dataset.train]))
+    if len(partition.rows) < len(dataset.train):
+        left_out = len(dataset.train) - len(partition.rows)
+        table.add_row(
+            "left out", f"{left_out:,} training examples of {config.partition} clients that are not among these"
+        )
+    table.add_row("examples a client", _spread(sizes))
+    _, local_test = split_local(partition, config.local_test)
+    if local_test is not None:
+        table.add_row("of them held out", f"{_spread(local_test.sizes)} (local_test={config.local_test:g})")
     held = classes_held(dataset, partition)
     table.add_row("classes a client", f"fewest {held.min()}, median {np.median(held):g}, most {held.max()}")
     table.add_row("licence", dataset.licence)
@@ -196,11 +203,30 @@ def _shown(clients: int) -> np.ndarray:
 
 
 def _law(config: Config) -> str:
-    if config.partition == "iid":
-        return "iid"
-    if config.partition == "domain":
-        return "each client in one domain"
-    return f"Dirichlet(alpha = {config.alpha:g}), at least {config.min_size} each"
+    """The partition in words, with the options that shape it."""
+    least = f", at least {config.min_size} each"
+    return {
+        "iid": "iid",
+        "dirichlet": f"Dirichlet(alpha = {config.alpha:g}){least}",
+        "dirichlet_balanced": f"equal sizes, Dirichlet(alpha = {config.alpha:g} x prior)",
+        "dirichlet_pfllib": f"PFLlib's Dirichlet(alpha = {config.alpha:g}){least}",
+        "shards": f"{config.classes_per_client} shards of one class each",
+        "quantity": f"sizes {config.size_law}{least}",
+        "natural": f"by the natural key client{least}",
+        "domain": "each client in one domain",
+    }[config.partition]
+
+
+def _values(values: np.ndarray) -> str:
+    """The values of a natural key with their numbers of rows: all of a few, the largest of many."""
+    names, counts = np.unique(values, return_counts=True)
+    shown = np.arange(len(names)) if len(names) <= 8 else np.argsort(-counts, kind="stable")[:4]
+    told = ", ".join(f"{names[i]}: {counts[i]:,} training examples" for i in shown)
+    return told if len(names) <= 8 else f"{len(names):,} values; {told}, ..."
+
+
+def _spread(sizes: np.ndarray) -> str:
+    return f"smallest {sizes.min():,}, median {np.median(sizes):g}, largest {sizes.max():,}"
 
 
 def _short(name: str) -> str:

@@ -90,9 +90,9 @@ def dirichlet_balanced(rows: np.ndarray, labels: np.ndarray, clients: int, alpha
     """Equal sizes; each client's mixture of classes is q ~ Dir(alpha * p), p the set's own shares (Hsu et al. 2019).
 
     `labels` (n,) are those of `rows` (n,); sizes differ by one at most. Each client asks for its examples' classes by q.
-    Of a class that is asked for more often than it has rows, a random choice of the askings is met; the others are
-    drawn again from q over the classes that have rows left, renormalised. The mixtures are
-    Hsu et al.'s (arXiv 1909.06335); what happens when a class runs out is fedsim's choice and favours no client.
+    A class that is asked for more often than it has rows serves one client after another, in an order drawn once; what
+    is not met is asked for again by q over the classes that have rows left, renormalised. So most clients have their
+    mixture, and a few what is left. The mixtures are Hsu et al.'s (arXiv 1909.06335), the order is fedsim's.
 
     Raises:
         ValueError: an alpha beyond floating point.
@@ -105,12 +105,11 @@ def dirichlet_balanced(rows: np.ndarray, labels: np.ndarray, clients: int, alpha
     log_q = _log_mixtures(left / max(len(rows), 1), clients, alpha, rng)
     owner = np.empty(len(rows), np.int64)
     need = equal(len(rows), clients)
+    turn = rng.permutation(clients)
     while need.any():  # every pass but the last uses up a class
         client, wanted = _asked(log_q, need, left, rng)
-        mix = rng.permutation(len(client))
-        client, wanted = client[mix], wanted[mix]
-        by_class = np.argsort(wanted, kind="stable")
-        client, wanted = client[by_class], wanted[by_class]
+        served = np.lexsort((turn[client], wanted))
+        client, wanted = client[served], wanted[served]
         asked = np.bincount(wanted, minlength=len(left))
         place = np.arange(len(wanted)) - (np.cumsum(asked) - asked)[wanted]
         met = place < left[wanted]
