@@ -268,7 +268,7 @@ def test_the_impossible_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="alpha=1e-300 within floating point"):
         partition.dirichlet_balanced(rows, labels, 20, 1e-300, 0)
     with pytest.raises(
-        ValueError, match="partition='natural' .* natural key `client`, which toy has not; .*client_column"
+        ValueError, match=r"partition='natural' .* natural key `client`, which toy has not; .*client_column"
     ):
         partition.make(Config(partition="natural"), dataset(200))
     with pytest.raises(ValueError, match=r"min_size=9 <= 8, the examples of client 0 of partition=iid .*min_size=0"):

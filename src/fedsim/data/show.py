@@ -115,7 +115,7 @@ def summary(config: Config, dataset: Dataset, partition: Partition) -> Table:
     return table
 
 
-def draw(config: Config, dataset: Dataset, partition: Partition, out: Path) -> None:
+def draw(config: Config, dataset: Dataset, partition: Partition, out: Path, dpi: int = 150) -> None:
     """Draws the partition as a PNG: above the clients' sizes, below their examples of each class."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.figure import Figure
@@ -127,7 +127,7 @@ def draw(config: Config, dataset: Dataset, partition: Partition, out: Path) -> N
     sizes, n = partition.sizes, len(shown)
     classes = len(dataset.classes)
     height = float(np.clip(0.24 * classes, 1.6, 9.0))
-    figure = Figure(figsize=(11, 2.9 + height), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1), dpi=150)
+    figure = Figure(figsize=(11, 2.9 + height), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1), dpi=dpi)
     bars, heat = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, height])
 
     bars.bar(np.arange(n), sizes[shown], width=1.0 if n > 150 else 0.8, color="#3b6ea5")
@@ -171,7 +171,22 @@ def draw(config: Config, dataset: Dataset, partition: Partition, out: Path) -> N
     heat.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     heat.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{shown[int(x)]:,}" if 0 <= x < n else ""))
     every = "" if n == partition.clients else f" ({n} of {partition.clients:,} shown, evenly spaced)"
-    heat.set_xlabel(f"client{every}")
+    heat.set_xlabel(f"client{', each with one value of the natural key' * (config.partition == 'natural')}{every}")
+    if config.partition == "domain":
+        stretches = _stretches(dataset.natural["domain"], partition, shown)
+        for name, first, last in stretches:
+            heat.annotate(
+                _short(name) if len(stretches) <= 12 else "",
+                ((first + last) / 2, 1.0),
+                xytext=(0, 4),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
+            if first > 0:
+                for axes in (bars, heat):
+                    axes.axvline(first - 0.5, color="#c44e52", lw=1)
     bar = figure.colorbar(image, ax=heat, pad=0.01, fraction=0.03)
     bar.set_label("examples of the class (white: none)")
     rounds = [d * 10**e for e in range(7) for d in (1, 2, 5) if d * 10**e <= max(2.0, table.max())]
@@ -200,6 +215,15 @@ def _shown(clients: int) -> np.ndarray:
     if clients <= _COLUMNS:
         return np.arange(clients)
     return np.arange(_COLUMNS, dtype=np.int64) * clients // _COLUMNS
+
+
+def _stretches(keys: np.ndarray, partition: Partition, shown: np.ndarray) -> list[tuple[str, int, int]]:
+    """(key, first column, last column) of neighbouring clients with one key; `keys` are those of the set's rows."""
+    columns = [i for i, client in enumerate(shown) if partition.sizes[client]]
+    names = [str(keys[partition.client(int(shown[i]))[0]]) for i in columns]
+    starts = [k for k in range(len(names)) if k == 0 or names[k] != names[k - 1]]
+    ends = [*(k - 1 for k in starts[1:]), len(names) - 1]
+    return [(names[a], columns[a], columns[b]) for a, b in zip(starts, ends, strict=True)]
 
 
 def _law(config: Config) -> str:
