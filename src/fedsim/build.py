@@ -43,9 +43,10 @@ class Problem(NamedTuple):
     config: Config
     speed: Speed
     dataset: data_sets.Dataset
-    partition: partitions.Partition
+    partition: partitions.Partition  # what the clients train on
     cuts: tuple[int, ...]  # stages whose input is worth caching, ascending
     cache: dict[int, Any]  # stage -> its input for every example, host arrays (N, ...)
+    local_test: partitions.Partition | None = None  # clients' own test sets, aligned with `partition`; None without
 
 
 class Trainer(NamedTuple):
@@ -246,7 +247,8 @@ def problem(config: Config, speed: Speed) -> Problem:
     for phase, model in zip(phases(config), models, strict=True):  # an algorithm that cannot run refuses here
         algorithms.find(config.algorithm)(task(phase.config, model, {}, cached=False))
     cuts = sorted({model.cut for model in models if use_cache(speed, model, dataset.x)})
-    return Problem(config, speed, dataset, partitions.make(config, dataset), tuple(cuts), {})
+    trained, local_test = partitions.split_local(partitions.make(config, dataset), config.local_test)
+    return Problem(config, speed, dataset, trained, tuple(cuts), {}, local_test)
 
 
 def split_model(config: Config, dataset: data_sets.Dataset) -> peft.Model:

@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +40,21 @@ class Data:
     """Keep only this many training examples, drawn by seed (default: all)."""
     clients: int = 100
     """Number of clients N."""
-    partition: Literal["dirichlet", "iid", "domain"] = "dirichlet"
-    """How training examples go to clients; `domain` gives each client examples of one domain of the set (ELPV's two
-    cell types), and each domain clients in proportion to its examples."""
+    partition: Literal[
+        "dirichlet", "dirichlet_balanced", "dirichlet_pfllib", "shards", "quantity", "natural", "domain", "iid"
+    ] = "dirichlet"
+    """How training examples go to clients (docs/partitions.md): by label, by size, by the set's own key (`natural`: its
+    clients; `domain`: each client in one domain, such as ELPV's two cell types), or at random."""
     alpha: float = 0.3
-    """Concentration of the Dirichlet partition over labels; smaller is more skewed."""
+    """Concentration of the Dirichlet partitions over labels; smaller is more skewed."""
+    classes_per_client: int = 2
+    """Shards of a client under `shards`, and the most classes that it can have."""
+    size_law: str = "lognormal(sigma=1.0)"
+    """Sizes of clients under `quantity`: `"lognormal(sigma=1.0)"`, or `"power(exponent=1.5)"` of a client's rank."""
     min_size: int = 8
-    """Every client of the Dirichlet partition gets at least this many examples."""
+    """Every client has at least this many examples, those of its local test set included; 0 allows empty clients."""
+    local_test: float = 0.0
+    """Share of each client's examples that is held out as its own test set and never trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +206,9 @@ class Speed:
 
 GROUPS: tuple[type, ...] = (Data, Model, Training, Evaluation)
 
+PARTITIONS: tuple[str, ...] = get_args(get_type_hints(Data)["partition"])
+SIZE_LAWS = {"lognormal": "sigma", "power": "exponent"}  # of `quantity`: law -> its parameter
+
 # What `fedsim run` does without an option: head first from cached features, then LoRA in the upper third of MiniLM, whose
 # lower four blocks are evaluated once per text (experiments/main_job.py has time and result).
 MAIN_JOB: dict[str, Any] = {
@@ -257,11 +268,38 @@ def check(config: Config) -> None:
         raise ValueError(
             f"Expected clients_per_round={c.clients_per_round} <= clients={c.clients}; lower it or add clients."
         )
-    one_of(("dirichlet", "iid", "domain"), partition=c.partition)
+    one_of(PARTITIONS, partition=c.partition)
+    positive(classes_per_client=c.classes_per_client)
+    size_law(c.size_law)
+    if not 0 <= c.local_test < 1:
+        raise ValueError(f"Expected 0 <= local_test={c.local_test} < 1; it is the share held out, e.g. 0.2.")
     one_of(("examples", "uniform"), weighting=c.weighting)
     one_of(("none", "bfloat16", "float16"), codec_up=c.codec_up, codec_down=c.codec_down)
     for name in ("algorithm", "optimizer", "lr_schedule", "server_optimizer", "server_lr_schedule"):
         parse_call(getattr(c, name), name)
+
+
+def size_law(text: str) -> tuple[str, float]:
+    """Name and parameter of the law of clients' sizes: `"power(exponent=1.5)"` gives ("power", 1.5).
+
+    Raises:
+        ValueError: an unknown law, or a parameter that is missing or out of range.
+    """
+    name, args, options = parse_call(text, "size_law")
+    one_of(tuple(SIZE_LAWS), size_law=name)
+    parameter = SIZE_LAWS[name]
+    value = options.get(parameter)
+    if (
+        args
+        or len(options) != 1
+        or isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 0 < value <= 100
+    ):
+        raise ValueError(
+            f"Expected size_law={text!r} to have the one parameter 0 < {parameter} <= 100; write {name}({parameter}=1.0)."
+        )
+    return name, float(value)
 
 
 def check_model(m: Model) -> None:

@@ -77,7 +77,8 @@ def _comparison(
     if not quiet:
         print(f"for comparison: {name}", flush=True)
     # The centralised run owns its examples differently.
-    shared = problem._replace(config=config, partition=partition.make(config, problem.dataset))
+    own, local_test = partition.split_local(partition.make(config, problem.dataset), config.local_test)
+    shared = problem._replace(config=config, partition=own, local_test=local_test)
     folder = directory / "baselines" / name.replace(" ", "-")
     try:
         ran = simulate.run(config, speed, out=folder, quiet=quiet or name.startswith("head"), problem=shared)

@@ -302,7 +302,15 @@ def fingerprint(config: Config, problem: Problem) -> str:
     """A hash of examples, partition and, where they are files, algorithm and backbone: edited ones are noticed on resuming."""
     data, owned = problem.dataset, problem.partition
     digest = hashlib.sha256()
-    for part in (*jax.tree.leaves(data.x), data.y, data.train, data.validation, data.test, owned.rows, owned.offsets):
+    for part in (
+        *jax.tree.leaves(data.x),
+        data.y,
+        data.train,
+        data.validation,
+        data.test,
+        *owned,
+        *(problem.local_test or ()),
+    ):
         digest.update(np.ascontiguousarray(part).view(np.uint8).data)
     for named in (config.algorithm, config.backbone):
         file = file_of(named)
