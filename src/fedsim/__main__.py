@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from fedsim import own
-from fedsim.config import Config, Data, Evaluation, Model, Speed, Training, main_job, nearest
+from fedsim.config import Config, Data, Evaluation, Model, Network, Speed, Training, main_job, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,13 @@ class Options:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
+    network: Network = field(default_factory=Network)
     evaluation: Evaluation = field(default_factory=Evaluation)
     speed: Speed = field(default_factory=Speed)
 
     def config(self) -> Config:
         """The flat config; raises `ValueError` for impossible options."""
-        groups = (self.data, self.model, self.training, self.evaluation)
+        groups = (self.data, self.model, self.training, self.network, self.evaluation)
         return Config(**{f.name: getattr(g, f.name) for g in groups for f in dataclasses.fields(g)})
 
 
@@ -138,7 +139,7 @@ def grouped(kind: type[Any], config: Config, speed: Speed) -> Any:
     def group(part: type[Any]) -> Any:
         return part(**{f.name: getattr(config, f.name) for f in dataclasses.fields(part)})
 
-    groups = {"data": Data, "model": Model, "training": Training, "evaluation": Evaluation}
+    groups = {"data": Data, "model": Model, "training": Training, "network": Network, "evaluation": Evaluation}
     return kind(**{name: group(part) for name, part in groups.items()}, speed=speed)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from fedsim import algorithms, peft, wire
+from fedsim import algorithms, network, peft, wire
 from fedsim.backbones import Backbone, backbone, load
 from fedsim.config import Config, Speed, nearest, parse_call
 from fedsim.core import Algorithm, Passes, Task, by_examples, uniform
@@ -141,7 +141,7 @@ def schedule(text: str, option: str, base: float) -> Callable[[Any], Any]:
 
 
 def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algorithm]:
-    """Refuses unknown optimizers, schedules, algorithms, backbones, PEFT kinds before any data is touched.
+    """Refuses unknown optimizers, schedules, laws, algorithms, backbones, PEFT kinds before any data is touched.
 
     Returns:
         The algorithm's constructor.
@@ -155,6 +155,7 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
             f"Expected devices={speed.devices} <= {available}, the devices that JAX sees; lower --devices, or on a CPU set "
             "XLA_FLAGS=--xla_force_host_platform_device_count=N."
         )
+    network.fleet(config)
     row = backbone(config.backbone)
     if weights(config) is None and row.asset is None and not isinstance(row, Backbone):
         load.packaged(config.backbone, None)  # refuses, and says what can be given

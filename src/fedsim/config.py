@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
@@ -141,6 +142,49 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Network:
+    """Which clients take part and how long it takes them (docs/network.md); laws are numbers, `uniform(5, 50)`,
+    `lognormal(median=20, sigma=0.5)` or `choice(5, 20, 100)`, drawn once for each client."""
+
+    availability: str = "always"
+    """Who can be reached in a round: `always`, `"bernoulli(p=0.8)"`, `"diurnal(period=24, peak=0.9, low=0.1)"` (a wave
+    over rounds, each client with a phase of its own), or a .csv trace with columns client, start, end (rounds)."""
+    dropout: float = 0.0
+    """Probability that a client of the cohort drops out in mid-round: its download is paid, nothing returns."""
+    over_selection: float = 1.0
+    """Invite this many times clients_per_round; the first clients_per_round that report count."""
+    deadline: float | None = None
+    """Simulated seconds after which a round ends."""
+    late: Literal["discard", "partial"] = "discard"
+    """Clients that cannot be ready by the deadline are left out, or report after the local steps that fit."""
+    download: str | None = None
+    """Law of the clients' bandwidth from the server in Mbit/s (default: takes no time)."""
+    upload: str | None = None
+    """Law of the clients' bandwidth to the server in Mbit/s (default: takes no time)."""
+    latency: str | None = None
+    """Law of the time of every message on its way in ms (default: none)."""
+    compute: str | None = None
+    """Law of the clients' local steps per second (default: take no time)."""
+    device_table: str | None = None
+    """A .csv with a row for each client: client, and any of download, upload, latency, compute instead of their laws."""
+
+    @property
+    def timed(self) -> bool:
+        """Whether anything takes simulated time."""
+        return any((self.download, self.upload, self.latency, self.compute, self.device_table))
+
+    @property
+    def traced(self) -> bool:
+        """Whether a file says who can be reached."""
+        return self.availability.lower().endswith(".csv")
+
+    @property
+    def reliable(self) -> bool:
+        """Whether every client takes part and nothing takes simulated time."""
+        return self.availability == "always" and not self.dropout and self.over_selection == 1 and not self.timed
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """When to look at the validation set, and when to stop."""
 
@@ -153,7 +197,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Data, Model, Training, Evaluation):
+class Config(Data, Model, Training, Network, Evaluation):
     """What is simulated. Two runs with equal `Config` and `Speed` on the same machine give the same bits."""
 
     def __post_init__(self) -> None:
@@ -204,7 +248,11 @@ class Speed:
         one_of(("auto", "on", "off"), cache=self.cache, resident=self.resident)
 
 
-GROUPS: tuple[type, ...] = (Data, Model, Training, Evaluation)
+GROUPS: tuple[type, ...] = (Data, Model, Training, Network, Evaluation)
+
+RELIABLE: dict[str, Any] = {
+    f.name: f.default for f in dataclasses.fields(Network)
+}  # everybody there, nothing takes time
 
 PARTITIONS: tuple[str, ...] = get_args(get_type_hints(Data)["partition"])
 SIZE_LAWS = {"lognormal": "sigma", "power": "exponent"}  # of `quantity`: law -> its parameter
@@ -268,17 +316,23 @@ def check(config: Config) -> None:
         raise ValueError(
             f"Expected clients_per_round={c.clients_per_round} <= clients={c.clients}; lower it or add clients."
         )
+<<<<<<< HEAD
     one_of(PARTITIONS, partition=c.partition)
     positive(classes_per_client=c.classes_per_client)
     size_law(c.size_law)
     if not 0 <= c.local_test < 1:
         raise ValueError(f"Expected 0 <= local_test={c.local_test} < 1; it is the share held out, e.g. 0.2.")
+=======
+    check_network(c)
+    one_of(("dirichlet", "iid", "domain"), partition=c.partition)
+>>>>>>> hC
     one_of(("examples", "uniform"), weighting=c.weighting)
     one_of(("none", "bfloat16", "float16"), codec_up=c.codec_up, codec_down=c.codec_down)
     for name in ("algorithm", "optimizer", "lr_schedule", "server_optimizer", "server_lr_schedule"):
         parse_call(getattr(c, name), name)
 
 
+<<<<<<< HEAD
 def size_law(text: str) -> tuple[str, float]:
     """Name and parameter of the law of clients' sizes: `"power(exponent=1.5)"` gives ("power", 1.5).
 
@@ -300,6 +354,44 @@ def size_law(text: str) -> tuple[str, float]:
             f"Expected size_law={text!r} to have the one parameter 0 < {parameter} <= 100; write {name}({parameter}=1.0)."
         )
     return name, float(value)
+=======
+def invited(config: Config) -> int:
+    """Clients that a round invites: clients_per_round times over_selection, rounded up."""
+    return math.ceil(config.clients_per_round * config.over_selection - 1e-9)  # 10 * 1.1 is a bit more than 11
+
+
+def check_network(c: Config) -> None:
+    """Refuses impossible options of the network that show without reading its files.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    positive(deadline=c.deadline)
+    one_of(("discard", "partial"), late=c.late)
+    if not 0 <= c.dropout < 1:
+        raise ValueError(f"Expected 0 <= dropout={c.dropout} < 1; it is a probability, write 10 % as 0.1.")
+    if not 1 <= c.over_selection < math.inf:
+        raise ValueError(
+            f"Expected over_selection={c.over_selection} >= 1; it is a factor, write 30 % more clients as 1.3."
+        )
+    if invited(c) > c.clients:
+        raise ValueError(
+            f"Expected over_selection={c.over_selection} to invite at most clients={c.clients}, not {invited(c)}; lower it "
+            "or clients_per_round."
+        )
+    if c.deadline is not None and not c.timed:
+        raise ValueError(
+            f"Expected deadline={c.deadline} with clients that take time; give one of download, upload, latency, compute, "
+            "device_table."
+        )
+    if c.late == "partial" and (c.deadline is None or not (c.compute or c.device_table)):
+        raise ValueError(
+            "Expected late='partial' with a deadline and with compute (or a device_table); without them no work is partial."
+        )
+    for name in ("availability", "download", "upload", "latency", "compute"):
+        if getattr(c, name) is not None and not getattr(c, name).lower().endswith(".csv"):
+            parse_call(getattr(c, name), name)
+>>>>>>> hC
 
 
 def check_model(m: Model) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim import record, report
-from fedsim.config import Config, Speed, nearest
+from fedsim.config import RELIABLE, Config, Speed, nearest
 
 HEAD_ROUNDS, HEAD_PATIENCE = 500, 100  # the head run ends when its validation accuracy stands still
 FULL_LR = 1e-4  # of full fine-tuning in --baselines: a LoRA's rate destroys a pre-trained encoder
@@ -19,7 +19,7 @@ def head_config(config: Config) -> Config:
         peft="head",
         head_rounds=0,
         lr=config.head_lr or config.lr,
-        rounds=HEAD_ROUNDS,
+        rounds=config.rounds if config.traced else HEAD_ROUNDS,  # a trace may say nothing of later rounds
         patience=HEAD_PATIENCE,
         target_accuracy=None,
         eval_every=1,
@@ -31,7 +31,9 @@ def baseline_configs(config: Config, examples: int) -> dict[str, Config]:
     others = {kind: config.replace(peft=kind, targets=("query", "value")) for kind in ("bias", "lora", "full")}
     others["full"] = others["full"].replace(lr=min(config.lr, FULL_LR))
     steps = config.steps or config.epochs * max(1, -(-examples // (config.clients * config.batch_size)))
-    central = config.replace(clients=1, clients_per_round=1, partition="iid", steps=steps * config.clients_per_round)
+    central = config.replace(
+        clients=1, clients_per_round=1, partition="iid", steps=steps * config.clients_per_round, **RELIABLE
+    )
     return {**others, "centralised": central}
 
 
