@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from fedsim import algorithms, network, peft, wire
+from fedsim import algorithms, augment, lengths, network, peft, wire
 from fedsim.backbones import Backbone, backbone, load
 from fedsim.config import Config, Speed, nearest, parse_call
 from fedsim.core import Algorithm, Passes, Task, by_examples, uniform
@@ -23,6 +23,7 @@ from fedsim.data import dataset as data_sets
 from fedsim.data import partition as partitions
 from fedsim.evaluate import classification_loss, evaluator
 from fedsim.lanes import Lanes
+from fedsim.lengths import Lengths
 
 CACHE_LIMIT = 2 * 2**30  # bytes of cached features that `cache="auto"` accepts
 FEATURE_BATCH = 64
@@ -46,6 +47,7 @@ class Problem(NamedTuple):
     partition: partitions.Partition  # what the clients train on
     cuts: tuple[int, ...]  # stages whose input is worth caching, ascending
     cache: dict[int, Any]  # stage -> its input for every example, host arrays (N, ...)
+    texts: Lengths | None = None  # of the examples, where they are texts whose padding is known
     local_test: partitions.Partition | None = None  # clients' own test sets, aligned with `partition`; None without
 
 
@@ -160,6 +162,16 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
     if weights(config) is None and row.asset is None and not isinstance(row, Backbone):
         load.packaged(config.backbone, None)  # refuses, and says what can be given
     peft.parse(config.peft)
+    augment.make(config.augment)
+    if config.augment and row.kind == "text":
+        raise ValueError(
+            f"Expected augment={config.augment} to be empty for backbone={config.backbone!r}; it reads texts."
+        )
+    if config.augment and speed is not None and speed.cache == "on":
+        raise ValueError(
+            f"Expected cache=on without augment={config.augment}: a changed image has other features in every step; leave "
+            "out --cache."
+        )
     optimizer(config.optimizer, "optimizer")
     optimizer(config.server_optimizer, "server_optimizer")
     schedule(config.lr_schedule, "lr_schedule", config.lr)
@@ -244,12 +256,21 @@ def problem(config: Config, speed: Speed) -> Problem:
             f"Expected dataset={config.dataset!r} to hold text for backbone={config.backbone!r}, not {dataset.kind}; "
             "choose another backbone, such as mlp."
         )
+    if config.augment and dataset.kind != "image":
+        raise ValueError(
+            f"Expected dataset={config.dataset!r} to hold images for augment={config.augment}, not {dataset.kind}; leave it "
+            "out."
+        )
     models = [split_model(phase.config, dataset) for phase in phases(config)]
     for phase, model in zip(phases(config), models, strict=True):  # an algorithm that cannot run refuses here
         algorithms.find(config.algorithm)(task(phase.config, model, {}, cached=False))
-    cuts = sorted({model.cut for model in models if use_cache(speed, model, dataset.x)})
+    cuts = sorted({model.cut for model in models if use_cache(speed, model, dataset.x, config)})
+    pad = getattr(row, "pad", None)  # unknown of a user's own backbone
+    texts = None
+    if dataset.kind == "text" and pad is not None and speed.length_buckets > 1:
+        texts = lengths.measure(dataset.x, pad, speed.length_buckets)
     trained, local_test = partitions.split_local(partitions.make(config, dataset), config.local_test)
-    return Problem(config, speed, dataset, trained, tuple(cuts), {}, local_test)
+    return Problem(config, speed, dataset, trained, tuple(cuts), {}, texts, local_test)
 
 
 def split_model(config: Config, dataset: data_sets.Dataset) -> peft.Model:
@@ -265,7 +286,7 @@ def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached
     up, down = wire.codec(config.codec_up), wire.codec(config.codec_down)
     return Task(
         init=lambda key: {name: jnp.asarray(leaf) for name, leaf in start.items()},
-        loss=classification_loss(apply),
+        loss=classification_loss(apply, augment.make(config.augment)),
         logits=lambda held, params, x: apply(params, held, x),
         optimizer=optimizer(config.optimizer, "optimizer"),
         lr=lambda client: client.lr,
@@ -291,29 +312,39 @@ def features(problem: Problem, model: peft.Model, frozen: dict[str, np.ndarray])
             continue
         below = max((c for c in problem.cache if c < cut), default=0)
         x = problem.cache.get(below, problem.dataset.x)
-        problem.cache[cut] = run_stages(model, frozen, x, below, cut)
+        problem.cache[cut] = run_stages(model, frozen, x, below, cut, problem.texts)
     return problem.cache[model.cut]
 
 
-def run_stages(model: peft.Model, frozen: dict[str, np.ndarray], x: Any, start: int, stop: int) -> Any:
-    """Stages start..stop - 1 on every example of x (N, ...), in batches; host arrays."""
+def run_stages(
+    model: peft.Model, frozen: dict[str, np.ndarray], x: Any, start: int, stop: int, texts: Lengths | None = None
+) -> Any:
+    """Stages start..stop - 1 on every example of x (N, ...), in batches; host arrays, zero where a text has ended."""
     held = jax.device_put(frozen)
     run = jax.jit(lambda held, x: model.run(held, x, start, stop))
+    texts = lengths.entering(texts, model, start)
+    if texts is not None:
+        x = texts.cut(x, texts.longest)
     count = jax.tree.leaves(x)[0].shape[0]
-    out: Any = None
-    for first in range(0, count, FEATURE_BATCH):
-        rows = np.minimum(np.arange(first, first + FEATURE_BATCH), count - 1)  # one shape: the last batch repeats a row
-        part = jax.device_get(run(held, jax.tree.map(lambda a, rows=rows: a[rows], x)))
-        if out is None:
-            out = jax.tree.map(lambda a: np.empty((count, *a.shape[1:]), a.dtype), part)
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
+    out = jax.tree.map(lambda a: np.zeros((count, *a.shape[1:]), a.dtype), jax.eval_shape(run, held, one))
+    for rows, length in lengths.batches(np.arange(count), FEATURE_BATCH, texts):
+        batch = np.pad(rows, (0, FEATURE_BATCH - len(rows)), mode="edge")  # one shape: the last batch repeats a row
+        part = jax.tree.map(lambda a, batch=batch: a[batch], x)
+        if texts is not None and length is not None:
+            part = texts.cut(part, length)
+        part = jax.device_get(run(held, part))
         for whole, new in zip(jax.tree.leaves(out), jax.tree.leaves(part), strict=True):
-            whole[first : first + FEATURE_BATCH] = new[: count - first]
+            whole[(rows, *(slice(n) for n in new.shape[1:]))] = new[: len(rows)]
     return out
 
 
-def use_cache(speed: Speed, model: peft.Model, x: Any) -> bool:
-    """Whether the frozen prefix is worth keeping: it holds at least one block, or all but the head, and its output fits."""
-    if speed.cache == "off" or model.cut == 0:
+def use_cache(speed: Speed, model: peft.Model, x: Any, config: Config | None = None) -> bool:
+    """Whether the frozen prefix is worth keeping: it holds at least one block, or all but the head, and its output fits.
+
+    Never where images change from step to step.
+    """
+    if speed.cache == "off" or model.cut == 0 or (config is not None and config.augment):
         return False
     if speed.cache == "on":
         return True
@@ -337,10 +368,13 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
     model = split_model(config, dataset)
     trained, frozen = peft.start(model, weights(config), config.seed)
     trained |= {name: value for name, value in (overlay or {}).items() if name in trained}
-    x, cached = dataset.x, use_cache(speed, model, dataset.x)
+    x, cached = dataset.x, use_cache(speed, model, dataset.x, config)
+    texts = lengths.entering(problem.texts, model, model.cut if cached else 0)
     if cached:
         x = features(problem, model, frozen)
         frozen = {name: leaf for name, leaf in frozen.items() if name not in model.below}
+    elif texts is not None:
+        x = texts.cut(x, texts.longest)
     engine = Lanes(
         frozen,
         x,
@@ -360,8 +394,8 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         model=model,
         algorithm=algorithm,
         engine=engine,
-        validate=evaluator(engine, algorithm.predict, dataset.validation, speed.eval_batch),
-        test=evaluator(engine, algorithm.predict, dataset.test, speed.eval_batch),
+        validate=evaluator(engine, algorithm.predict, dataset.validation, speed.eval_batch, texts),
+        test=evaluator(engine, algorithm.predict, dataset.test, speed.eval_batch, texts),
         lr=lambda round: float(rate(round - 1)),
         start=trained,
         cached=cached,

@@ -70,6 +70,8 @@ class Model:
     """Features of a transformer that the head reads (default: the backbone's own)."""
     image_size: int | None = None
     """Side to which images are resized inside the backbone (default: as they are)."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How images are resized; both are antialiased when the image shrinks."""
     peft: str = "lora"
     """What is trained beside the classification head (`fedsim list peft`), parts joined by `+`; `full` is everything,
     `head` nothing else."""
@@ -117,6 +119,8 @@ class Training:
     """Exact number of local steps instead of epochs."""
     batch_size: int = 8
     """Examples in a local step."""
+    augment: tuple[str, ...] = ()
+    """Random changes of images in training: `flip`, `"crop(padding=4)"`, `"resized_crop(scale=0.08)"`, in this order."""
     optimizer: str = "adam"
     """Clients' optax optimizer, as a name or a call: `"sgd(momentum=0.9)"`."""
     lr: float = 2e-3
@@ -234,6 +238,8 @@ class Speed:
     """Compute the frozen layers below the first trained one once and keep their output as the data set."""
     segment_steps: int | Literal["auto"] = "auto"
     """Steps of the plan that one call of the compiled program runs."""
+    length_buckets: int = 4
+    """Lengths for which programs over texts are compiled at most, so that short texts do not pay for long ones."""
     eval_batch: int = 256
     """Examples in one evaluation step."""
     checkpoint_every: int = 5
@@ -243,7 +249,7 @@ class Speed:
 
     def __post_init__(self) -> None:
         positive(lanes=self.lanes, devices=self.devices, segment_steps=self.segment_steps)
-        positive(eval_batch=self.eval_batch, checkpoint_every=self.checkpoint_every)
+        positive(eval_batch=self.eval_batch, checkpoint_every=self.checkpoint_every, length_buckets=self.length_buckets)
         one_of(("shard_map", "pmap"), parallel=self.parallel)
         one_of(("auto", "on", "off"), cache=self.cache, resident=self.resident)
 
@@ -303,6 +309,10 @@ def check(config: Config) -> None:
             raise ValueError(f"Expected {f.name}={value!r} to be a whole number; leave out the fraction.")
     if isinstance(c.targets, str):
         raise ValueError(f"Expected targets={c.targets!r} to be several patterns; write ({c.targets!r},).")
+    if isinstance(c.augment, str):
+        raise ValueError(f"Expected augment={c.augment!r} to be several calls; write ({c.augment!r},).")
+    for call in c.augment:
+        parse_call(call, "augment")
     if not 0 <= c.seed < 2**32:
         raise ValueError(f"Expected 0 <= seed={c.seed} < 2**32; give a smaller natural number.")
     if c.min_size < 0:
@@ -404,6 +414,9 @@ def check_model(m: Model) -> None:
     positive(prompt_tokens=m.prompt_tokens, prefix_tokens=m.prefix_tokens, last_blocks=m.last_blocks)
     one_of(("single", "houlsby", "parallel"), adapter=m.adapter)
     one_of(("deep", "shallow"), prompt_depth=m.prompt_depth)
+    one_of(("bilinear", "bicubic"), interpolation=m.interpolation)
+    if m.interpolation != "bilinear" and m.image_size is None:
+        raise ValueError(f"Expected image_size with interpolation={m.interpolation!r}; give the side to resize to.")
     if m.pool is not None:
         one_of(("mean", "cls", "pooler"), pool=m.pool)
 

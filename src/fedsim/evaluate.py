@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,23 +12,27 @@ import numpy as np
 import optax
 from jax import Array
 
+from fedsim import lengths
 from fedsim.core import Batch, Metrics, Params, Tree
 from fedsim.lanes import Lanes
+from fedsim.lengths import Lengths
 
 Predict = Callable[[Tree, Tree, Tree, Tree], Array]
 
 
 def classification_loss(
     apply: Callable[[Params, Tree, Tree], Array],
+    augment: Callable[[Array, Tree], Tree] = lambda key, x: x,
 ) -> Callable[[Tree, Params, Batch], tuple[Array, Metrics]]:
     """Mean cross-entropy over a batch's real rows, with `loss` and `accuracy` as metrics.
 
     Args:
         apply: (trained, frozen, x (B, ...)) -> logits (B, classes).
+        augment: (batch's key, x) -> x, before it; in training only.
     """
 
     def loss(held: Tree, params: Params, batch: Batch) -> tuple[Array, Metrics]:
-        sums = masked_sums(apply(params, held, batch.x), batch.y, batch.mask)
+        sums = masked_sums(apply(params, held, augment(batch.key, batch.x)), batch.y, batch.mask)
         rows = jnp.maximum(batch.mask.sum(), 1.0)
         return sums["loss"] / rows, {"loss": sums["loss"] / rows, "accuracy": sums["correct"] / rows}
 
@@ -46,33 +51,37 @@ def masked_sums(logits: Array, y: Array, mask: Array) -> dict[str, Array]:
     }
 
 
-def evaluator(engine: Lanes, predict: Predict, rows: np.ndarray, batch: int) -> Callable[[Tree], dict[str, float]]:
+def evaluator(
+    engine: Lanes, predict: Predict, rows: np.ndarray, batch: int, texts: Lengths | None = None
+) -> Callable[[Tree], dict[str, float]]:
     """A function server -> {"loss", "accuracy"} over these rows of the engine's examples.
 
     One compiled step over batches of equal shape; each batch is split over the devices. Sums are float32 per batch and
     added on the host in float64.
+
+    Args:
+        texts: lengths of the engine's examples, where they are texts: one step is compiled for each bucket in use.
     """
     devices = len(engine.devices)
     size = -(-min(batch, max(len(rows), 1)) // devices) * devices
-    count = -(-len(rows) // size)
-    padded = np.zeros(count * size, np.int32)
-    padded[: len(rows)] = rows
-    mask = (np.arange(count * size) < len(rows)).astype(np.float32)
-    index = padded.reshape(count, devices, size // devices)
-    masks = jax.device_put(mask.reshape(count, size), engine.everywhere)
+    batches = lengths.batches(np.asarray(rows, np.int32), size, texts)
+    index = [np.pad(part, (0, size - len(part))).reshape(devices, size // devices) for part, _ in batches]
+    masks = jax.device_put([(np.arange(size) < len(part)).astype(np.float32) for part, _ in batches], engine.everywhere)
 
-    @jax.jit
-    def step(held: Tree, server: Tree, x: Tree, y: Array, mask: Array) -> Any:
+    @partial(jax.jit, static_argnames="length")
+    def step(held: Tree, server: Tree, x: Tree, y: Array, mask: Array, length: int | None) -> Any:
         x, y = jax.tree.map(lambda a: a.reshape(size, *a.shape[2:]), (x, y))
+        if texts is not None and length is not None:
+            x = texts.cut(x, length)
         return masked_sums(predict(held, server, (), x), y, mask)
 
     def evaluate(server: Tree) -> dict[str, float]:
         parts: list[dict[str, Array]] = []
-        for rows, mask in zip(index, masks, strict=True):
+        for rows, mask, (_, length) in zip(index, masks, batches, strict=True):
             x, y = engine.gather(rows)
             if parts and not engine.resident:
                 jax.block_until_ready(parts[-1])  # so that two batches at most lie on the devices
-            parts.append(step(engine.held, server, x, y, mask))
+            parts.append(step(engine.held, server, x, y, mask, length=length))
         sums = {
             name: float(np.sum([np.float64(p[name]) for p in jax.device_get(parts)]))
             for name in ("loss", "correct", "rows")
