@@ -51,6 +51,8 @@ class RunOptions(Options):
     """Also run the head alone from cached features to convergence, for the closing table (cheap)."""
     baselines: bool = False
     """Also run bias, LoRA, full fine-tuning and the centralised run of the same code, for the closing table (long)."""
+    centralized: bool = False
+    """Run it with one client that holds everything, in as many local steps a round: what federation costs shows beside it."""
     quiet: bool = False
     """Show no progress."""
 
@@ -173,6 +175,7 @@ def run(argv: Sequence[str]) -> int:
         out=options.out,
         head=options.head_baseline,
         baselines=options.baselines,
+        central=options.centralized,
         quiet=options.quiet,
     )
     return 0

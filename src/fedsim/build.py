@@ -54,7 +54,9 @@ class Problem(NamedTuple):
 class Trainer(NamedTuple):
     """One phase, ready to run."""
 
+    config: Config  # the phase's own
     model: peft.Model
+    task: Task
     algorithm: Algorithm
     engine: Lanes
     validate: Callable[[Any], dict[str, float]]  # server -> loss, accuracy
@@ -388,10 +390,13 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         segment_steps=speed.segment_steps,
         resident=speed.resident,
     )
-    algorithm = algorithms.find(config.algorithm)(task(config, model, trained, cached, phase.first))
+    made = task(config, model, trained, cached, phase.first)
+    algorithm = algorithms.find(config.algorithm)(made)
     rate = schedule(config.lr_schedule, "lr_schedule", config.lr)
     return Trainer(
+        config=config,
         model=model,
+        task=made,
         algorithm=algorithm,
         engine=engine,
         validate=evaluator(engine, algorithm.predict, dataset.validation, speed.eval_batch, texts),

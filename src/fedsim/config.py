@@ -196,6 +196,12 @@ class Evaluation:
     """Rounds between evaluations on the validation set; the last round is always evaluated. The test set is read once, at the end."""
     target_accuracy: float | None = None
     """Stop once the validation accuracy reaches this."""
+    personal_epochs: int = 0
+    """At the end also tune the global model on each client's own examples, this many epochs, before its local test."""
+    personal_lr: float | None = None
+    """Learning rate of that tuning (default: lr)."""
+    eval_clients: int = 1000
+    """Most clients whose local tests (`local_test`) are read at the end; more are drawn by seed."""
     patience: int | None = None
     """Stop after this many evaluations without a better validation accuracy (default: never)."""
 
@@ -298,7 +304,12 @@ def check(config: Config) -> None:
     positive(tokens=c.tokens, clients=c.clients, alpha=c.alpha)
     positive(rounds=c.rounds, clients_per_round=c.clients_per_round, epochs=c.epochs, steps=c.steps)
     positive(batch_size=c.batch_size, eval_every=c.eval_every, patience=c.patience, examples=c.examples)
-    positive(lr=c.lr, head_lr=c.head_lr, server_lr=c.server_lr)
+    positive(lr=c.lr, head_lr=c.head_lr, server_lr=c.server_lr, personal_lr=c.personal_lr, eval_clients=c.eval_clients)
+    if c.personal_epochs < 0 or (c.personal_epochs and not c.local_test):
+        raise ValueError(
+            f"Expected personal_epochs={c.personal_epochs} >= 0, and with local_test={c.local_test} > 0 where it is above 0: "
+            "the tuned models are judged by local tests; give local_test=0.2."
+        )
     if not 0 < c.validation < 1:
         raise ValueError(f"Expected 0 < validation={c.validation} < 1; it is the share held out, e.g. 0.1.")
     if c.target_accuracy is not None and not 0 < c.target_accuracy <= 1:
@@ -326,23 +337,18 @@ def check(config: Config) -> None:
         raise ValueError(
             f"Expected clients_per_round={c.clients_per_round} <= clients={c.clients}; lower it or add clients."
         )
-<<<<<<< HEAD
     one_of(PARTITIONS, partition=c.partition)
     positive(classes_per_client=c.classes_per_client)
     size_law(c.size_law)
     if not 0 <= c.local_test < 1:
         raise ValueError(f"Expected 0 <= local_test={c.local_test} < 1; it is the share held out, e.g. 0.2.")
-=======
     check_network(c)
-    one_of(("dirichlet", "iid", "domain"), partition=c.partition)
->>>>>>> hC
     one_of(("examples", "uniform"), weighting=c.weighting)
     one_of(("none", "bfloat16", "float16"), codec_up=c.codec_up, codec_down=c.codec_down)
     for name in ("algorithm", "optimizer", "lr_schedule", "server_optimizer", "server_lr_schedule"):
         parse_call(getattr(c, name), name)
 
 
-<<<<<<< HEAD
 def size_law(text: str) -> tuple[str, float]:
     """Name and parameter of the law of clients' sizes: `"power(exponent=1.5)"` gives ("power", 1.5).
 
@@ -364,7 +370,8 @@ def size_law(text: str) -> tuple[str, float]:
             f"Expected size_law={text!r} to have the one parameter 0 < {parameter} <= 100; write {name}({parameter}=1.0)."
         )
     return name, float(value)
-=======
+
+
 def invited(config: Config) -> int:
     """Clients that a round invites: clients_per_round times over_selection, rounded up."""
     return math.ceil(config.clients_per_round * config.over_selection - 1e-9)  # 10 * 1.1 is a bit more than 11
@@ -401,7 +408,6 @@ def check_network(c: Config) -> None:
     for name in ("availability", "download", "upload", "latency", "compute"):
         if getattr(c, name) is not None and not getattr(c, name).lower().endswith(".csv"):
             parse_call(getattr(c, name), name)
->>>>>>> hC
 
 
 def check_model(m: Model) -> None:

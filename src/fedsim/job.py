@@ -30,11 +30,30 @@ def baseline_configs(config: Config, examples: int) -> dict[str, Config]:
     """The runs of `--baselines`: PEFT kinds in all layers under the config's options, and all `examples` at one client."""
     others = {kind: config.replace(peft=kind, targets=("query", "value")) for kind in ("bias", "lora", "full")}
     others["full"] = others["full"].replace(lr=min(config.lr, FULL_LR))
+    return {**others, "centralised": centralised(config, examples)}
+
+
+def centralised(config: Config, examples: int) -> Config:
+    """The same run with one client that holds everything: no federation, the same code and the same curves.
+
+    A round is as many local steps as the cohort of a round takes in all, so that after the same rounds the same number
+    of batches were seen.
+
+    Args:
+        examples: training examples in all.
+    """
     steps = config.steps or config.epochs * max(1, -(-examples // (config.clients * config.batch_size)))
-    central = config.replace(
+    return config.replace(
         clients=1, clients_per_round=1, partition="iid", steps=steps * config.clients_per_round, **RELIABLE
     )
-    return {**others, "centralised": central}
+
+
+def owned_by(problem: Any, config: Config) -> Any:
+    """The same `build.Problem`, data and features, under a config whose clients own them differently."""
+    from fedsim.data import partition
+
+    own, local_test = partition.split_local(partition.make(config, problem.dataset), config.local_test)
+    return problem._replace(config=config, partition=own, local_test=local_test)
 
 
 def run_job(
@@ -44,18 +63,26 @@ def run_job(
     out: Path | None = None,
     head: bool = True,
     baselines: bool = False,
+    central: bool = False,
     quiet: bool = False,
 ) -> record.Run:
-    """Runs `config`, then what it is compared with, and prints the closing table.
+    """Runs `config` (or, if `central`, its centralised form), then what it is compared with; prints the closing table.
 
     The comparisons are whole runs of their own, in the folder `baselines/` of the run.
     """
     from fedsim import build, simulate
 
+    if central and baselines:
+        raise ValueError(
+            "Expected --centralized or --baselines, not both; --baselines has a centralised run of its own."
+        )
     build.check(config, speed)
     record.refuse_used(out)
     build.fetch_missing(config)
     problem = build.problem(config, speed)
+    if central:
+        config = centralised(config, len(problem.dataset.train))
+        problem = owned_by(problem, config)
     done = simulate.run(config, speed, out=out, quiet=quiet, problem=problem)
     others = {"head to convergence": head_config(config)} if head and config.peft != "head" else {}
     if baselines:
@@ -74,13 +101,10 @@ def _comparison(
 ) -> list[report.Row]:
     """One run for the closing table on the same data and features; nothing if it fails, which is said."""
     from fedsim import simulate
-    from fedsim.data import partition
 
     if not quiet:
         print(f"for comparison: {name}", flush=True)
-    # The centralised run owns its examples differently.
-    own, local_test = partition.split_local(partition.make(config, problem.dataset), config.local_test)
-    shared = problem._replace(config=config, partition=own, local_test=local_test)
+    shared = owned_by(problem, config)  # the centralised run's client owns everything
     folder = directory / "baselines" / name.replace(" ", "-")
     try:
         ran = simulate.run(config, speed, out=folder, quiet=quiet or name.startswith("head"), problem=shared)

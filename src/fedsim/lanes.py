@@ -109,6 +109,12 @@ class Lanes:
         return jax.device_put((jax.tree.map(lambda leaf: leaf[rows], self.x), self.y[rows]), self.apart)
 
     @property
+    def shapes(self) -> tuple[Tree, Any]:
+        """Shapes of the examples, wherever they lie: x (n, ...), y (n,)."""
+        x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.x)
+        return x, jax.ShapeDtypeStruct(self.y.shape, self.y.dtype)
+
+    @property
     def population(self) -> int:
         """Number of clients N."""
         return len(self.offsets) - 1
@@ -140,8 +146,7 @@ class Lanes:
         """
         known = (local, reduce, init_memory, _structure(message), len(sizes))
         if known not in self._programs:
-            x, y = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (self.x, self.y))
-            reply, names = reply_shapes(local, init_memory, message, self.held, x, y, self.root)
+            reply, names = reply_shapes(local, init_memory, message, self.held, *self.shapes, self.root)
 
             def made(lanes: int) -> Programs:
                 steps = self.resolve_segment(lanes, local.passes.batch_size)
@@ -166,7 +171,7 @@ class Lanes:
         """Bytes of one client's reply before there is one; see `programs.reply_bytes`."""
         known = (local, init_memory, _structure(message))
         if known not in self._reply_bytes:
-            self._reply_bytes[known] = reply_bytes(local, init_memory, message, self.held, self.x, self.y, self.root)
+            self._reply_bytes[known] = reply_bytes(local, init_memory, message, self.held, *self.shapes, self.root)
         return self._reply_bytes[known]
 
     def _compiled(

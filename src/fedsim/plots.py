@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ LOG_FROM = 20  # bytes are drawn on a log axis where the dearest run sends this 
 def save(runs: Sequence[Run], directory: Path, labels: Sequence[str] | None = None) -> list[Path]:
     """Draws `accuracy_rounds.png`, `accuracy_bytes.png` and, of runs on a simulated clock, `accuracy_time.png` into a folder.
 
+    Where the first run's clients have tests of their own, `accuracy_clients.png` too.
+
     Raises:
         ValueError: no run has an evaluated round.
     """
@@ -33,7 +35,38 @@ def save(runs: Sequence[Run], directory: Path, labels: Sequence[str] | None = No
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         draw(figure.add_subplot(), lines, names, against)
         written.append(write(figure, directory / f"accuracy_{against}.png"))
+    if tests := runs[0].clients():
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        draw_clients(figure.add_subplot(), tests)
+        written.append(write(figure, directory / "accuracy_clients.png"))
     return written
+
+
+CLIENT_MODELS = {"global": "the global model", "memory": "with what the client keeps", "tuned": "tuned on its own data"}
+
+
+def draw_clients(axes: Axes, tests: Sequence[Mapping[str, Any]]) -> None:
+    """Draws which share of the clients stays below an accuracy on its own test, for each kind of model.
+
+    Args:
+        tests: of `Run.clients`.
+    """
+    tested = [row["accuracy"] for row in tests if row["test"]]
+    for i, kind in enumerate(tested[0] if tested else {}):
+        values = sorted(accuracy[kind] for accuracy in tested)
+        shares = [(k + 1) / len(values) for k in range(len(values))]
+        mean = sum(values) / len(values)
+        axes.step([values[0], *values], [0, *shares], where="post", color=COLORS[i], linewidth=2.0, zorder=3,
+                  label=f"{CLIENT_MODELS[kind]}: mean {mean:.3f}, worst {values[0]:.3f}")  # fmt: skip
+    axes.set_xlabel("accuracy on a client's own test", color=INK)
+    axes.set_ylabel("share of clients at or below it", color=INK)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(0, 1.02)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"{len(tested)} clients", fontsize=11, color=INK, loc="left")
+    if tested:
+        axes.legend(frameon=False, fontsize=9, loc="upper left")
 
 
 def overview(runs: Sequence[Run], path: Path, labels: Sequence[str] | None = None, title: str = "") -> Path:

@@ -76,7 +76,7 @@ def summary(
     Args:
         lines: all rounds.
         start: `validation` and `test`, each `{loss, accuracy, ...}` or None, before the first round.
-        final: the same of the final parameters.
+        final: the same of the final parameters, and `clients`, how their own tests ended, where they have any.
         full: `bytes_down`, `bytes_up` of one client in one round of full fine-tuning; `setup_bytes`, what all clients
             would be given once besides, is 0 if left out: there the first message brings the backbone.
         parameters: numbers of `trained` and `frozen` parameters.
@@ -98,7 +98,7 @@ def summary(
             "rounds": len(lines),
             "stopped": stopped,
             "start": {"validation": start.get("validation"), "test": start.get("test")},
-            "final": {"validation": final.get("validation"), "test": final.get("test")},
+            "final": {name: final.get(name) for name in ("validation", "test", "clients")},
             "best": best and {"round": best["round"], "accuracy": best["validation"]["accuracy"]},
             "bytes": sent,
             "full_fine_tuning_bytes": whole,
@@ -226,6 +226,10 @@ def print_summary(
     )
     for text in said:
         out.print(text, soft_wrap=True)
+    for kind, found in (result["final"].get("clients") or {}).items():
+        if found["clients"]:
+            said_of = f"mean {found['mean']:.3f}, lowest tenth {found['deciles'][0]:.3f}, worst {found['worst']:.3f}"
+            out.print(f"Own tests of {found['clients']} clients, {kind} model: {said_of}.", soft_wrap=True)
     if (seen := result.get("simulated")) is not None:
         took = "" if seen["seconds"] is None else f" Simulated time: {duration(seen['seconds'])}."
         lost = ", ".join(f"{seen[name]} {name}" for name in ("unavailable", "dropped", "late", "surplus"))

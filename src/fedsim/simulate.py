@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedsim import build, network, plots, record, report, wire
+from fedsim import build, network, personal, plots, record, report, wire
 from fedsim.backbones.own import file_of, identity
 from fedsim.build import Phase, Problem, Trainer
 from fedsim.checkpoint import Checkpoints
@@ -247,6 +247,9 @@ def simulate(
         "validation": lines[-1]["validation"] or trainer.validate(now.server),
         "test": trainer.test(now.server),
     }
+    clients = personal.local_scores(problem, trainer, now.server, now.memory)
+    if clients is not None:
+        final["clients"] = clients.summary()
     whole = build.full_bytes(trainer.model)
     summary = report.summary(
         lines,
@@ -261,7 +264,7 @@ def simulate(
         stopped=stopped,
     )
     checkpoints.wait()
-    record.finish(directory, summary, now.parameters())
+    record.finish(directory, summary, now.parameters(), None if clients is None else clients.rows())
     plots.save([record.load(directory)], directory)
     draw_partition(config, problem.dataset, problem.partition, directory / "partition.png")
     progress.message("done")
