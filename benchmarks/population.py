@@ -43,8 +43,8 @@ class Options:
     each: int = 3
     """Examples a client of the second series."""
     cohorts: tuple[int, ...] = (10, 1000)
-    """Cohort sizes; left out where the population is smaller."""
-    repeats: int = 20
+    """Cohort sizes; left out where the population has fewer than ten times as many."""
+    repeats: int = 10
     """Timed rounds, of which the median counts."""
     law: str = "dirichlet"
     """The partition."""
@@ -87,7 +87,7 @@ def measure(o: Options, clients: int, examples: int) -> dict[str, Any]:
     problem = build.Problem(config, report.speed(), data, owned, (), {})
     trainer = build.trainer(problem, build.phases(config)[-1])
     engine, algorithm = trainer.engine, trainer.algorithm
-    for size in (m for m in o.cohorts if m <= clients):
+    for size in (m for m in o.cohorts if 10 * m <= clients):
         server = engine.put(algorithm.init(key_for(engine.root, "init"), engine.held))
         kept, met = Memory(algorithm.memory, engine.held), {}
         times: dict[str, list[float]] = {"sample": [], "plan": [], "round": []}
