@@ -1,15 +1,14 @@
 """Draws the pictures of docs/partitions.md: one for each partition, clients x classes and sizes.
 
     python experiments/partition_pictures.py          (10 s; needs `fedsim data fetch 20newsgroups`)
-    python experiments/partition_pictures.py --elpv   (also `domain`, on ELPV: accepts its licence, CC-BY-NC-SA)
 
-Each is what `fedsim data show` draws with the options beside its name, smaller. `natural` needs a set that says whose its
-examples are; here the authors are invented: 60 of them, each writing about a few of 10 subjects.
+Each is what `fedsim data show` draws with the options beside its name, smaller. `domain` is drawn on ELPV where that is
+in the cache, its licence accepted. `natural` needs a set that says whose its examples are; here the authors are
+invented: 60 of them, each writing about a few of 10 subjects.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from fedsim.config import Config
-from fedsim.data import partition, show
+from fedsim.data import assets, partition, show
 from fedsim.data.dataset import Dataset
 
 FOLDER = Path(__file__).parents[1] / "docs" / "images" / "partitions"
@@ -58,7 +57,7 @@ def main() -> None:
     for name, options in PICTURES.items():
         picture(name, Config(clients=50, **options), newsgroups)
     picture("natural", Config(clients=50, partition="natural"), authors())
-    if "--elpv" in sys.argv:
+    if assets.is_fetched("elpv"):
         elpv = Config(dataset="elpv", accept_licence="CC-BY-NC-SA", clients=50, partition="domain")
         picture("domain", elpv, show.labels_only(elpv))
 

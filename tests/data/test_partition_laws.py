@@ -271,7 +271,9 @@ def test_the_impossible_is_refused_by_name() -> None:
         ValueError, match=r"partition='natural' .* natural key `client`, which toy has not; .*client_column"
     ):
         partition.make(Config(partition="natural"), dataset(200))
-    with pytest.raises(ValueError, match=r"min_size=9 <= 8, the examples of client 0 of partition=iid .*min_size=0"):
+    with pytest.raises(
+        ValueError, match=r"min_size=9 <= 8, the examples of client 0 of partition=iid .*; lower min_size"
+    ):
         partition.make(Config(partition="iid", clients=12, min_size=9), dataset(100))
 
 

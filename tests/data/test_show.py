@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from fedsim.config import Config
+from fedsim.config import PARTITIONS, Config
 from fedsim.data import assets, show
 from fedsim.data.partition import make
 
@@ -40,6 +41,34 @@ def test_data_show(clients: int, law, tmp_path: Path, capsys: pytest.CaptureFixt
         str(out),
     ):
         assert word in said.replace("\n", "")
+
+
+def test_every_partition_is_said_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The law with its options, keys, what is left out and what is held out; a picture with the domains' names."""
+    plain = show.labels_only(CONFIG)
+    rows = np.arange(len(plain.y))
+    keyed = plain._replace(natural={"client": rows % 20, "domain": np.where(rows % 3, "day", "night")})
+    day = int((rows[plain.train] % 3 > 0).sum())
+    said = {}
+    for law in PARTITIONS:
+        config = CONFIG.replace(partition=law, size_law="power(exponent=2)", classes_per_client=3, local_test=0.5)
+        partition = make(config, keyed)
+        Console(width=200).print(show.summary(config, keyed, partition))
+        said[law] = capsys.readouterr().out
+        assert "of them held out" in said[law] and "10, 0 of them empty" in said[law]
+    assert (
+        "power(exponent=2)" in said["quantity"]
+        and "3 shards" in said["shards"]
+        and "0.3 x prior" in said["dirichlet_balanced"]
+    )
+    assert "20 values; " in said["iid"] and f"day: {day} training examples" in said["iid"]
+    assert "left out" in said["natural"] and "left out" not in said["iid"]
+    made = make(CONFIG.replace(partition="domain"), keyed)
+    stretches = show._stretches(keyed.natural["domain"], made, np.arange(10))
+    assert [name for name, *_ in stretches] == ["day", "night"]
+    assert stretches[0][1] == 0 and stretches[0][2] + 1 == stretches[1][1] and stretches[1][2] == 9
+    show.draw(CONFIG.replace(partition="domain"), keyed, made, tmp_path / "domains.png")
+    assert (tmp_path / "domains.png").stat().st_size > 20_000
 
 
 def test_data_list_and_fetch(

@@ -62,7 +62,7 @@ def make(config: Config, dataset: Dataset) -> Partition:
     if made.sizes[smallest] < c.min_size:
         raise ValueError(
             f"Expected min_size={c.min_size} <= {made.sizes[smallest]}, the examples of client {smallest} of "
-            f"partition={c.partition} ({len(rows)} on clients={c.clients}); lower one of them (min_size=0 allows empty clients)."
+            f"partition={c.partition} ({len(rows)} on clients={c.clients}); lower min_size (0 allows empty clients) or clients."
         )
     return made
 
