@@ -25,13 +25,14 @@ config = Config(
     targets=("blocks/[45]/attention/query", "blocks/[45]/attention/value", "blocks/[45]/mlp/*"),
     algorithm="fed_avg",
     clients_per_round=10,
-    head_rounds=150,  # the head alone, from cached features
+    head_rounds=400,  # the head alone, from cached features
     head_lr=5e-3,
-    rounds=158,
+    rounds=440,
     steps=4,
     batch_size=16,
     optimizer="adam",
-    lr=2e-3,
+    lr=8e-3,
+    lr_schedule="linear_schedule(1.0, 0.1, 40, 400)",  # constant for the head, then down to a tenth
     eval_every=5,
     seed=0,
 )  # tests/test_docs.py compares it with what `fedsim run` does without an option

@@ -78,3 +78,13 @@ def test_evaluator_equals_numpy(problem: dict, devices: int, size: int, count: i
     assert set(scores) == {"loss", "accuracy"} and all(type(v) is float for v in scores.values())
     np.testing.assert_allclose(scores["loss"], problem["losses"][rows].mean(), rtol=1e-5)
     np.testing.assert_allclose(scores["accuracy"], problem["right"][rows].mean(), rtol=1e-7)
+
+
+def test_examples_on_the_host_give_the_same_scores(problem: dict) -> None:
+    def scores(where: str) -> dict[str, float]:
+        offsets = np.array([0, ROWS])
+        engine = Lanes({"b": problem["b"]}, problem["x"], problem["y"], np.arange(ROWS), offsets, resident=where)
+        evaluate = evaluator(engine, lambda held, server, memory, x: linear(server, held, x), np.arange(ROWS), 16)
+        return evaluate(engine.put({"w": problem["w"]}))
+
+    assert scores("on") == scores("off")

@@ -152,3 +152,8 @@ def test_options_of_algorithms_are_checked(tmp_path):
     with pytest.raises(ValueError, match=r"to exist"):
         find("nowhere.py:f")
     assert set(ALGORITHMS) >= {"fed_avg", "fed_prox"}
+
+
+def test_a_penalty_is_a_function():
+    with pytest.raises(ValueError, match=r"Expected penalty=0\.1 to be a function"):
+        fed_avg(tiny_task(), penalty=0.1)  # pyrefly: ignore[bad-argument-type] - what a command line can give

@@ -95,6 +95,28 @@ def test_engine_equals_client_by_client(passes):
     assert memory.state()[0].tolist() == [1.0] * len(COHORT)
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_examples_streamed_from_the_host_give_the_same_bits(devices):
+    """Batches of the host go through the resident path's program, segment by segment: every bit is the same."""
+    problem, task = tiny_problem(), tiny_task(passes=Passes(2, None, 4))
+    options = {"lanes": 2, "segment_steps": 3, "devices": devices}
+    kept, streamed = (run(counting, problem, task=task, resident=where, **options) for where in ("on", "off"))
+    engines = [result[2][0].engine for result in (kept, streamed)]
+    assert isinstance(engines[0].x, jax.Array) and isinstance(engines[1].x, np.ndarray)
+    assert max(cohort.done[0].steps for cohort in streamed[2]) > 3, "one segment would show nothing"
+    jax.tree.map(np.testing.assert_array_equal, kept[0], streamed[0])
+    jax.tree.map(np.testing.assert_array_equal, kept[1].state(), streamed[1].state())
+    infos = [jax.device_get([cohort.done[0].info for cohort in result[2]]) for result in (kept, streamed)]
+    jax.tree.map(np.testing.assert_array_equal, *infos)
+
+
+def test_examples_stay_on_the_host_where_they_do_not_fit(monkeypatch):
+    problem = tiny_problem()
+    assert engine(problem).resident
+    monkeypatch.setattr(lanes_module, "device_memory", lambda device: problem.x.nbytes)
+    assert not engine(problem).resident
+
+
 def test_auto_halves_the_lanes_until_the_program_fits(monkeypatch):
     """The program's own analysis decides: with memory for little more than one lane, few remain, and nothing else changes."""
     problem, task = tiny_problem(), tiny_task(passes=Passes(1, 3, 4))

@@ -366,3 +366,8 @@ def test_vmap_over_clients_equals_a_loop(variant: str) -> None:
     for i in range(3):
         for path, leaf in alone({path: leaf[i] for path, leaf in clients.items()}, frozen, x[i]).items():
             np.testing.assert_allclose(together[path][i], leaf, atol=2e-5, err_msg=path)
+
+
+def test_full_of_a_backbone_that_is_its_head_is_the_head() -> None:
+    full, head = (peft.build("linear", 3, peft=kind, input_shape=(6,)) for kind in ("full", "head"))
+    assert set(full.trained) == set(head.trained) and not full.frozen

@@ -350,6 +350,7 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         devices=speed.devices,
         parallel=speed.parallel,
         segment_steps=speed.segment_steps,
+        resident=speed.resident,
     )
     algorithm = algorithms.find(config.algorithm)(task(config, model, trained, cached, phase.first))
     rate = schedule(config.lr_schedule, "lr_schedule", config.lr)

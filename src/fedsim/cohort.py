@@ -170,9 +170,11 @@ class Cohort:
 
         state = None
         for start in range(0, plan.rows.shape[1], programs.steps):
-            x, y, at, trip = self._segment(plan, start, programs.steps)
+            x, y, at, trip = self._segment(plan, start, programs.steps)  # while the devices run the one before
             if state is None:
                 state = programs.begin(engine.held, shared, own, slots, clock, engine.root, x, y, at)
+            elif not engine.resident:
+                jax.block_until_ready(state)  # so that batches of two segments at most lie on the devices
             state = programs.segment(engine.held, shared, own, slots, clock, engine.root, state, x, y, at, trip)
         member = jax.device_put(plan.member, engine.apart)
         key = key_for(engine.root, "reduce", self.round, len(self.done))
@@ -250,8 +252,8 @@ class Cohort:
         at = {name: cut(getattr(plan, name)) for name in ("count", "step", "first", "last")}
         at["slot"] = cut(plan.slot, plan.member.shape[1])
         trip = np.clip(plan.length - start, 0, steps).astype(np.int32)
-        rows, at, trip = jax.device_put((cut(plan.rows), at, trip), engine.apart)
-        x, y = engine.gather(rows)
+        at, trip = jax.device_put((at, trip), engine.apart)
+        x, y = engine.gather(cut(plan.rows))
         return x, y, at, trip
 
     def _keep(self, plan: planning.Plan, rows: Tree) -> None:

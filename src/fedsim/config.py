@@ -220,6 +220,8 @@ class Speed:
     """Local devices to use (default: all)."""
     parallel: Literal["shard_map", "pmap"] = "shard_map"
     """How lanes are spread over devices."""
+    resident: Literal["auto", "on", "off"] = "auto"
+    """Keep the examples on the device; off leaves them on the host, from which batches are sent ahead of their use."""
     cache: Literal["auto", "on", "off"] = "auto"
     """Compute the frozen layers below the first trained one once and keep their output as the data set."""
     segment_steps: int | Literal["auto"] = "auto"
@@ -235,7 +237,7 @@ class Speed:
         positive(lanes=self.lanes, devices=self.devices, segment_steps=self.segment_steps)
         positive(eval_batch=self.eval_batch, checkpoint_every=self.checkpoint_every)
         one_of(("shard_map", "pmap"), parallel=self.parallel)
-        one_of(("auto", "on", "off"), cache=self.cache)
+        one_of(("auto", "on", "off"), cache=self.cache, resident=self.resident)
 
 
 GROUPS: tuple[type, ...] = (Data, Model, Training, Network, Evaluation)
@@ -248,12 +250,13 @@ RELIABLE: dict[str, Any] = {
 # lower four blocks are evaluated once per text (experiments/main_job.py has time and result).
 MAIN_JOB: dict[str, Any] = {
     "targets": ("blocks/[45]/attention/query", "blocks/[45]/attention/value", "blocks/[45]/mlp/*"),
-    "head_rounds": 150,
+    "head_rounds": 400,
     "head_lr": 5e-3,
-    "rounds": 158,
+    "rounds": 440,
     "steps": 4,
     "batch_size": 16,
-    "lr": 2e-3,
+    "lr": 8e-3,
+    "lr_schedule": "linear_schedule(1.0, 0.1, 40, 400)",  # constant for the head, then down to a tenth
     "eval_every": 5,
 }
 

@@ -58,19 +58,21 @@ def evaluator(engine: Lanes, predict: Predict, rows: np.ndarray, batch: int) -> 
     padded = np.zeros(count * size, np.int32)
     padded[: len(rows)] = rows
     mask = (np.arange(count * size) < len(rows)).astype(np.float32)
-    index = jax.device_put(padded.reshape(count, size), engine.everywhere)
+    index = padded.reshape(count, devices, size // devices)
     masks = jax.device_put(mask.reshape(count, size), engine.everywhere)
 
     @jax.jit
-    def step(held: Tree, server: Tree, x: Tree, y: Array, index: Array, masks: Array, i: Array) -> Any:
-        at = jax.lax.with_sharding_constraint(index[i], engine.apart)
-        logits = predict(held, server, (), jax.tree.map(lambda a: a[at], x))
-        return masked_sums(logits, y[at], masks[i])
-
-    numbers = [engine.put(np.int32(i)) for i in range(count)]
+    def step(held: Tree, server: Tree, x: Tree, y: Array, mask: Array) -> Any:
+        x, y = jax.tree.map(lambda a: a.reshape(size, *a.shape[2:]), (x, y))
+        return masked_sums(predict(held, server, (), x), y, mask)
 
     def evaluate(server: Tree) -> dict[str, float]:
-        parts = [step(engine.held, server, engine.x, engine.y, index, masks, i) for i in numbers]
+        parts: list[dict[str, Array]] = []
+        for rows, mask in zip(index, masks, strict=True):
+            x, y = engine.gather(rows)
+            if parts and not engine.resident:
+                jax.block_until_ready(parts[-1])  # so that two batches at most lie on the devices
+            parts.append(step(engine.held, server, x, y, mask))
         sums = {
             name: float(np.sum([np.float64(p[name]) for p in jax.device_get(parts)]))
             for name in ("loss", "correct", "rows")

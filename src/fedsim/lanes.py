@@ -28,6 +28,7 @@ from fedsim.core import Local, Passes, Reduce, Tree
 from fedsim.programs import Clock, Programs, Slots, make_programs, reply_bytes, reply_shapes, split_message
 
 PREFETCH_BYTES = 256 * 2**20  # of batches that a segment may hold on a device at once
+RESIDENT_SHARE = 0.4  # of a device's memory that the examples may take; larger sets stay on the host
 MEMORY_SHARE = 0.8  # of a device's memory that the program may need; the rest is for evaluation and fragments
 CPU_LANES, ACCELERATOR_LANES = 6, 256  # at most; chosen, not measured to be best
 
@@ -51,12 +52,14 @@ class Lanes:
 
     Args:
         held: frozen parameters, a pytree; replicated.
-        x, y: the examples, leading axis n; replicated. `x` may be a pytree.
+        x, y: the examples, leading axis n. `x` may be a pytree.
         rows, offsets: the partition: client i owns rows[offsets[i]:offsets[i + 1]].
         lanes: lanes a device, or "auto".
         devices: how many local devices; None for all.
         parallel: "shard_map" or "pmap".
         segment_steps: steps of the plan in one call, or "auto".
+        resident: "on" copies the examples to every device, "off" leaves them on the host and sends batches, "auto"
+            takes the first where they fit. The same programs run, so the results are equal bit for bit.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Lanes:
         devices: int | None = None,
         parallel: str = "shard_map",
         segment_steps: int | str = "auto",
+        resident: str = "auto",
     ) -> None:
         available = jax.local_devices()
         if devices is not None and devices > len(available):
@@ -83,17 +87,26 @@ class Lanes:
         self.parallel = parallel
         self.lanes, self.segment_steps, self.seed = lanes, segment_steps, seed
         self.rows, self.offsets = np.asarray(rows), np.asarray(offsets)
-        self.held, self.x, self.y, self.root = self.put((held, x, np.asarray(y, np.int32), jax.random.key(seed)))
-        self.row_bytes = sum(wire.array_bytes(leaf) // max(leaf.shape[0], 1) for leaf in jax.tree.leaves(self.x))
+        self.held, self.root = self.put((held, jax.random.key(seed)))
+        self.x, self.y = x, np.asarray(y, np.int32)
+        size = sum(wire.array_bytes(leaf) for leaf in jax.tree.leaves(x))
+        self.row_bytes = size // max(len(self.y), 1)
+        self.resident = resident == "on" or (
+            resident == "auto" and size <= RESIDENT_SHARE * device_memory(self.devices[0])
+        )
+        if self.resident:
+            self.x, self.y = self.put((self.x, self.y))
         self._programs: dict[Any, Programs] = {}
         self._reply_bytes: dict[Any, int] = {}
         self._gather = self._spread(
             lambda x, y, rows: (jax.tree.map(lambda leaf: leaf[rows], x), y[rows]), (False, False, True)
         )
 
-    def gather(self, rows: Array) -> tuple[Tree, Array]:
-        """Batches of examples: rows (D, T, L, B) -> x (D, T, L, B, ...), y (D, T, L, B)."""
-        return self._gather(self.x, self.y, rows)
+    def gather(self, rows: np.ndarray) -> tuple[Tree, Array]:
+        """Examples on the devices, split by the leading axis: rows (D, ...) -> x (D, ..., *), y (D, ...)."""
+        if self.resident:
+            return self._gather(self.x, self.y, jax.device_put(rows, self.apart))
+        return jax.device_put((jax.tree.map(lambda leaf: leaf[rows], self.x), self.y[rows]), self.apart)
 
     @property
     def population(self) -> int:
@@ -127,7 +140,8 @@ class Lanes:
         """
         known = (local, reduce, init_memory, _structure(message), len(sizes))
         if known not in self._programs:
-            reply, names = reply_shapes(local, init_memory, message, self.held, self.x, self.y, self.root)
+            x, y = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (self.x, self.y))
+            reply, names = reply_shapes(local, init_memory, message, self.held, x, y, self.root)
 
             def made(lanes: int) -> Programs:
                 steps = self.resolve_segment(lanes, local.passes.batch_size)
@@ -152,7 +166,8 @@ class Lanes:
         """Bytes of one client's reply before there is one; see `programs.reply_bytes`."""
         known = (local, init_memory, _structure(message))
         if known not in self._reply_bytes:
-            self._reply_bytes[known] = reply_bytes(local, init_memory, message, self.held, self.x, self.y, self.root)
+            x, y = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (self.x, self.y))
+            self._reply_bytes[known] = reply_bytes(local, init_memory, message, self.held, x, y, self.root)
         return self._reply_bytes[known]
 
     def _compiled(
@@ -174,17 +189,17 @@ class Lanes:
         own = jax.tree.map(lambda a: array(a.dtype, slots, *a.shape[1:]), own)
         shared, clock = self.put((shared, Clock(jnp.int32(0), jnp.int32(0), jnp.float32(0))))
         own, cohort = apart((own, Slots(number, number, number, flag, flag, kept)))
-        rows = array(jnp.int32, *grid, local.passes.batch_size)
+        rows = (len(self.devices), *grid, local.passes.batch_size)
         at = {name: array(jnp.int32, *grid) for name in ("count", "step", "slot")}
         at |= {name: array(jnp.bool_, *grid) for name in ("first", "last")}
-        x, y = jax.eval_shape(self._gather, self.x, self.y, rows)
+        x, y = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*rows, *a.shape[1:]), a.dtype), (self.x, self.y))
         x, y, at, trip = apart((x, y, at, array(jnp.int32)))
         common = (self.held, shared, own, cohort, clock, self.root)
         state = apart(jax.eval_shape(programs.begin, *common, x, y, at))
         segment = programs.segment.lower(*common, state, x, y, at, trip).compile()
         use = segment.memory_analysis()
         needed = use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes
-        needed += sum(leaf.nbytes for leaf in jax.tree.leaves((self.x, self.y))) - use.alias_size_in_bytes
+        needed += self.resident * self.row_bytes * len(self.y) - use.alias_size_in_bytes
         return programs._replace(segment=segment), needed <= MEMORY_SHARE * device_memory(self.devices[0])
 
     def reuse(self, lanes: int | str, segment_steps: int | str) -> None:

@@ -239,7 +239,7 @@ def rules(leaves: Iterable[Leaf], parts: Sequence[str], options: Options) -> dic
     }
     taken = {path: claim[0] if claim else "frozen" for path, claim in claims.items()}
     for part in parts:
-        if part == "head" or part in taken.values():
+        if part in ("head", "full") or part in taken.values():  # of a backbone that is its head, `full` takes just that
             continue
         rivals = sorted({claim[0] for claim in claims.values() if part in claim})
         if rivals:

@@ -28,6 +28,11 @@ class Server(NamedTuple):
 
 def fed_avg(task: Task, penalty: Penalty | None = None) -> Algorithm:
     """FedAvg on `task`; `penalty` turns it into a relative such as FedProx."""
+    if penalty is not None and not callable(penalty):
+        raise ValueError(
+            f"Expected penalty={penalty!r} to be a function (params, message, memory) -> scalar, which only Python can "
+            "give; take fed_prox(mu=0.1), or write a constructor in a file of your own."
+        )
     plain = fit(task.loss, task.optimizer, task.lr, task.passes, penalty=penalty)
 
     def finish(*args: Tree) -> tuple[Tree, Tree, Metrics]:
