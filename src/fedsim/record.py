@@ -86,9 +86,10 @@ class Run(NamedTuple):
 
 
 def flat(line: Round) -> dict[str, Any]:
-    """A round's line without its bytes per leaf, and with `validation_*` instead of the nested `validation`."""
-    kept = {k: v for k, v in line.items() if k not in (*LEAVES, "validation")}
+    """A round's line without its bytes per leaf, and with `validation_*`, `simulated_*` instead of the nested objects."""
+    kept = {k: v for k, v in line.items() if k not in (*LEAVES, "validation", "simulated")}
     seen = line["validation"] or {}
+    kept |= {f"simulated_{k}": v for k, v in (line.get("simulated") or {}).items()}
     return kept | {f"validation_{k}": seen.get(k, math.nan) for k in ("loss", "accuracy")}
 
 
