@@ -156,7 +156,7 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
             f"Expected devices={speed.devices} <= {available}, the devices that JAX sees; lower --devices, or on a CPU set "
             "XLA_FLAGS=--xla_force_host_platform_device_count=N."
         )
-    row = backbone(config.backbone)
+    row = backbone(config.backbone, image_size=config.image_size, interpolation=config.interpolation)
     if weights(config) is None and row.asset is None and not isinstance(row, Backbone):
         load.packaged(config.backbone, None)  # refuses, and says what can be given
     peft.parse(config.peft)

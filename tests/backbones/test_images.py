@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from fedsim import peft
+from fedsim import build, peft
+from fedsim.backbones import row
 from fedsim.backbones.images import Pixels, prepare
 from fedsim.config import Config
 
 TENSORFLOW = Path(__file__).parents[1] / "fixtures" / "backbones" / "resize.npz"
-METHODS = ("bilinear", "bicubic")
+METHODS: tuple[Literal["bilinear", "bicubic"], ...] = ("bilinear", "bicubic")
 
 
 def resized(image: np.ndarray, side: int, method: str) -> np.ndarray:
@@ -58,17 +59,20 @@ def test_the_methods_differ() -> None:
 
 def test_interpolation_reaches_the_backbone() -> None:
     x = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
-    for name in ("vit_tiny", "cnn", "linear"):
-        logits = {}
-        for method in METHODS:
-            model = peft.build(name, 3, peft="head", image_size=12, input_shape=(8, 8, 3), interpolation=method)
-            trained, frozen = peft.start(model, "random", 0)
-            logits[method] = jax.jit(model.apply)(trained, frozen, x)
-        assert float(jnp.abs(logits["bilinear"] - logits["bicubic"]).max()) > 1e-4, name
+    logits = []
+    for method in METHODS:
+        options = Config(interpolation=method, image_size=12, peft="head", backbone="linear")
+        model = peft.from_config(options, 3, (8, 8, 3))
+        trained, frozen = peft.start(model, "random", 0)
+        logits.append(np.asarray(jax.jit(model.apply)(trained, frozen, x)))
+        for name in ("vit_tiny", "resnet18"):
+            assert row(name, image_size=12, interpolation=method).config.pixels[2:] == (12, method)
+        assert row("cnn", image_size=12, interpolation=method).config.interpolation == method
+    assert np.abs(logits[0] - logits[1]).max() > 1e-4
 
 
 def test_interpolation_wants_a_size() -> None:
     with pytest.raises(ValueError, match="Expected image_size with interpolation='bicubic'"):
-        Config(interpolation="bicubic")
+        build.check(Config(backbone="vit_tiny", weights="random", interpolation="bicubic"))
     with pytest.raises(ValueError, match="did you mean bicubic"):
-        Config(interpolation="bicubi", image_size=8)  # type: ignore[arg-type]
+        Config(interpolation="bicubi")  # type: ignore[arg-type]
