@@ -4,9 +4,10 @@
     python benchmarks/length_buckets.py --small     # a tiny BERT on random ids, to see that it works
 
 Timed is what a run computes of every text once or at each evaluation: the frozen encoder, in batches. Compiling is left
-out; every further bucket in use compiles one program. Processor time stands beside the wall's: it says more on a shared machine. For training, where a step's length would be that of its longest
-text in any lane, the sum of lengths is computed from plans: as they are, with each client's batches grouped by length, and
-with the grouped batches in the same order (longest first) for all clients.
+out; every further bucket in use compiles one program. Processor time stands beside the wall's: it says more on a shared
+machine. For training, where a step's length would be that of its longest text in any lane, the sum of lengths is computed
+from plans: as they are, with each client's batches grouped by length, and with the grouped batches in the same order
+(longest first) for all clients.
 """
 
 from __future__ import annotations
