@@ -163,7 +163,7 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
     augment.make(config.augment)
     if config.augment and row.kind == "text":
         raise ValueError(
-            f"Expected augment={config.augment} to be empty for backbone={config.backbone!r}; it reads texts."
+            f"Expected augment={config.augment} to be empty for backbone={config.backbone!r}; it reads texts: leave it out."
         )
     if config.augment and speed is not None and speed.cache == "on":
         raise ValueError(
