@@ -160,14 +160,14 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
             "XLA_FLAGS=--xla_force_host_platform_device_count=N."
         )
     network.fleet(config)
-    row = backbone(config.backbone)
+    row = backbone(config.backbone, image_size=config.image_size, interpolation=config.interpolation)
     if weights(config) is None and row.asset is None and not isinstance(row, Backbone):
         load.packaged(config.backbone, None)  # refuses, and says what can be given
     peft.parse(config.peft)
     augment.make(config.augment)
     if config.augment and row.kind == "text":
         raise ValueError(
-            f"Expected augment={config.augment} to be empty for backbone={config.backbone!r}; it reads texts."
+            f"Expected augment={config.augment} to be empty for backbone={config.backbone!r}; it reads texts: leave it out."
         )
     if config.augment and speed is not None and speed.cache == "on":
         raise ValueError(

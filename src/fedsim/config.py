@@ -421,8 +421,6 @@ def check_model(m: Model) -> None:
     one_of(("single", "houlsby", "parallel"), adapter=m.adapter)
     one_of(("deep", "shallow"), prompt_depth=m.prompt_depth)
     one_of(("bilinear", "bicubic"), interpolation=m.interpolation)
-    if m.interpolation != "bilinear" and m.image_size is None:
-        raise ValueError(f"Expected image_size with interpolation={m.interpolation!r}; give the side to resize to.")
     if m.pool is not None:
         one_of(("mean", "cls", "pooler"), pool=m.pool)
 

@@ -120,7 +120,8 @@ def backbone(
     """
     if ":" not in name:
         return row(name, pool=pool, image_size=image_size, interpolation=interpolation)
-    for option, value in (("pool", pool), ("image_size", image_size)):
+    other = None if interpolation == "bilinear" else interpolation
+    for option, value in (("pool", pool), ("image_size", image_size), ("interpolation", other)):
         if value is not None:
             raise ValueError(f"Expected {option}={value!r} to be unset for backbone={name!r}; its own apply does that.")
     return find(name)
@@ -140,6 +141,8 @@ def row(name: str, *, pool: str | None = None, image_size: int | None = None, in
         if pool not in pools:
             raise ValueError(f"Expected pool={pool!r} to be one of {pools} for backbone={name!r}; leave it out.")
         row = row._replace(config=dataclasses.replace(row.config, pool=pool))
+    if image_size is None and interpolation != "bilinear":
+        raise ValueError(f"Expected image_size with interpolation={interpolation!r}; give the side to resize to.")
     if image_size is not None:
         if row.kind == "text":
             raise ValueError(f"Expected image_size={image_size} to be unset for backbone={name!r}; it reads no images.")
