@@ -23,7 +23,8 @@ class Data:
     """What is learned from, and how it is spread over the clients."""
 
     dataset: str = "20newsgroups"
-    """Packaged name (`fedsim data list`), `tfds:NAME`, or a file: .csv, .jsonl, .npz."""
+    """Packaged name (`fedsim data list`), `tfds:NAME`, `hf:NAME`, a folder of images by class, a file (.csv, .jsonl,
+    .parquet, .npz), or `arrays` for those given to `fedsim.run` (docs/data.md)."""
     accept_licence: str | None = None
     """Name of a licence that you accept; some packaged sets are neither fetched nor read without it."""
     data_dir: str | None = None
@@ -32,6 +33,13 @@ class Data:
     """Column or feature with the input: of a table its text; a TFDS set's `image` is found by itself."""
     label_column: str = "label"
     """Column or feature with the class."""
+    client_column: str | None = None
+    """Column or feature that names the client of an example (author, writer, episode), for a partition by clients."""
+    domain_column: str | None = None
+    """Column or feature that names the domain of an example (camera, hospital), for `partition=domain`."""
+    image_store: int | None = None
+    """Side to which the centre square of every image is resized once, when it is read (default: images stay as they are,
+    and must be of one size)."""
     tokens: int = 32
     """Length to which texts are cut or padded, special tokens included."""
     validation: float = 0.1
@@ -232,6 +240,7 @@ def check(config: Config) -> None:
     positive(tokens=c.tokens, clients=c.clients, alpha=c.alpha)
     positive(rounds=c.rounds, clients_per_round=c.clients_per_round, epochs=c.epochs, steps=c.steps)
     positive(batch_size=c.batch_size, eval_every=c.eval_every, patience=c.patience, examples=c.examples)
+    positive(image_store=c.image_store)
     positive(lr=c.lr, head_lr=c.head_lr, server_lr=c.server_lr)
     if not 0 < c.validation < 1:
         raise ValueError(f"Expected 0 < validation={c.validation} < 1; it is the share held out, e.g. 0.1.")
