@@ -38,8 +38,8 @@ class Data:
     domain_column: str | None = None
     """Column or feature that names the domain of an example (camera, hospital), for `partition=domain`."""
     image_store: int | None = None
-    """Side to which the centre square of every image is resized once, when it is read (default: images stay as they are,
-    and must be of one size)."""
+    """Side to which images are resized once, when they are read: the shorter side, then the centre is cut out (default:
+    they stay as they are, and must be of one size)."""
     tokens: int = 32
     """Length to which texts are cut or padded, special tokens included."""
     validation: float = 0.1

@@ -57,7 +57,7 @@ def stacked(count: int, opened: Opened, where: Where, side: int | None) -> np.nd
 
 
 def resized(image: np.ndarray, side: int) -> np.ndarray:
-    """The centre square of an image (H, W, C) uint8, as large as fits, resized to (side, side, C).
+    """An image (H, W, C) uint8 as (side, side, C): its shorter side is resized to `side`, then the centre is cut out.
 
     PIL's bicubic filter, which averages over what it shrinks (antialias). An image of that size stays as it is.
     """
@@ -66,6 +66,7 @@ def resized(image: np.ndarray, side: int) -> np.ndarray:
     height, width, channels = image.shape
     if (height, width) == (side, side):
         return image
+    # PIL resizes the part that is kept, and looks beyond it where the filter reaches over its edge.
     short = min(height, width)
     left, top = (width - short) / 2, (height - short) / 2
     box = (left, top, left + short, top + short)

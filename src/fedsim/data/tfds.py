@@ -105,7 +105,7 @@ def prepare(name: str, data_dir: str | None) -> Path:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"Expected tfds:{name} to be a set that TFDS can write in the array_record format ({reason})"
-            f"{nearest(name.partition('/')[0], tfds.list_builders())}; where a copy in another format is in the way, "
+            f"{nearest(name.partition('/')[0], tfds.list_builders(with_community_datasets=False))}; where a copy in another format is in the way, "
             "prepare into another data_dir."
         ) from error
     try:
