@@ -43,8 +43,7 @@ def read_tfds(name: str, data_dir: str | None, columns: Columns, side: int | Non
                 name, data_dir=data_dir, download=False, builder_kwargs={"file_format": "array_record"}
             )
         except Exception as error:  # unknown, unprepared and other formats each raise something else, KeyError included
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-            raise ValueError(_unprepared(name, data_dir, f"{type(error).__name__}: {reason}")) from error
+            raise ValueError(_unprepared(name, data_dir, _reason(error))) from error
     if not sources:  # the code of the set is known, its files are not there
         raise ValueError(_unprepared(name, data_dir, "no files found"))
     info = next(iter(sources.values())).dataset_info
@@ -102,19 +101,18 @@ def prepare(name: str, data_dir: str | None) -> Path:
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except Exception as error:  # an unknown name, a bad config or version, another format: each raises its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        known = tfds.list_builders(with_community_datasets=False)
         raise ValueError(
-            f"Expected tfds:{name} to be a set that TFDS can write in the array_record format ({reason})"
-            f"{nearest(name.partition('/')[0], tfds.list_builders(with_community_datasets=False))}; where a copy in another format is in the way, "
-            "prepare into another data_dir."
+            f"Expected tfds:{name} to be a set that TFDS can write in the array_record format ({_reason(error)})"
+            f"{nearest(name.partition('/')[0], known)}; where a copy in another format is in the way, prepare into another "
+            "data_dir."
         ) from error
     try:
         builder.download_and_prepare()
     except Exception as error:  # of the network, of the disk, and of each set's own code
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"Expected TFDS to download and prepare tfds:{name}, but {type(error).__name__}: {reason}. With a network: try again; "
-            "sets that you must download by hand say where to put them on their TFDS page."
+            f"Expected TFDS to download and prepare tfds:{name} ({_reason(error)}). With a network: try again; sets that must "
+            "be downloaded by hand say on their TFDS page where to put them."
         ) from error
     return Path(builder.data_dir)
 
@@ -178,6 +176,11 @@ def stacked(inputs: Iterator[Any], count: int, where: Callable[[int], str], side
             )
         out[row] = value
     return out, "image" if image else "array"
+
+
+def _reason(error: Exception) -> str:
+    """Type and first line of what a library raised."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0][:160]}"
 
 
 def _unprepared(name: str, data_dir: str | None, reason: str) -> str:
