@@ -175,6 +175,14 @@ def test_arrays_go_with_their_name_only() -> None:
         data.read(CONFIG.replace(client_column="author"), source)
 
 
+def test_no_second_copy_is_held() -> None:
+    """Of arrays that have the right dtype, unless `examples` leaves rows out."""
+    x = np.zeros((100, 50), np.float32)
+    source = fedsim.arrays(x, np.arange(100) % 2)
+    assert data.load(CONFIG, None, source).x is x
+    assert len(data.load(CONFIG.replace(examples=10), None, source).x) == 10 + 8 + 20
+
+
 def test_images_are_resized_on_request() -> None:
     """`image_store` works on arrays too; a flat colour stays that colour, and a set of another kind is refused."""
     x = np.full((10, 12, 9, 3), 77, np.uint8)

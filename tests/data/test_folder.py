@@ -127,6 +127,12 @@ def test_damaged_and_deep_images_are_refused(tmp_path: Path) -> None:
         read_folder(tmp_path, None)
 
 
+def test_a_misspelt_folder_is_found(tmp_path: Path) -> None:
+    (tmp_path / "flowers").mkdir()
+    with pytest.raises(ValueError, match=rf"a folder of images by class, .* did you mean {tmp_path}/flowers"):
+        data.read(Config(dataset=str(tmp_path / "flower")))
+
+
 def test_a_folder_has_no_columns(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Expected no client_column='author' for dataset=.*, which has no columns"):
         data.read(Config(dataset=str(tmp_path), client_column="author"))

@@ -245,3 +245,12 @@ def test_a_run_and_its_continuation(elpv: Path, tmp_path: Path) -> None:
     assert run.summary is not None and run.config.accept_licence == ACCEPTED
     (tmp_path / "run" / "summary.json").unlink()
     assert fedsim.run(resume=tmp_path / "run", quiet=True).summary is not None
+
+
+@pytest.mark.assets
+def test_real_digits() -> None:
+    if not assets.is_fetched("digits"):
+        pytest.skip("digits is not in the cache: run `fedsim data fetch digits`")
+    source = images.digits()
+    assert np.shape(source.x) == (1797, 8, 8, 1) and np.max(source.x) == 255
+    assert np.bincount(source.y).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]

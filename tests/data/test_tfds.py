@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,12 @@ def test_fedsim_data_prepare(
     assert cli.main(command) == 0
     assert f"in {tmp_path / 'fedsim_patch_camelyon' / '2.0.0'}" in capsys.readouterr().out
     assert len(data.read(config).y) == 42
+    with monkeypatch.context() as patch:
+        patch.setattr(tfds_sets.FedsimPatchCamelyon, "_split_generators", lambda *_: 1 / 0)
+        assert cli.main([*command[:-1], str(tmp_path / "other")]) == 2
+        assert (
+            "prepare tfds:fedsim_patch_camelyon (ZeroDivisionError: division by zero). With" in capsys.readouterr().err
+        )
     for bad, message in (
         ("tfds:fedsim_patch_camelion", r"did you mean fedsim_patch_camelyon"),
         ("fedsim_patch_camelyon", "to be tfds:NAME"),
@@ -211,6 +218,16 @@ def test_another_file_format_is_refused(tmp_path: Path) -> None:
 def test_a_missing_feature_names_the_others() -> None:
     with pytest.raises(ValueError, match=r"label_column='labels' .* among .*; did you mean label\?"):
         data.read(CONFIG.replace(label_column="labels"))
+
+
+def test_one_copy_is_held() -> None:
+    """Images go into the result one by one."""
+    images = (np.full((64, 64, 3), i, np.uint8) for i in range(200))
+    tracemalloc.start()
+    x, _ = stacked(images, 200, str, None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert isinstance(x, np.ndarray) and x.nbytes <= peak < 1.1 * x.nbytes
 
 
 def test_texts_and_arrays() -> None:

@@ -91,9 +91,10 @@ def _without_columns(name: str, file: Path, side: int | None, accepted: str | No
         from fedsim.data.folder import read_folder
 
         return read_folder(file, side)
+    beside = [str(file.parent / p.name) for p in file.parent.iterdir() if p.is_dir()] if file.parent.is_dir() else []
     raise ValueError(
         f"Expected dataset={name!r} to be one of {', '.join(PACKAGED)}, tfds:NAME, hf:NAME, arrays, a folder of images by "
-        f"class, or a file that ends in {', '.join((*TABLES, '.npz'))}{nearest(name, (*PACKAGED, 'arrays'))}."
+        f"class, or a file that ends in {', '.join((*TABLES, '.npz'))}{nearest(name, (*PACKAGED, 'arrays', *beside))}."
     )
 
 
@@ -145,7 +146,7 @@ def load(config: Config, tokenizer_file: Path | None, given: Source | None = Non
     train, validation, test = (np.searchsorted(used, rows) for rows in (train, validation, test))
     return Dataset(
         source.name,
-        x[used],
+        x if len(used) == len(x) else x[used],  # no second copy of a large set
         source.y[used],
         train,
         validation,

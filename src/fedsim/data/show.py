@@ -114,11 +114,12 @@ def summary(config: Config, dataset: Dataset, partition: Partition) -> Table:
     table.add_row("classes", f"{len(dataset.classes)}: {classes}")
     if len(missing := unheld(dataset.y, dataset.train, len(dataset.classes))):
         named = ", ".join(dataset.classes[c] for c in missing[:5]) + (" ..." if len(missing) > 5 else "")
-        table.add_row("of them nobody's", f"{len(missing)} without a training example: {named}")
+        table.add_row("classes not held", f"{len(missing)} have no training example: {named}")
     table.add_row("clients", f"{partition.clients:,}, {int((sizes == 0).sum()):,} of them empty")
     for key, values in dataset.natural.items():
-        held_by = [(str(value), int((values[dataset.train] == value).sum())) for value in np.unique(values)[:8]]
-        table.add_row(key, ", ".join(f"{value}: {count:,} training examples" for value, count in held_by))
+        names, held = np.unique(values[dataset.train], return_counts=True)
+        first = ", ".join(f"{name}: {count:,} training examples" for name, count in zip(names[:8], held, strict=False))
+        table.add_row(key, first + (f" and {len(names) - 8:,} more" if len(names) > 8 else ""))
     table.add_row("examples a client", f"smallest {sizes.min()}, median {np.median(sizes):g}, largest {sizes.max()}")
     held = classes_held(dataset, partition)
     table.add_row("classes a client", f"fewest {held.min()}, median {np.median(held):g}, most {held.max()}")

@@ -17,6 +17,8 @@ from fedsim.config import nearest
 from fedsim.data.dataset import SPLITS, Columns, Source, class_ids, natural_key
 from fedsim.data.pixels import require_one_size, resized
 
+_BLOCK = 256  # decoded examples held beside the result: 50 MB of 256 x 256 images
+
 Inputs = tuple[np.ndarray | list[str], str]
 
 
@@ -131,8 +133,8 @@ def _quiet() -> Iterator[None]:
 
 def _examples(source: Any) -> Any:
     """The examples of a split, read in blocks: one call a block instead of one an example."""
-    for start in range(0, len(source), 1024):
-        yield from source.__getitems__(range(start, min(start + 1024, len(source))))
+    for start in range(0, len(source), _BLOCK):
+        yield from source.__getitems__(range(start, min(start + _BLOCK, len(source))))
 
 
 def _label(value: Any, feature: str, where: Callable[[int], str], row: int) -> int | str:
