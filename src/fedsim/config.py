@@ -24,7 +24,8 @@ class Data:
     """What is learned from, and how it is spread over the clients."""
 
     dataset: str = "20newsgroups"
-    """Packaged name (`fedsim data list`), `tfds:NAME`, or a file: .csv, .jsonl, .npz."""
+    """Packaged name (`fedsim data list`), `tfds:NAME`, `hf:NAME`, a folder of images by class, a file (.csv, .jsonl,
+    .parquet, .npz), or `arrays` for those given to `fedsim.run` (docs/data.md)."""
     accept_licence: str | None = None
     """Name of a licence that you accept; some packaged sets are neither fetched nor read without it."""
     data_dir: str | None = None
@@ -33,6 +34,13 @@ class Data:
     """Column or feature with the input: of a table its text; a TFDS set's `image` is found by itself."""
     label_column: str = "label"
     """Column or feature with the class."""
+    client_column: str | None = None
+    """Column or feature that names the client of an example (author, writer, episode), for a partition by clients."""
+    domain_column: str | None = None
+    """Column or feature that names the domain of an example (camera, hospital), for `partition=domain`."""
+    image_store: int | None = None
+    """Side to which images are resized once, when they are read: the shorter side, then the centre is cut out (default:
+    they stay as they are, and must be of one size)."""
     tokens: int = 32
     """Length to which texts are cut or padded, special tokens included."""
     validation: float = 0.1
@@ -304,6 +312,7 @@ def check(config: Config) -> None:
     positive(tokens=c.tokens, clients=c.clients, alpha=c.alpha)
     positive(rounds=c.rounds, clients_per_round=c.clients_per_round, epochs=c.epochs, steps=c.steps)
     positive(batch_size=c.batch_size, eval_every=c.eval_every, patience=c.patience, examples=c.examples)
+    positive(image_store=c.image_store)
     positive(lr=c.lr, head_lr=c.head_lr, server_lr=c.server_lr, personal_lr=c.personal_lr, eval_clients=c.eval_clients)
     if c.personal_epochs < 0 or (c.personal_epochs and not c.local_test):
         raise ValueError(

@@ -167,7 +167,7 @@ def listing(what: str | None) -> None:
         "algorithms": {name: (make.__doc__ or "").splitlines()[0] for name, make in ALGORITHMS.items()},
         "backbones": {name: f"{row.kind}" for name, row in backbones.BACKBONES.items()},
         "peft": dict.fromkeys(peft.KINDS, ""),
-        "data": {name: assets.ASSETS[name].what for name in data.PACKAGED},
+        "data": {name: assets.ASSETS[name].what for name in data.PACKAGED} | data.FORMS,
     }
     if what is not None and what not in tables:
         raise ValueError(f"Expected fedsim list {what!r} to be one of {', '.join(tables)}{nearest(what, tables)}.")

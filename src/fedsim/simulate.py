@@ -26,8 +26,9 @@ from fedsim.checkpoint import Checkpoints
 from fedsim.cohort import Cohort, Memory
 from fedsim.config import Config, Speed, invited, main_job
 from fedsim.core import Algorithm, Population
+from fedsim.data import require_given
 from fedsim.data.assets import cache_dir
-from fedsim.data.dataset import stream
+from fedsim.data.dataset import Source, stream
 from fedsim.data.show import draw as draw_partition
 from fedsim.programs import key_for
 from fedsim.progress import Progress
@@ -43,6 +44,7 @@ def run(
     resume: str | Path | None = None,
     quiet: bool = False,
     problem: Problem | None = None,
+    data: Source | None = None,
 ) -> record.Run:
     """Simulates `config` (default: the main job) and gives the finished run as its folder tells it.
 
@@ -51,6 +53,7 @@ def run(
         resume: folder of a stopped run to go on with, instead of `config`, `speed` and `out`.
         quiet: show no progress.
         problem: `build.problem` of a config with the same data and backbone, to share data and cached features.
+        data: `fedsim.arrays(x, y)` for `dataset="arrays"`; on resuming the same again.
 
     Raises:
         ValueError: an impossible option, data or weights that cannot be used, a folder that holds another run.
@@ -65,6 +68,8 @@ def run(
     else:
         config, speed = config or main_job(), speed or Speed()
         build.check(config, speed)
+        if problem is None:
+            require_given(config, data)
         record.refuse_used(out)
         build.fetch_missing(config)
         directory = None  # made when there is something to write, so that bad data leave no empty folder behind
@@ -76,7 +81,7 @@ def run(
         )
         if problem is None:
             progress.message("reading the data")
-            problem = build.problem(config, speed)
+            problem = build.problem(config, speed, data)
         problem = problem._replace(speed=speed)  # a shared one may have been made for another
         directory = directory or record.folder(out, config)
         stack.enter_context(record.lock(directory))

@@ -90,3 +90,10 @@ def test_picture_of_many_clients_shows_evenly_spaced_ones() -> None:
     assert show._shown(400).tolist() == list(range(400))
     shown = show._shown(1_000_000)
     assert len(shown) == 400 and shown[0] == 0 and set(np.diff(shown)) == {2500}
+
+
+def test_classes_that_nobody_has_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"c{i}" for i in range(9)]
+    np.savez(tmp_path / "my.npz", x=np.zeros((40, 2)), y=np.arange(40) % 2, classes=names)
+    show.data_show(CONFIG.replace(dataset=str(tmp_path / "my.npz")), tmp_path / "picture.png")
+    assert "7 have no training example: c2, c3, c4, c5, c6 ..." in capsys.readouterr().out

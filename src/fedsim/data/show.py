@@ -12,7 +12,7 @@ from rich.table import Table
 from fedsim import data
 from fedsim.config import Config
 from fedsim.data import assets
-from fedsim.data.dataset import Dataset, divide
+from fedsim.data.dataset import Dataset, divide, unheld
 from fedsim.data.partition import Partition, make, split_local
 
 _COLUMNS = 400  # clients that a picture can tell apart
@@ -50,6 +50,21 @@ def data_list() -> None:
         cached = "yes" if assets.is_fetched(asset.name) else "no"
         table.add_row(asset.name, asset.kind, f"{asset.size / 1e6:.0f}", cached, asset.what, asset.licence)
     Console().print(table)
+
+
+def data_prepare(name: str, data_dir: str | None = None) -> Path:
+    """Prepares a TFDS set, `tfds:NAME`, for runs without TensorFlow, prints where it is and returns that folder.
+
+    Raises:
+        ValueError: another name, no TensorFlow, a set that TFDS cannot download or write.
+    """
+    from fedsim.data.tfds import prepare
+
+    if not name.removeprefix("tfds:") or not name.startswith("tfds:"):
+        raise ValueError(f"Expected {name!r} to be tfds:NAME; other sets need no preparation.")
+    folder = prepare(name.removeprefix("tfds:"), data_dir)
+    print(f"{name}: in {folder}")
+    return folder
 
 
 def data_show(config: Config, out: Path | None = None) -> Path:
@@ -97,6 +112,9 @@ def summary(config: Config, dataset: Dataset, partition: Partition) -> Table:
     table.add_row("validation", f"{len(dataset.validation):,} examples, for every choice")
     table.add_row("test", f"{len(dataset.test):,} examples, read once at the end")
     table.add_row("classes", f"{len(dataset.classes)}: {classes}")
+    if len(missing := unheld(dataset.y, dataset.train, len(dataset.classes))):
+        named = ", ".join(dataset.classes[c] for c in missing[:5]) + (" ..." if len(missing) > 5 else "")
+        table.add_row("classes not held", f"{len(missing)} have no training example: {named}")
     table.add_row("clients", f"{partition.clients:,}, {int((sizes == 0).sum()):,} of them empty")
     for key, values in dataset.natural.items():
         table.add_row(f"natural key {key}", _values(values[dataset.train]))
