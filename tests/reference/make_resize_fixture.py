@@ -1,4 +1,4 @@
-"""Writes what TensorFlow makes of a small image at several sizes, for the comparison in tests/backbones/test_images.py.
+"""Writes what TensorFlow makes of a small image at several sizes, for the comparison in tests/backbones/test_resize.py.
 
 Needs TensorFlow, which fedsim does not; in an environment of its own:
 
