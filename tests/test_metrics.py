@@ -54,3 +54,7 @@ def test_spread_leaves_out_clients_without_tests() -> None:
     assert found["mean"] == 0.5 and found["weighted_mean"] == pytest.approx(5 / 8)
     assert len(found["deciles"]) == 9 and found["deciles"][4] == 0.5
     assert metrics.spread(np.array([np.nan]), np.array([0])) == {"clients": 0}
+
+
+def test_auroc_of_scores_that_are_no_numbers_is_none() -> None:
+    assert np.isnan(metrics.auroc(np.array([0.1, np.nan, 0.3]), np.array([False, True, True])))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fedsim
-from fedsim import build, personal, simulate
+from fedsim import build, job, personal, simulate
 from fedsim.config import Config, Speed
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -94,6 +94,21 @@ def test_what_a_client_keeps_is_tested_and_left_alone(config: Config, tmp_path: 
         np.testing.assert_allclose(found.loss["memory"][client], losses.mean(), rtol=1e-4, atol=1e-6)
     differ = np.abs(found.loss["memory"] - found.loss["global"]) > 1e-6
     assert np.flatnonzero(differ).tolist() == [1, 4, 6]
+
+
+def test_a_client_that_diverges_answers_nothing_right(config: Config) -> None:
+    """Its accuracy is 0 and it has no loss, instead of the loss 0 of an empty reply."""
+    problem, now = ready(config.replace(optimizer="sgd", personal_lr=1e30))
+    found = personal.local_scores(problem, now.trainer, now.server, now.memory)
+    assert found is not None and np.isfinite(found.loss["global"]).all()
+    assert np.isnan(found.loss["tuned"]).all() and not found.accuracy["tuned"].any()
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(None, 34), (4, 40)])
+def test_centralised_sees_as_many_examples_a_round(steps: int | None, expected: int) -> None:
+    """10 of 100 clients with 2,700 examples: 270 an epoch, 33.75 batches of 8; or 10 times 4 steps."""
+    central = job.centralised(Config(steps=steps, clients=100, clients_per_round=10, batch_size=8), 2700)
+    assert (central.clients, central.clients_per_round, central.steps) == (1, 1, expected)
 
 
 def test_a_run_tells_how_its_clients_fare(config: Config, tmp_path: Path) -> None:

@@ -163,6 +163,8 @@ def run(argv: Sequence[str]) -> int:
     from fedsim.job import run_job
 
     if options.dry_run:
+        if options.centralized:
+            raise ValueError("Expected --dry-run without --centralized; it estimates the federated run.")
         from fedsim.estimate import dry_run
 
         build.check(config)

@@ -36,16 +36,15 @@ def baseline_configs(config: Config, examples: int) -> dict[str, Config]:
 def centralised(config: Config, examples: int) -> Config:
     """The same run with one client that holds everything: no federation, the same code and the same curves.
 
-    A round is as many local steps as the cohort of a round takes in all, so that after the same rounds the same number
-    of batches were seen.
+    A round sees as many examples as a cohort of M of N clients: M * steps full batches, or with epochs, on average,
+    epochs * examples * M / N examples, as full batches too.
 
     Args:
-        examples: training examples in all.
+        examples: that all clients together train on.
     """
-    steps = config.steps or config.epochs * max(1, -(-examples // (config.clients * config.batch_size)))
-    return config.replace(
-        clients=1, clients_per_round=1, partition="iid", steps=steps * config.clients_per_round, **RELIABLE
-    )
+    seen = config.epochs * examples * config.clients_per_round / config.clients
+    steps = config.steps * config.clients_per_round if config.steps else max(1, round(seen / config.batch_size))
+    return config.replace(clients=1, clients_per_round=1, partition="iid", steps=steps, **RELIABLE)
 
 
 def owned_by(problem: Any, config: Config) -> Any:
@@ -81,12 +80,12 @@ def run_job(
     build.fetch_missing(config)
     problem = build.problem(config, speed)
     if central:
-        config = centralised(config, len(problem.dataset.train))
+        config = centralised(config, len(problem.partition.rows))
         problem = owned_by(problem, config)
     done = simulate.run(config, speed, out=out, quiet=quiet, problem=problem)
     others = {"head to convergence": head_config(config)} if head and config.peft != "head" else {}
     if baselines:
-        others |= baseline_configs(config, len(problem.dataset.train))
+        others |= baseline_configs(config, len(problem.partition.rows))
     rows: list[report.Row] = []
     try:
         for name, other in others.items():
@@ -150,6 +149,10 @@ def close(run: record.Run, rows: list[report.Row]) -> None:
         gap = final - head.test
         verdict = " The head alone wins on this task at this budget." if gap < 0 else ""
         print(f"{run.config.peft} minus head, test accuracy: {gap:+.4f}.{verdict}")
+    if run.config.clients == 1:
+        print(
+            "One client holds everything: the bytes are what it exchanges with the server; training in one place sends none."
+        )
     print(f"Folder: {run.directory}")
 
 

@@ -27,7 +27,7 @@ def from_counts(confusion: np.ndarray) -> dict[str, float]:
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     """Area under the ROC curve: the share of (positive, negative) pairs in the right order, ties counted as one half.
 
-    By ranks (Mann and Whitney 1947), so it is exact. NaN where one of the classes does not occur.
+    By ranks (Mann and Whitney 1947), so it is exact. NaN where one of the classes does not occur, or a score is NaN.
 
     Args:
         scores: (N,) larger for what looks positive.
@@ -37,7 +37,7 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # from 1; ties share the mean of theirs
     p = int(positive.sum())
     n = len(positive) - p
-    if p == 0 or n == 0:
+    if p == 0 or n == 0 or np.isnan(scores).any():
         return float("nan")
     return float((ranks[positive].sum() - p * (p + 1) / 2) / (p * n))
 

@@ -102,7 +102,9 @@ def run(
     )  # fmt: skip
     cohort = Cohort(engine, ids, 1, memory)
     replies, _ = cohort.exchange(message, local, stack(lambda client, reply: jnp.ones(client.n.shape)))
-    return cohort.fetch(replies.replies)
+    found = cohort.fetch(replies)
+    # A reply that is not finite arrives as zeros of weight 0: the client answered nothing right, and has no loss.
+    return Tally(np.where(found.weight > 0, found.replies.loss, np.nan), found.replies.correct)
 
 
 def of(memory: Memory, ids: np.ndarray, trainer: Trainer) -> Memory:
