@@ -11,6 +11,7 @@ from fedsim.config import RELIABLE, Config, Speed, nearest
 
 HEAD_ROUNDS, HEAD_PATIENCE = 500, 100  # the head run ends when its validation accuracy stands still
 FULL_LR = 1e-4  # of full fine-tuning in --baselines: a LoRA's rate destroys a pre-trained encoder
+CENTRAL_LR = 1e-3  # of the centralised run there, which lacks the mean over a cohort that bears a higher one
 
 
 def head_config(config: Config) -> Config:
@@ -30,7 +31,8 @@ def baseline_configs(config: Config, examples: int) -> dict[str, Config]:
     """The runs of `--baselines`: PEFT kinds in all layers under the config's options, and all `examples` at one client."""
     others = {kind: config.replace(peft=kind, targets=("query", "value")) for kind in ("bias", "lora", "full")}
     others["full"] = others["full"].replace(lr=min(config.lr, FULL_LR))
-    return {**others, "centralised": centralised(config, examples)}
+    others["centralised"] = centralised(config, examples).replace(lr=min(config.lr, CENTRAL_LR))
+    return others
 
 
 def centralised(config: Config, examples: int) -> Config:
