@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import cells
 import numpy as np
 import tyro
+from rows import header
+from running import finished, search
 
-import fedsim
 from fedsim import build, record, simulate
 from fedsim.build import Problem
 from fedsim.config import Config, Speed
@@ -43,16 +44,10 @@ SETS: dict[str, Config] = {
     "elpv": COMMON.replace(dataset="elpv", image_size=56, validation=0.24, partition="domain"),
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "head": {},
-    "bias": {"peft": "bias"},
-    "adapter 8": {"peft": "adapter", "adapter_width": 8},
-    "prompt, deep 10": {"peft": "prompt", "prompt_tokens": 10},
-    "LoRA q, v, r = 4": {"peft": "lora", "rank": 4, "lora_alpha": 8.0},
-    "full": {"peft": "full"},
+    **{name: options for name, options in cells.METHODS.items() if "backbone" not in options},
     "no backbone: linear on pixels": {"backbone": "linear"},  # the pixels that the others see
 }
-RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-FIRST = slice(1, 4)  # of the grid: tried for everything; its neighbours where the best is at the end of what was tried
+RATES = cells.RATES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,28 +68,6 @@ class Options:
     """Print the table of the JSON file and train nothing."""
 
 
-def search(score: Callable[[float], float]) -> tuple[dict[float, float], float]:
-    """Scores of the rates tried, and the best rate: the middle of the grid, and outwards while the best is at its end."""
-    tried = {rate: score(rate) for rate in RATES[FIRST]}
-    while True:
-        best = max(tried, key=lambda rate: tried[rate])
-        at = RATES.index(best)
-        ahead = [rate for rate in RATES[max(at - 1, 0) : at + 2] if rate not in tried]
-        if not ahead:
-            return dict(sorted(tried.items())), best
-        tried |= {rate: score(rate) for rate in ahead}
-
-
-def finished(config: Config, speed: Speed, folder: Path, problem: Problem) -> record.Run:
-    """The run in that folder: as it is, gone on with, or made."""
-    if not (folder / record.CONFIG).is_file():
-        return fedsim.run(config, speed, out=folder, quiet=True, problem=problem)
-    found = record.load(folder)
-    if found.config != config:
-        raise ValueError(f"Expected {folder} to hold a run of the same config; remove it, or choose another --runs.")
-    return found if found.summary else fedsim.run(resume=folder, quiet=True, problem=problem)
-
-
 def row(name: str, config: Config, speed: Speed, problem: Problem, folder: Path) -> dict[str, Any]:
     """One line of the table: the search for a rate, and the test set at the chosen one."""
     data = problem.dataset
@@ -107,7 +80,7 @@ def row(name: str, config: Config, speed: Speed, problem: Problem, folder: Path)
         print(f"{config.dataset}, {name}, rate {rate:g}: validation {found:.4f}", flush=True)
         return found
 
-    tried, best = search(score)
+    tried, best = search(score, RATES)
     chosen = runs[best]
     now = simulate.prepare(problem, build.phases(chosen.config)[-1], chosen.parameters)
     test = now.trainer.test(now.server)
@@ -160,11 +133,6 @@ def table(result: dict[str, Any]) -> str:
         found = [f"{r['validation_by_rate'][rate]:.3f}" if rate in r["validation_by_rate"] else "" for rate in rates]
         lines.append(f"| {name} | {' | '.join(found)} | {sum(r['seconds_by_rate'].values()):.0f} |")
     return "\n".join(lines)
-
-
-def header(columns: list[str]) -> list[str]:
-    """The first two lines of a Markdown table; all columns but the first hold numbers."""
-    return [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
 
 
 def main(o: Options) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,9 @@ from fedsim.lengths import Lengths
 
 CACHE_LIMIT = 2 * 2**30  # bytes of cached features that `cache="auto"` accepts
 FEATURE_BATCH = 64
+# Options that no compiled program of a phase depends on.
+FREE = ("lr", "lr_schedule", "head_lr", "head_rounds", "rounds", "clients_per_round", "eval_every", "target_accuracy")
+FREE += ("patience",)
 
 
 class Phase(NamedTuple):
@@ -49,6 +54,7 @@ class Problem(NamedTuple):
     cache: dict[int, Any]  # stage -> its input for every example, host arrays (N, ...)
     texts: Lengths | None = None  # of the examples, where they are texts whose padding is known
     local_test: partitions.Partition | None = None  # clients' own test sets, aligned with `partition`; None without
+    trainers: dict[Any, Trainer] | None = None  # kept for runs that differ in `FREE` alone; None: each makes its own
 
 
 class Trainer(NamedTuple):
@@ -367,6 +373,14 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         ValueError: weights that do not fit the backbone, or a PEFT kind that does not fit it.
     """
     config, speed, dataset = phase.config, problem.speed, problem.dataset
+    rate = schedule(config.lr_schedule, "lr_schedule", config.lr)
+
+    def lr(round: int) -> float:
+        return float(rate(round - 1))
+
+    key = (shared_key(config), speed, phase.first, digest(overlay or {}))
+    if problem.trainers is not None and key in problem.trainers:
+        return problem.trainers[key]._replace(lr=lr, config=config)
     model = split_model(config, dataset)
     trained, frozen = peft.start(model, weights(config), config.seed)
     trained |= {name: value for name, value in (overlay or {}).items() if name in trained}
@@ -390,21 +404,37 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         segment_steps=speed.segment_steps,
         resident=speed.resident,
     )
-    made = task(config, model, trained, cached, phase.first)
-    algorithm = algorithms.find(config.algorithm)(made)
-    rate = schedule(config.lr_schedule, "lr_schedule", config.lr)
-    return Trainer(
+    for_algorithm = task(config, model, trained, cached, phase.first)
+    algorithm = algorithms.find(config.algorithm)(for_algorithm)
+    made = Trainer(
         config=config,
         model=model,
-        task=made,
+        task=for_algorithm,
         algorithm=algorithm,
         engine=engine,
         validate=evaluator(engine, algorithm.predict, dataset.validation, speed.eval_batch, texts),
         test=evaluator(engine, algorithm.predict, dataset.test, speed.eval_batch, texts),
-        lr=lambda round: float(rate(round - 1)),
+        lr=lr,
         start=trained,
         cached=cached,
     )
+    if problem.trainers is not None:
+        problem.trainers[key] = made
+    return made
+
+
+def shared_key(config: Config) -> tuple[tuple[str, Any], ...]:
+    """The options of a phase that its programs depend on."""
+    return tuple((f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if f.name not in FREE)
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """A hash of names and values."""
+    found = hashlib.sha256()
+    for name, value in sorted(arrays.items()):
+        found.update(name.encode())
+        found.update(np.ascontiguousarray(value).tobytes())
+    return found.hexdigest()
 
 
 def full_bytes(model: peft.Model) -> int:

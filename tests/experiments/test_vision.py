@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def vision() -> ModuleType:
+def vision(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "experiments" / "fedpeft")  # as for a script
     spec = importlib.util.spec_from_file_location("vision", ROOT / "experiments" / "fedpeft" / "vision.py")
     assert spec is not None and spec.loader is not None
     sys.modules["vision"] = module = importlib.util.module_from_spec(spec)
@@ -31,9 +32,9 @@ def vision() -> ModuleType:
     [(1e-3, [1e-4, 1e-3, 1e-2]), (1e-4, [1e-5, 1e-4, 1e-3, 1e-2]), (1e-1, [1e-4, 1e-3, 1e-2, 1e-1])],
 )
 def test_the_search_goes_on_while_the_best_is_at_the_end(vision: ModuleType, best: float, tried: list[float]) -> None:
-    found, chosen = vision.search(lambda rate: -abs(np.log10(rate) - np.log10(best)))
+    found, chosen = vision.search(lambda rate: -abs(np.log10(rate) - np.log10(best)), vision.RATES)
     assert list(found) == tried and chosen == best
-    assert vision.search(lambda rate: 0.5)[1] == 1e-4, "of equals the one that was tried first"
+    assert vision.search(lambda rate: 0.5, vision.RATES)[1] == 1e-4, "of equals the one that was tried first"
 
 
 @pytest.mark.slow
@@ -49,7 +50,6 @@ def test_a_whole_pass(
                  clients_per_round=2, rounds=2, head_rounds=1, min_size=2, steps=1, eval_every=2, peft="head")  # fmt: skip
     monkeypatch.setitem(vision.SETS, "fashion_mnist", toy)
     monkeypatch.setattr(vision, "RATES", (1e-3, 1e-2))
-    monkeypatch.setattr(vision, "FIRST", slice(0, 2))
     pixels = {"backbone": "linear"}
     monkeypatch.setattr(vision, "METHODS", {"head": {}, "full": {"peft": "full"}, "pixels": pixels})
     options = vision.Options(
