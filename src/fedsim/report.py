@@ -229,7 +229,8 @@ def print_summary(
     for kind, found in (result["final"].get("clients") or {}).items():
         if found["clients"]:
             said_of = f"mean {found['mean']:.3f}, lowest tenth {found['deciles'][0]:.3f}, worst {found['worst']:.3f}"
-            out.print(f"Own tests of {found['clients']} clients, {kind} model: {said_of}.", soft_wrap=True)
+            clients = f"{found['clients']} client{'s' if found['clients'] > 1 else ''}"
+            out.print(f"Own tests of {clients}, {kind} model: {said_of}.", soft_wrap=True)
     if (seen := result.get("simulated")) is not None:
         took = "" if seen["seconds"] is None else f" Simulated time: {duration(seen['seconds'])}."
         lost = ", ".join(f"{seen[name]} {name}" for name in ("unavailable", "dropped", "late", "surplus"))
