@@ -140,7 +140,7 @@ ASSETS: dict[str, Asset] = {
             members=(Member("sklearn/datasets/data/digits.csv.gz", "digits.csv.gz", 57_523),),
             kind="data",
             what="digits: 1,797 grey 8x8 images of handwritten digits, 10 classes (the test half of a UCI set)",
-            licence="BSD-3-Clause (scikit-learn); the UCI set: CC-BY-4.0",
+            licence="BSD-3-Clause (scikit-learn); the terms of the UCI set were not checked",
             wheel=_LINUX_WHEEL,
         ),
     )
