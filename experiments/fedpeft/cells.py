@@ -45,7 +45,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 SMALL = Config(
     **COMMON, dataset="fashion_mnist", image_size=28, examples=2000, validation=0.0085, backbone="vit_s14", peft="head",
-    head_rounds=40, rounds=48, steps=2, batch_size=8, eval_every=2,
+    head_rounds=300, rounds=310, steps=4, batch_size=8, eval_every=5,
 )  # fmt: skip
 FULL = Config(
     **COMMON, dataset="tfds:cifar100", image_size=224, validation=0.1, backbone="vit_b16", peft="head",
