@@ -232,7 +232,7 @@ def test_commands_that_accept(
     accept = ["--accept-licence", ACCEPTED]
     assert cli.main(["data", "fetch", "elpv", *accept]) == 0 and "already in" in capsys.readouterr().out
     what = ["--dataset", "elpv", "--backbone", "linear", "--peft", "head", "--partition", "domain"]
-    what += ["--clients", "6", "--clients-per-round", "3"]
+    what += ["--clients", "6", "--clients-per-round", "3", "--min-size", "1"]
     assert cli.main(["data", "show", *what, *accept, "--out", "p.png"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "non-commercial" in said and "each client in one domain" in said and "mono: " in said and "poly: " in said
