@@ -159,6 +159,19 @@ def test_a_text_backbone_reads_token_ids_without_a_tokenizer(tmp_path: Path) -> 
     assert build.problem(config.replace(min_size=1), Speed()).dataset.kind == "text"
 
 
+def test_local_tests_are_cut_from_what_clients_train_on(tmp_path: Path, blobs: Callable[..., Path]) -> None:
+    config = Config(dataset=str(blobs(tmp_path)), backbone="mlp", peft="full", clients=6, clients_per_round=2)
+    whole = build.problem(config, Speed())
+    cut = build.problem(config.replace(local_test=0.25), Speed())
+    assert whole.local_test is None and cut.local_test is not None
+    for i in range(6):
+        both = [cut.partition.client(i), cut.local_test.client(i)]
+        assert np.array_equal(np.concatenate(both), whole.partition.client(i))
+        assert len(both[1]) == round(len(whole.partition.client(i)) / 4) > 0
+    own, held = (build.trainer(p, build.phases(config)[0]).engine.rows for p in (cut, whole))
+    assert set(own) == set(held) - set(cut.local_test.rows)
+
+
 def test_features_equal_the_prefix_and_build_on_one_another(tmp_path: Path, blobs: Callable[..., Path]) -> None:
     """The deeper cut is computed from the shallower one; a last batch that is not full is no exception."""
     config = Config(dataset=str(blobs(tmp_path, rows=150)), backbone="mlp", peft="head", clients=4, clients_per_round=2)

@@ -29,6 +29,13 @@ NAMES = {
     "lr_schedule": "cosine_decay_schedule(1.0, 20)",
     "server_optimizer": "adam",
     "server_lr_schedule": "linear_schedule(1.0, 0.0, 5)",
+    "size_law": "power(exponent=1.5)",
+}
+# Options that are refused alone: what they go with.
+WITH = {
+    "deadline": {"compute": "5"},
+    "late": {"compute": "5", "deadline": 9.0},
+    "personal_epochs": {"local_test": 0.2},
 }
 
 
@@ -43,7 +50,7 @@ def other(name: str, hint: Any, default: Any) -> tuple[Any, list[str]]:
     if get_origin(hint) is tuple:
         return ("key", "blocks/*/up"), [flag, "key", "blocks/*/up"]
     if float in kinds:
-        value = 0.75 if default is None else default * 0.5
+        value = 0.75 if default is None else default * 1.5 or 0.25
         return value, [flag, str(value)]
     if int in kinds:
         value = 3 if default in (None, "auto") else default + 1
@@ -63,6 +70,8 @@ DEFAULTS = {Config: main_job(), Speed: Speed()}
 @pytest.mark.parametrize(("kind", "name"), FIELDS, ids=[name for _, name in FIELDS])
 def test_every_option_can_be_set(kind: type, name: str) -> None:
     value, argv = other(name, typing.get_type_hints(kind)[name], getattr(DEFAULTS[kind], name))
+    needed = WITH.get(name, {})
+    argv = argv + [part for k, v in needed.items() for part in (f"--{k.replace('_', '-')}", str(v))]
     options = cli.parse(cli.RunOptions, argv, "fedsim run")
     config, speed = options.config(), options.speed
     if name == "backbone":  # another backbone starts from Config(), not from the main job that is made for MiniLM
@@ -70,7 +79,7 @@ def test_every_option_can_be_set(kind: type, name: str) -> None:
         return
     changed = {f"{k.__name__}.{f.name}" for k, found in ((Config, config), (Speed, speed))
                for f in dataclasses.fields(k) if getattr(found, f.name) != getattr(DEFAULTS[k], f.name)}  # fmt: skip
-    assert changed == {f"{kind.__name__}.{name}"}
+    assert changed == {f"{kind.__name__}.{option}" for option in (name, *needed)}
     assert getattr(config if kind is Config else speed, name) == value
 
 

@@ -76,7 +76,7 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     elif command == "list":
         assert argv[:1] in ([], ["algorithms"], ["backbones"], ["peft"], ["data"])
     elif command == "data":
-        assert argv[:1] in ([], ["fetch"], ["list"], ["show"])
+        assert argv[:1] in ([], ["fetch"], ["list"], ["prepare"], ["show"])
 
 
 @pytest.mark.parametrize(("where", "words"), COMMANDS, ids=lambda v: " ".join(v) if isinstance(v, list) else v.name)
@@ -208,6 +208,15 @@ def test_own_texts_of_the_readme_load(tmp_path: Path, monkeypatch: pytest.Monkey
     source = data.read(cli.parse(cli.RunOptions, words[1:], "fedsim run").config())
     assert len(source.y) == 600
     assert source.classes == ("billing", "hardware")
+
+
+def test_arrays_of_the_data_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of docs/data.md as written, in a few rounds."""
+    monkeypatch.chdir(tmp_path)
+    body = next(b for b in blocks(ROOT / "docs" / "data.md", "python") if "fedsim.run(" in b)
+    names: dict[str, Any] = {}
+    exec(compile(body, "data.md", "exec"), names)
+    assert names["run"].summary["final"]["test"]["accuracy"] > 0.8
 
 
 @pytest.mark.slow

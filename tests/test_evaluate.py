@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedsim import metrics
 from fedsim.core import Batch
 from fedsim.evaluate import classification_loss, evaluator, masked_sums
 from fedsim.lanes import Lanes
@@ -75,7 +76,8 @@ def test_evaluator_equals_numpy(problem: dict, devices: int, size: int, count: i
     )
     evaluate = evaluator(engine, lambda held, server, memory, x: linear(server, held, x), rows, size)
     scores = evaluate(engine.put({"w": problem["w"]}))
-    assert set(scores) == {"loss", "accuracy"} and all(type(v) is float for v in scores.values())
+    assert set(scores) == {"loss", "accuracy", "balanced_accuracy", "macro_f1"}
+    assert all(type(v) is float for v in scores.values())
     np.testing.assert_allclose(scores["loss"], problem["losses"][rows].mean(), rtol=1e-5)
     np.testing.assert_allclose(scores["accuracy"], problem["right"][rows].mean(), rtol=1e-7)
 
@@ -88,3 +90,26 @@ def test_examples_on_the_host_give_the_same_scores(problem: dict) -> None:
         return evaluate(engine.put({"w": problem["w"]}))
 
     assert scores("on") == scores("off")
+
+
+@pytest.mark.parametrize(("classes", "extra"), [(2, "auroc"), (8, "top5")])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_all_metrics_equal_numpy(classes: int, extra: str, devices: int) -> None:
+    """Over padded batches, whose rows count nowhere, and a split in an order of its own."""
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(90, FEATURES)).astype(np.float32), rng.integers(0, classes, 90).astype(np.int32)
+    w = rng.normal(size=(FEATURES, classes)).astype(np.float32)
+    rows = rng.permutation(90)[:77]
+    engine = Lanes({}, x, y, np.arange(90), np.array([0, 90]), devices=devices)
+    scores = evaluator(engine, lambda held, server, memory, x: x @ server, rows, 16)(engine.put(w))
+    logits, true = x[rows] @ w, y[rows]
+    confusion = np.zeros((classes, classes), np.int64)
+    np.add.at(confusion, (true, logits.argmax(axis=1)), 1)
+    assert {k: scores[k] for k in ("balanced_accuracy", "macro_f1")} == pytest.approx(metrics.from_counts(confusion))
+    best = np.argsort(-logits, axis=1)[:, :5]
+    expected = {
+        "auroc": metrics.auroc(logits[:, 1] - logits[:, 0], true == 1),
+        "top5": (best == true[:, None]).any(axis=1).mean(),
+    }
+    assert scores[extra] == pytest.approx(expected[extra])
+    assert ({"auroc", "top5"} & set(scores)) == {extra}

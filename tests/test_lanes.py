@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from fedsim import lanes as lanes_module
-from fedsim import wire
+from fedsim import network, wire
 from fedsim.algorithms import ALGORITHMS
 from fedsim.cohort import Cohort, Memory
 from fedsim.core import Algorithm, Local, Passes, Reduce, by_examples, mean, stack, uniform
@@ -181,7 +181,9 @@ def number(client):
 def exchange(local, message=(), reduce=None, cohort=COHORT, reports=None, **options):
     """One exchange of a bare `Local`."""
     lanes = engine(tiny_problem(), **options)
-    made = Cohort(lanes, np.array(cohort), 1, Memory(lambda key, held: (), lanes.held), reports)
+    reports = np.ones(len(cohort), bool) if reports is None else reports
+    conditions = network.reliable(len(cohort))._replace(drops=~reports)
+    made = Cohort(lanes, np.array(cohort), 1, Memory(lambda key, held: (), lanes.held), conditions)
     result, info = made.exchange(message, local, reduce)
     return result, jax.device_get(info), made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsim import plan
-from fedsim.core import Passes
+from fedsim.core import Algorithm, Passes, Population
+from fedsim.data.dataset import stream
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=25)
 LANES = st.integers(1, 9)
@@ -241,3 +243,36 @@ def test_steps_of() -> None:
     sizes = np.array([0, 1, 8, 9])
     assert plan.steps_of(sizes, Passes(epochs=2, batch_size=8)).tolist() == [0, 2, 2, 4]
     assert plan.steps_of(sizes, Passes(steps=3)).tolist() == [0, 3, 3, 3]
+
+
+class Looked:
+    """An index array that counts how many of its entries are looked at, and cannot be read as a whole."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values, self.count = values, 0
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, where: np.ndarray) -> np.ndarray:
+        self.count += np.size(where)
+        return self.values[where]
+
+    def __array__(self, *_: object) -> np.ndarray:
+        raise AssertionError("read as a whole")
+
+
+def test_a_round_looks_at_its_cohort_only() -> None:
+    """Sampling and planning 100 of a million clients: entries looked at, and memory far below that of the index."""
+    clients, members, each = 10**6, 100, 3
+    rows, offsets = Looked(np.arange(clients * each, dtype=np.int32)), Looked(np.arange(0, clients * each + 1, each))
+    held = rows.values.nbytes + offsets.values.nbytes
+    select = Algorithm._field_defaults["select"]
+    tracemalloc.start()
+    ids = select(stream(0, "sample 1"), (), Population(clients, members))
+    plan.make(ids, rows, offsets, Passes(batch_size=2), 0, 1, 2, 4)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set(ids.tolist())) == members
+    assert offsets.count == 2 * members and rows.count == each * members
+    assert peak < held / 50

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fedsim.core import Task as Task
     from fedsim.core import mean as mean
     from fedsim.core import stack as stack
+    from fedsim.data.arrays import arrays as arrays
     from fedsim.local import fit as fit
     from fedsim.record import load as load
     from fedsim.report import compare as compare
@@ -38,6 +39,7 @@ _HOME = {
     "fedsim.cohort": ("Cohort",),
     "fedsim.config": ("Config", "Speed", "main_job"),
     "fedsim.core": ("Algorithm", "Batch", "Client", "Info", "Local", "Passes", "Reduce", "Task", "mean", "stack"),
+    "fedsim.data.arrays": ("arrays",),
     "fedsim.local": ("fit",),
     "fedsim.record": ("load",),
     "fedsim.report": ("compare",),

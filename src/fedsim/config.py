@@ -13,9 +13,10 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,8 @@ class Data:
     """What is learned from, and how it is spread over the clients."""
 
     dataset: str = "20newsgroups"
-    """Packaged name (`fedsim data list`), `tfds:NAME`, or a file: .csv, .jsonl, .npz."""
+    """Packaged name (`fedsim data list`), `tfds:NAME`, `hf:NAME`, a folder of images by class, a file (.csv, .jsonl,
+    .parquet, .npz), or `arrays` for those given to `fedsim.run` (docs/data.md)."""
     accept_licence: str | None = None
     """Name of a licence that you accept; some packaged sets are neither fetched nor read without it."""
     data_dir: str | None = None
@@ -32,6 +34,13 @@ class Data:
     """Column or feature with the input: of a table its text; a TFDS set's `image` is found by itself."""
     label_column: str = "label"
     """Column or feature with the class."""
+    client_column: str | None = None
+    """Column or feature that names the client of an example (author, writer, episode), for a partition by clients."""
+    domain_column: str | None = None
+    """Column or feature that names the domain of an example (camera, hospital), for `partition=domain`."""
+    image_store: int | None = None
+    """Side to which images are resized once, when they are read: the shorter side, then the centre is cut out (default:
+    they stay as they are, and must be of one size)."""
     tokens: int = 32
     """Length to which texts are cut or padded, special tokens included."""
     validation: float = 0.1
@@ -40,13 +49,21 @@ class Data:
     """Keep only this many training examples, drawn by seed (default: all)."""
     clients: int = 100
     """Number of clients N."""
-    partition: Literal["dirichlet", "iid", "domain"] = "dirichlet"
-    """How training examples go to clients; `domain` gives each client examples of one domain of the set (ELPV's two
-    cell types), and each domain clients in proportion to its examples."""
+    partition: Literal[
+        "dirichlet", "dirichlet_balanced", "dirichlet_pfllib", "shards", "quantity", "natural", "domain", "iid"
+    ] = "dirichlet"
+    """How training examples go to clients (docs/partitions.md): by label, by size, by the set's own key (`natural`: its
+    clients; `domain`: each client in one domain, such as ELPV's two cell types), or at random."""
     alpha: float = 0.3
-    """Concentration of the Dirichlet partition over labels; smaller is more skewed."""
+    """Concentration of the Dirichlet partitions over labels; smaller is more skewed."""
+    classes_per_client: int = 2
+    """Shards of a client under `shards`, and the most classes that it can have."""
+    size_law: str = "lognormal(sigma=1.0)"
+    """Sizes of clients under `quantity`: `"lognormal(sigma=1.0)"`, or `"power(exponent=1.5)"` of a client's rank."""
     min_size: int = 8
-    """Every client of the Dirichlet partition gets at least this many examples."""
+    """Every client has at least this many examples, those of its local test set included; 0 allows empty clients."""
+    local_test: float = 0.0
+    """Share of each client's examples that is held out as its own test set and never trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +78,8 @@ class Model:
     """Features of a transformer that the head reads (default: the backbone's own)."""
     image_size: int | None = None
     """Side to which images are resized inside the backbone (default: as they are)."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How images are resized; both are antialiased when the image shrinks."""
     peft: str = "lora"
     """What is trained beside the classification head (`fedsim list peft`), parts joined by `+`; `full` is everything,
     `head` nothing else."""
@@ -108,6 +127,8 @@ class Training:
     """Exact number of local steps instead of epochs."""
     batch_size: int = 8
     """Examples in a local step."""
+    augment: tuple[str, ...] = ()
+    """Random changes of images in training: `flip`, `"crop(padding=4)"`, `"resized_crop(scale=0.08)"`, in this order."""
     optimizer: str = "adam"
     """Clients' optax optimizer, as a name or a call: `"sgd(momentum=0.9)"`."""
     lr: float = 2e-3
@@ -133,6 +154,49 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Network:
+    """Which clients take part and how long it takes them (docs/network.md); laws are numbers, `uniform(5, 50)`,
+    `lognormal(median=20, sigma=0.5)` or `choice(5, 20, 100)`, drawn once for each client."""
+
+    availability: str = "always"
+    """Who can be reached in a round: `always`, `"bernoulli(p=0.8)"`, `"diurnal(period=24, peak=0.9, low=0.1)"` (a wave
+    over rounds, each client with a phase of its own), or a .csv trace with columns client, start, end (rounds)."""
+    dropout: float = 0.0
+    """Probability that a client of the cohort drops out in mid-round: its download is paid, nothing returns."""
+    over_selection: float = 1.0
+    """Invite this many times clients_per_round; the first clients_per_round that report count."""
+    deadline: float | None = None
+    """Simulated seconds after which a round ends."""
+    late: Literal["discard", "partial"] = "discard"
+    """Clients that cannot be ready by the deadline are left out, or report after the local steps that fit."""
+    download: str | None = None
+    """Law of the clients' bandwidth from the server in Mbit/s (default: takes no time)."""
+    upload: str | None = None
+    """Law of the clients' bandwidth to the server in Mbit/s (default: takes no time)."""
+    latency: str | None = None
+    """Law of the time of every message on its way in ms (default: none)."""
+    compute: str | None = None
+    """Law of the clients' local steps per second (default: take no time)."""
+    device_table: str | None = None
+    """A .csv with a row for each client: client, and any of download, upload, latency, compute instead of their laws."""
+
+    @property
+    def timed(self) -> bool:
+        """Whether anything takes simulated time."""
+        return any((self.download, self.upload, self.latency, self.compute, self.device_table))
+
+    @property
+    def traced(self) -> bool:
+        """Whether a file says who can be reached."""
+        return self.availability.lower().endswith(".csv")
+
+    @property
+    def reliable(self) -> bool:
+        """Whether every client takes part and nothing takes simulated time."""
+        return self.availability == "always" and not self.dropout and self.over_selection == 1 and not self.timed
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """When to look at the validation set, and when to stop."""
 
@@ -140,12 +204,18 @@ class Evaluation:
     """Rounds between evaluations on the validation set; the last round is always evaluated. The test set is read once, at the end."""
     target_accuracy: float | None = None
     """Stop once the validation accuracy reaches this."""
+    personal_epochs: int = 0
+    """At the end also tune the global model on each client's own examples, this many epochs, before its local test."""
+    personal_lr: float | None = None
+    """Learning rate of that tuning (default: lr)."""
+    eval_clients: int = 1000
+    """Most clients whose local tests (`local_test`) are read at the end; more are drawn by seed."""
     patience: int | None = None
     """Stop after this many evaluations without a better validation accuracy (default: never)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Data, Model, Training, Evaluation):
+class Config(Data, Model, Training, Network, Evaluation):
     """What is simulated. Two runs with equal `Config` and `Speed` on the same machine give the same bits."""
 
     def __post_init__(self) -> None:
@@ -182,6 +252,8 @@ class Speed:
     """Compute the frozen layers below the first trained one once and keep their output as the data set."""
     segment_steps: int | Literal["auto"] = "auto"
     """Steps of the plan that one call of the compiled program runs."""
+    length_buckets: int = 4
+    """Lengths for which programs over texts are compiled at most, so that short texts do not pay for long ones."""
     eval_batch: int = 256
     """Examples in one evaluation step."""
     checkpoint_every: int = 5
@@ -191,12 +263,19 @@ class Speed:
 
     def __post_init__(self) -> None:
         positive(lanes=self.lanes, devices=self.devices, segment_steps=self.segment_steps)
-        positive(eval_batch=self.eval_batch, checkpoint_every=self.checkpoint_every)
+        positive(eval_batch=self.eval_batch, checkpoint_every=self.checkpoint_every, length_buckets=self.length_buckets)
         one_of(("shard_map", "pmap"), parallel=self.parallel)
         one_of(("auto", "on", "off"), cache=self.cache, resident=self.resident)
 
 
-GROUPS: tuple[type, ...] = (Data, Model, Training, Evaluation)
+GROUPS: tuple[type, ...] = (Data, Model, Training, Network, Evaluation)
+
+RELIABLE: dict[str, Any] = {
+    f.name: f.default for f in dataclasses.fields(Network)
+}  # everybody there, nothing takes time
+
+PARTITIONS: tuple[str, ...] = get_args(get_type_hints(Data)["partition"])
+SIZE_LAWS = {"lognormal": "sigma", "power": "exponent"}  # of `quantity`: law -> its parameter
 
 # What `fedsim run` does without an option: head first from cached features, then LoRA in the upper third of MiniLM, whose
 # lower four blocks are evaluated once per text (experiments/main_job.py has time and result).
@@ -233,7 +312,13 @@ def check(config: Config) -> None:
     positive(tokens=c.tokens, clients=c.clients, alpha=c.alpha)
     positive(rounds=c.rounds, clients_per_round=c.clients_per_round, epochs=c.epochs, steps=c.steps)
     positive(batch_size=c.batch_size, eval_every=c.eval_every, patience=c.patience, examples=c.examples)
-    positive(lr=c.lr, head_lr=c.head_lr, server_lr=c.server_lr)
+    positive(image_store=c.image_store)
+    positive(lr=c.lr, head_lr=c.head_lr, server_lr=c.server_lr, personal_lr=c.personal_lr, eval_clients=c.eval_clients)
+    if c.personal_epochs < 0 or (c.personal_epochs and not c.local_test):
+        raise ValueError(
+            f"Expected personal_epochs={c.personal_epochs} >= 0, and with local_test={c.local_test} > 0 where it is above 0: "
+            "the tuned models are judged by local tests; give local_test=0.2."
+        )
     if not 0 < c.validation < 1:
         raise ValueError(f"Expected 0 < validation={c.validation} < 1; it is the share held out, e.g. 0.1.")
     if c.target_accuracy is not None and not 0 < c.target_accuracy <= 1:
@@ -244,6 +329,10 @@ def check(config: Config) -> None:
             raise ValueError(f"Expected {f.name}={value!r} to be a whole number; leave out the fraction.")
     if isinstance(c.targets, str):
         raise ValueError(f"Expected targets={c.targets!r} to be several patterns; write ({c.targets!r},).")
+    if isinstance(c.augment, str):
+        raise ValueError(f"Expected augment={c.augment!r} to be several calls; write ({c.augment!r},).")
+    for call in c.augment:
+        parse_call(call, "augment")
     if not 0 <= c.seed < 2**32:
         raise ValueError(f"Expected 0 <= seed={c.seed} < 2**32; give a smaller natural number.")
     if c.min_size < 0:
@@ -257,11 +346,77 @@ def check(config: Config) -> None:
         raise ValueError(
             f"Expected clients_per_round={c.clients_per_round} <= clients={c.clients}; lower it or add clients."
         )
-    one_of(("dirichlet", "iid", "domain"), partition=c.partition)
+    one_of(PARTITIONS, partition=c.partition)
+    positive(classes_per_client=c.classes_per_client)
+    size_law(c.size_law)
+    if not 0 <= c.local_test < 1:
+        raise ValueError(f"Expected 0 <= local_test={c.local_test} < 1; it is the share held out, e.g. 0.2.")
+    check_network(c)
     one_of(("examples", "uniform"), weighting=c.weighting)
     one_of(("none", "bfloat16", "float16"), codec_up=c.codec_up, codec_down=c.codec_down)
     for name in ("algorithm", "optimizer", "lr_schedule", "server_optimizer", "server_lr_schedule"):
         parse_call(getattr(c, name), name)
+
+
+def size_law(text: str) -> tuple[str, float]:
+    """Name and parameter of the law of clients' sizes: `"power(exponent=1.5)"` gives ("power", 1.5).
+
+    Raises:
+        ValueError: an unknown law, or a parameter that is missing or out of range.
+    """
+    name, args, options = parse_call(text, "size_law")
+    one_of(tuple(SIZE_LAWS), size_law=name)
+    parameter = SIZE_LAWS[name]
+    value = options.get(parameter)
+    if (
+        args
+        or len(options) != 1
+        or isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 0 < value <= 100
+    ):
+        raise ValueError(
+            f"Expected size_law={text!r} to have the one parameter 0 < {parameter} <= 100; write {name}({parameter}=1.0)."
+        )
+    return name, float(value)
+
+
+def invited(config: Config) -> int:
+    """Clients that a round invites: clients_per_round times over_selection, rounded up."""
+    return math.ceil(config.clients_per_round * config.over_selection - 1e-9)  # 10 * 1.1 is a bit more than 11
+
+
+def check_network(c: Config) -> None:
+    """Refuses impossible options of the network that show without reading its files.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    positive(deadline=c.deadline)
+    one_of(("discard", "partial"), late=c.late)
+    if not 0 <= c.dropout < 1:
+        raise ValueError(f"Expected 0 <= dropout={c.dropout} < 1; it is a probability, write 10 % as 0.1.")
+    if not 1 <= c.over_selection < math.inf:
+        raise ValueError(
+            f"Expected over_selection={c.over_selection} >= 1; it is a factor, write 30 % more clients as 1.3."
+        )
+    if invited(c) > c.clients:
+        raise ValueError(
+            f"Expected over_selection={c.over_selection} to invite at most clients={c.clients}, not {invited(c)}; lower it "
+            "or clients_per_round."
+        )
+    if c.deadline is not None and not c.timed:
+        raise ValueError(
+            f"Expected deadline={c.deadline} with clients that take time; give one of download, upload, latency, compute, "
+            "device_table."
+        )
+    if c.late == "partial" and (c.deadline is None or not (c.compute or c.device_table)):
+        raise ValueError(
+            "Expected late='partial' with a deadline and with compute (or a device_table); without them no work is partial."
+        )
+    for name in ("availability", "download", "upload", "latency", "compute"):
+        if getattr(c, name) is not None and not getattr(c, name).lower().endswith(".csv"):
+            parse_call(getattr(c, name), name)
 
 
 def check_model(m: Model) -> None:
@@ -274,6 +429,7 @@ def check_model(m: Model) -> None:
     positive(prompt_tokens=m.prompt_tokens, prefix_tokens=m.prefix_tokens, last_blocks=m.last_blocks)
     one_of(("single", "houlsby", "parallel"), adapter=m.adapter)
     one_of(("deep", "shallow"), prompt_depth=m.prompt_depth)
+    one_of(("bilinear", "bicubic"), interpolation=m.interpolation)
     if m.pool is not None:
         one_of(("mean", "cls", "pooler"), pool=m.pool)
 

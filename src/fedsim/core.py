@@ -103,16 +103,37 @@ class Cohort(Protocol):
     @property
     def last(self) -> np.ndarray: ...  # (M,), int64: round in which each was in the cohort before; 0 for never
     @property
+    def present(self) -> np.ndarray: ...  # (M,), bool: False for one that cannot be reached: no bytes, no reply
+    @property
     def exchange(self) -> Exchange: ...
     @property
     def fetch(self) -> Callable[[Tree], Tree]: ...  # device values -> NumPy, the same in every process
 
 
 class Population(NamedTuple):
-    """What `select` may know: how many clients there are, and how many this round asks for."""
+    """What `select` may know: how many clients there are, how many this round asks for, and who can be reached."""
 
     size: int
     cohort: int
+    available: Callable[[np.ndarray], np.ndarray] | None = None  # ids (K,) -> (K,) bool; None: everybody
+
+
+def draw(rng: np.random.Generator, server: Tree, population: Population) -> np.ndarray:
+    """A cohort without replacement from the available clients; absent ones fill it up where too few are there, (M,).
+
+    The cohort's size is a compiled shape, so it stays; the engine leaves absent members alone. Looks at a few times
+    M candidates, whatever the population, unless most clients are absent.
+    """
+    size, wanted, available = population
+    if available is None:
+        return rng.choice(size, wanted, replace=False)
+    looked = wanted
+    while True:  # a fresh draw each time: no candidate is preferred for having been looked at before
+        looked = min(size, 2 * looked)
+        candidates = rng.choice(size, looked, replace=False)
+        there = available(candidates)
+        if there.sum() >= wanted or looked == size:
+            return np.concatenate([candidates[there], candidates[~there]])[:wanted]
 
 
 class Factors(NamedTuple):
@@ -151,12 +172,11 @@ class Algorithm(NamedTuple):
     round: Callable[[Array, Tree, Tree, Cohort], tuple[Tree, Metrics]]  # (key, held, server, cohort) -> server, metrics
     predict: Callable[[Tree, Tree, Tree, Tree], Array]  # (held, server, memory, x) -> logits (B, classes)
     memory: Callable[[Array, Tree], Tree] = lambda key, held: ()  # what ONE client keeps; private, never sent
-    select: Callable[[np.random.Generator, Tree, Population], np.ndarray] = lambda rng, server, population: rng.choice(
-        population.size, population.cohort, replace=False
-    )
+    select: Callable[[np.random.Generator, Tree, Population], np.ndarray] = draw  # who is absent is left out after it
     observe: Callable[[Tree, dict[str, float]], Tree] = lambda server, metrics: server  # after an evaluation
     setup: Callable[[Tree], Tree] = lambda held: held  # what a client is given once: charged once, reported apart
     params: Callable[[Tree], Params] = lambda server: server.params  # the trained part to export
+    runs_empty: bool = False  # whether a round without a reply changes the server, as differential privacy needs
 
 
 def by_examples(client: Client, reply: Tree) -> Array:

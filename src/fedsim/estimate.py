@@ -56,7 +56,7 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
     model = build.split_model(config, dataset)
     passes = Passes(config.epochs, config.steps, config.batch_size)
     devices = problem.speed.devices or jax.local_device_count()
-    cached = build.use_cache(problem.speed, model, dataset.x)
+    cached = build.use_cache(problem.speed, model, dataset.x, config)
     cohorts = [
         stream(config.seed, f"sample {round}").choice(parts.clients, config.clients_per_round, replace=False)
         for round in range(1, SAMPLED_ROUNDS + 1)

@@ -1,9 +1,10 @@
-"""Metrics of a model on rows of the data set: mask-aware, sharded over devices, read on the host once."""
+"""A model on rows of the data set: mask-aware, sharded over devices, read on the host once. `metrics.py` has the formulas."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +12,27 @@ import numpy as np
 import optax
 from jax import Array
 
+from fedsim import lengths, metrics
 from fedsim.core import Batch, Metrics, Params, Tree
 from fedsim.lanes import Lanes
+from fedsim.lengths import Lengths
 
 Predict = Callable[[Tree, Tree, Tree, Tree], Array]
 
 
 def classification_loss(
     apply: Callable[[Params, Tree, Tree], Array],
+    augment: Callable[[Array, Tree], Tree] = lambda key, x: x,
 ) -> Callable[[Tree, Params, Batch], tuple[Array, Metrics]]:
     """Mean cross-entropy over a batch's real rows, with `loss` and `accuracy` as metrics.
 
     Args:
         apply: (trained, frozen, x (B, ...)) -> logits (B, classes).
+        augment: (batch's key, x) -> x, before it; in training only.
     """
 
     def loss(held: Tree, params: Params, batch: Batch) -> tuple[Array, Metrics]:
-        sums = masked_sums(apply(params, held, batch.x), batch.y, batch.mask)
+        sums = masked_sums(apply(params, held, augment(batch.key, batch.x)), batch.y, batch.mask)
         rows = jnp.maximum(batch.mask.sum(), 1.0)
         return sums["loss"] / rows, {"loss": sums["loss"] / rows, "accuracy": sums["correct"] / rows}
 
@@ -46,37 +51,83 @@ def masked_sums(logits: Array, y: Array, mask: Array) -> dict[str, Array]:
     }
 
 
-def evaluator(engine: Lanes, predict: Predict, rows: np.ndarray, batch: int) -> Callable[[Tree], dict[str, float]]:
-    """A function server -> {"loss", "accuracy"} over these rows of the engine's examples.
+class Counts(NamedTuple):
+    """What one pass over a split collects beside the sums of each batch."""
 
-    One compiled step over batches of equal shape; each batch is split over the devices. Sums are float32 per batch and
-    added on the host in float64.
+    confusion: Array  # (C, C), int32: rows by true class and answer
+    top: Array  # (), int32: rows whose class is among the `metrics.TOP` best
+
+
+def counted(before: Counts, logits: Array, y: Array, mask: Array) -> Counts:
+    """The counts with a batch's real rows added. logits (B, C), y (B,), mask (B,)."""
+    real = mask > 0
+    confusion = before.confusion.at[y, logits.argmax(axis=-1)].add(real.astype(jnp.int32))
+    # Ties count for the lower class, as in argmax.
+    own = jnp.take_along_axis(logits, y[:, None], axis=1)
+    ahead = (logits > own) | ((logits == own) & (jnp.arange(logits.shape[1]) < y[:, None]))
+    return Counts(confusion, before.top + (real & (ahead.sum(axis=1) < metrics.TOP)).sum(dtype=jnp.int32))
+
+
+def evaluator(
+    engine: Lanes, predict: Predict, rows: np.ndarray, batch: int, texts: Lengths | None = None
+) -> Callable[[Tree], dict[str, float]]:
+    """A function server -> metrics over these rows of the engine's examples (docs/evaluation.md defines them).
+
+    `loss`, `accuracy`, `balanced_accuracy`, `macro_f1`, and `top5` of more than five classes or `auroc` of two. One
+    compiled step over batches of equal shape; each batch is split over the devices. Sums of losses are float32 per batch
+    and added on the host in float64; counts are whole numbers.
+
+    Args:
+        texts: lengths of the engine's examples, where they are texts: one step is compiled for each bucket in use.
     """
     devices = len(engine.devices)
     size = -(-min(batch, max(len(rows), 1)) // devices) * devices
-    count = -(-len(rows) // size)
-    padded = np.zeros(count * size, np.int32)
-    padded[: len(rows)] = rows
-    mask = (np.arange(count * size) < len(rows)).astype(np.float32)
-    index = padded.reshape(count, devices, size // devices)
-    masks = jax.device_put(mask.reshape(count, size), engine.everywhere)
+    batches = lengths.batches(np.asarray(rows, np.int32), size, texts)
+    index = [np.pad(part, (0, size - len(part))).reshape(devices, size // devices) for part, _ in batches]
+    masks = jax.device_put([(np.arange(size) < len(part)).astype(np.float32) for part, _ in batches], engine.everywhere)
 
-    @jax.jit
-    def step(held: Tree, server: Tree, x: Tree, y: Array, mask: Array) -> Any:
+    @partial(jax.jit, static_argnames="length")
+    def step(held: Tree, server: Tree, before: Counts, x: Tree, y: Array, mask: Array, length: int | None) -> Any:
         x, y = jax.tree.map(lambda a: a.reshape(size, *a.shape[2:]), (x, y))
-        return masked_sums(predict(held, server, (), x), y, mask)
+        if texts is not None and length is not None:
+            x = texts.cut(x, length)
+        logits = predict(held, server, (), x)
+        sums = masked_sums(logits, y, mask)
+        if logits.shape[1] == 2:
+            sums["margin"] = logits[:, 1] - logits[:, 0]
+        return counted(before, logits, y, mask), sums
+
+    def classes(server: Tree) -> int:
+        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), engine.x)
+        return jax.eval_shape(lambda server, x: predict(engine.held, server, (), x), server, one).shape[1]
+
+    zero: list[Counts] = []  # made by the first call, which knows the server
 
     def evaluate(server: Tree) -> dict[str, float]:
+        if not zero:
+            count = classes(server)
+            zero.append(engine.put(Counts(jnp.zeros((count, count), jnp.int32), jnp.zeros((), jnp.int32))))
+        counts = zero[0]
         parts: list[dict[str, Array]] = []
-        for rows, mask in zip(index, masks, strict=True):
+        for rows, mask, (_, length) in zip(index, masks, batches, strict=True):
             x, y = engine.gather(rows)
             if parts and not engine.resident:
                 jax.block_until_ready(parts[-1])  # so that two batches at most lie on the devices
-            parts.append(step(engine.held, server, x, y, mask))
-        sums = {
-            name: float(np.sum([np.float64(p[name]) for p in jax.device_get(parts)]))
-            for name in ("loss", "correct", "rows")
+            counts, sums = step(engine.held, server, counts, x, y, mask, length=length)
+            parts.append(sums)
+        found, host = jax.device_get((counts, parts))
+        total = sum(len(part) for part, _ in batches)
+        scores = {
+            "loss": float(np.sum([np.float64(p["loss"]) for p in host])) / total,
+            "accuracy": int(np.trace(found.confusion)) / total,
+            **metrics.from_counts(found.confusion),
         }
-        return {"loss": sums["loss"] / sums["rows"], "accuracy": sums["correct"] / sums["rows"]}
+        if len(found.confusion) > metrics.TOP:
+            scores[f"top{metrics.TOP}"] = int(found.top) / total
+        if len(found.confusion) == 2:
+            margins = np.concatenate([p["margin"][: len(part)] for p, (part, _) in zip(host, batches, strict=True)])
+            labels = np.asarray(engine.y)[np.concatenate([part for part, _ in batches])]
+            scores["auroc"] = metrics.auroc(margins, labels == 1)
+        return scores
 
     return evaluate

@@ -269,7 +269,8 @@ def _row(model: Model) -> Row:
         raise ValueError(
             f"Expected backbone={model.name!r} to have a published layout; merge the leaves, and Backbone.restore them."
         )
-    return row(model.name, pool=model.options.pool, image_size=model.options.image_size)
+    o = model.options
+    return row(model.name, pool=o.pool, image_size=o.image_size, interpolation=o.interpolation)
 
 
 def _hugging_face(model: Model) -> Format:

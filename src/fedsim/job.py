@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fedsim import record, report
-from fedsim.config import Config, Speed, nearest
+from fedsim.config import RELIABLE, Config, Speed, nearest
 
 HEAD_ROUNDS, HEAD_PATIENCE = 500, 100  # the head run ends when its validation accuracy stands still
 FULL_LR = 1e-4  # of full fine-tuning in --baselines: a LoRA's rate destroys a pre-trained encoder
+CENTRAL_LR = 2e-3  # of the centralised run there, which lacks the mean over a cohort that bears a higher one
 
 
 def head_config(config: Config) -> Config:
@@ -19,7 +20,7 @@ def head_config(config: Config) -> Config:
         peft="head",
         head_rounds=0,
         lr=config.head_lr or config.lr,
-        rounds=HEAD_ROUNDS,
+        rounds=config.rounds if config.traced else HEAD_ROUNDS,  # a trace may say nothing of later rounds
         patience=HEAD_PATIENCE,
         target_accuracy=None,
         eval_every=1,
@@ -30,9 +31,30 @@ def baseline_configs(config: Config, examples: int) -> dict[str, Config]:
     """The runs of `--baselines`: PEFT kinds in all layers under the config's options, and all `examples` at one client."""
     others = {kind: config.replace(peft=kind, targets=("query", "value")) for kind in ("bias", "lora", "full")}
     others["full"] = others["full"].replace(lr=min(config.lr, FULL_LR))
-    steps = config.steps or config.epochs * max(1, -(-examples // (config.clients * config.batch_size)))
-    central = config.replace(clients=1, clients_per_round=1, partition="iid", steps=steps * config.clients_per_round)
-    return {**others, "centralised": central}
+    others["centralised"] = centralised(config, examples).replace(lr=min(config.lr, CENTRAL_LR))
+    return others
+
+
+def centralised(config: Config, examples: int) -> Config:
+    """The same run with one client that holds everything: no federation, the same code and the same curves.
+
+    A round sees as many examples as a cohort of M of N clients: M * steps full batches, or with epochs, on average,
+    epochs * examples * M / N examples, as full batches too.
+
+    Args:
+        examples: that all clients together train on.
+    """
+    seen = config.epochs * examples * config.clients_per_round / config.clients
+    steps = config.steps * config.clients_per_round if config.steps else max(1, round(seen / config.batch_size))
+    return config.replace(clients=1, clients_per_round=1, partition="iid", steps=steps, **RELIABLE)
+
+
+def owned_by(problem: Any, config: Config) -> Any:
+    """The same `build.Problem`, data and features, under a config whose clients own them differently."""
+    from fedsim.data import partition
+
+    own, local_test = partition.split_local(partition.make(config, problem.dataset), config.local_test)
+    return problem._replace(config=config, partition=own, local_test=local_test)
 
 
 def run_job(
@@ -42,22 +64,30 @@ def run_job(
     out: Path | None = None,
     head: bool = True,
     baselines: bool = False,
+    central: bool = False,
     quiet: bool = False,
 ) -> record.Run:
-    """Runs `config`, then what it is compared with, and prints the closing table.
+    """Runs `config` (or, if `central`, its centralised form), then what it is compared with; prints the closing table.
 
     The comparisons are whole runs of their own, in the folder `baselines/` of the run.
     """
     from fedsim import build, simulate
 
+    if central and baselines:
+        raise ValueError(
+            "Expected --centralized or --baselines, not both; --baselines has a centralised run of its own."
+        )
     build.check(config, speed)
     record.refuse_used(out)
     build.fetch_missing(config)
     problem = build.problem(config, speed)
+    if central:
+        config = centralised(config, len(problem.partition.rows))
+        problem = owned_by(problem, config)
     done = simulate.run(config, speed, out=out, quiet=quiet, problem=problem)
     others = {"head to convergence": head_config(config)} if head and config.peft != "head" else {}
     if baselines:
-        others |= baseline_configs(config, len(problem.dataset.train))
+        others |= baseline_configs(config, len(problem.partition.rows))
     rows: list[report.Row] = []
     try:
         for name, other in others.items():
@@ -72,12 +102,10 @@ def _comparison(
 ) -> list[report.Row]:
     """One run for the closing table on the same data and features; nothing if it fails, which is said."""
     from fedsim import simulate
-    from fedsim.data import partition
 
     if not quiet:
         print(f"for comparison: {name}", flush=True)
-    # The centralised run owns its examples differently.
-    shared = problem._replace(config=config, partition=partition.make(config, problem.dataset))
+    shared = owned_by(problem, config)  # the centralised run's client owns everything
     folder = directory / "baselines" / name.replace(" ", "-")
     try:
         ran = simulate.run(config, speed, out=folder, quiet=quiet or name.startswith("head"), problem=shared)
@@ -123,6 +151,10 @@ def close(run: record.Run, rows: list[report.Row]) -> None:
         gap = final - head.test
         verdict = " The head alone wins on this task at this budget." if gap < 0 else ""
         print(f"{run.config.peft} minus head, test accuracy: {gap:+.4f}.{verdict}")
+    if run.config.clients == 1:
+        print(
+            "One client holds everything: the bytes are what it exchanges with the server; training in one place sends none."
+        )
     print(f"Folder: {run.directory}")
 
 
@@ -140,7 +172,7 @@ def listing(what: str | None) -> None:
         "algorithms": {name: (make.__doc__ or "").splitlines()[0] for name, make in ALGORITHMS.items()},
         "backbones": {name: f"{row.kind}" for name, row in backbones.BACKBONES.items()},
         "peft": dict.fromkeys(peft.KINDS, ""),
-        "data": {name: assets.ASSETS[name].what for name in data.PACKAGED},
+        "data": {name: assets.ASSETS[name].what for name in data.PACKAGED} | data.FORMS,
     }
     if what is not None and what not in tables:
         raise ValueError(f"Expected fedsim list {what!r} to be one of {', '.join(tables)}{nearest(what, tables)}.")

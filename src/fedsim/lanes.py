@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from fedsim import plan as planning
 from fedsim import wire
 from fedsim.core import Local, Passes, Reduce, Tree
-from fedsim.programs import Clock, Programs, Slots, make_programs, reply_shapes, split_message
+from fedsim.programs import Clock, Programs, Slots, make_programs, reply_bytes, reply_shapes, split_message
 
 PREFETCH_BYTES = 256 * 2**20  # of batches that a segment may hold on a device at once
 RESIDENT_SHARE = 0.4  # of a device's memory that the examples may take; larger sets stay on the host
@@ -33,18 +33,17 @@ MEMORY_SHARE = 0.8  # of a device's memory that the program may need; the rest i
 CPU_LANES, ACCELERATOR_LANES = 6, 256  # at most; chosen, not measured to be best
 
 
-def message_bytes(message: Tree, members: int) -> dict[str, int]:
-    """Bytes of sending a message to the whole cohort, by leaf: broadcast parts to each client, own parts as they are."""
-    prices: dict[str, int] = {}
+def message_bytes(message: Tree, members: int) -> dict[str, np.ndarray]:
+    """Bytes that each member of a cohort is sent, by leaf, (M,) int64: broadcast parts the same, own parts by client."""
+    prices: dict[str, np.ndarray] = {}
     for name, node in wire.parts(message):
         if isinstance(node, wire.PerClient):
             for leaf_name, leaf in wire.named_leaves(node.tree):
-                nbytes = (
-                    int(np.asarray(leaf.nbytes).sum(dtype=np.int64)) if wire.is_packet(leaf) else wire.array_bytes(leaf)
-                )
-                prices["/".join(filter(None, (name, leaf_name.removeprefix("message")))) or "message"] = nbytes
+                own = np.asarray(leaf.nbytes) if wire.is_packet(leaf) else wire.array_bytes(leaf) // members
+                place = "/".join(filter(None, (name, leaf_name.removeprefix("message")))) or "message"
+                prices[place] = np.broadcast_to(own, members).astype(np.int64)
         else:
-            prices[name or "message"] = wire.for_all(node, members)
+            prices[name or "message"] = wire.for_each(node, members)
     return prices
 
 
@@ -98,6 +97,7 @@ class Lanes:
         if self.resident:
             self.x, self.y = self.put((self.x, self.y))
         self._programs: dict[Any, Programs] = {}
+        self._reply_bytes: dict[Any, int] = {}
         self._gather = self._spread(
             lambda x, y, rows: (jax.tree.map(lambda leaf: leaf[rows], x), y[rows]), (False, False, True)
         )
@@ -107,6 +107,12 @@ class Lanes:
         if self.resident:
             return self._gather(self.x, self.y, jax.device_put(rows, self.apart))
         return jax.device_put((jax.tree.map(lambda leaf: leaf[rows], self.x), self.y[rows]), self.apart)
+
+    @property
+    def shapes(self) -> tuple[Tree, Any]:
+        """Shapes of the examples, wherever they lie: x (n, ...), y (n,)."""
+        x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.x)
+        return x, jax.ShapeDtypeStruct(self.y.shape, self.y.dtype)
 
     @property
     def population(self) -> int:
@@ -138,11 +144,9 @@ class Lanes:
         Where "auto" is to choose the lanes, it halves what the cohort keeps busy until the compiled program fits into
         the memory of the device, and stays with that for the exchanges that follow.
         """
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(message))
-        known = (local, reduce, init_memory, jax.tree.structure(message), shapes, len(sizes))
+        known = (local, reduce, init_memory, _structure(message), len(sizes))
         if known not in self._programs:
-            x, y = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (self.x, self.y))
-            reply, names = reply_shapes(local, init_memory, message, self.held, x, y, self.root)
+            reply, names = reply_shapes(local, init_memory, message, self.held, *self.shapes, self.root)
 
             def made(lanes: int) -> Programs:
                 steps = self.resolve_segment(lanes, local.passes.batch_size)
@@ -162,6 +166,13 @@ class Lanes:
                 programs = made(int(self.lanes))
             self._programs[known] = programs
         return self._programs[known]
+
+    def reply_bytes(self, local: Local, init_memory: Any, message: Tree) -> int:
+        """Bytes of one client's reply before there is one; see `programs.reply_bytes`."""
+        known = (local, init_memory, _structure(message))
+        if known not in self._reply_bytes:
+            self._reply_bytes[known] = reply_bytes(local, init_memory, message, self.held, *self.shapes, self.root)
+        return self._reply_bytes[known]
 
     def _compiled(
         self, programs: Programs, local: Local, init_memory: Any, message: Tree, members: int
@@ -206,6 +217,10 @@ class Lanes:
             fit = PREFETCH_BYTES // max(lanes * batch_size * self.row_bytes, 1)
             self.segment_steps = int(np.clip(fit, 1, 32))
         return int(self.segment_steps)
+
+
+def _structure(message: Tree) -> tuple[Any, Any]:
+    return jax.tree.structure(message), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(message))
 
 
 def choose_lanes(sizes: np.ndarray, passes: Passes, devices: int, platform: str) -> int:

@@ -103,7 +103,9 @@ def from_config(
     options = Options(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Options)})
     check_model(options)
     positive(classes=classes)
-    found = backbone(options.backbone, pool=options.pool, image_size=options.image_size)
+    found = backbone(
+        options.backbone, pool=options.pool, image_size=options.image_size, interpolation=options.interpolation
+    )
     parts = parse(options.peft)
     shapes, stages, run = (
         ours(found, parts, options, classes, input_shape)

@@ -122,6 +122,7 @@ def make(
     devices: int,
     lanes: int,
     exchange: int = 0,
+    limit: np.ndarray | None = None,
 ) -> Plan:
     """The plan of one exchange.
 
@@ -129,10 +130,13 @@ def make(
         ids: (M,) clients of the cohort.
         rows, offsets: the partition; client i owns rows[offsets[i]:offsets[i + 1]].
         exchange: which of the round's, from 0.
+        limit: (M,) most steps of each client, for those that do not come to their end; None for no limit.
     """
     begin_row = offsets[ids].astype(np.int64)
     sizes = offsets[ids + 1].astype(np.int64) - begin_row
     steps = steps_of(sizes, passes)
+    if limit is not None:
+        steps = np.minimum(steps, limit)
     slots = -(-max(len(ids), 1) // devices)
     device, lane, begin = pack(steps, devices, lanes, slots)
     spans = np.maximum(steps, 1)
@@ -161,7 +165,8 @@ def make(
 
     # Every row that a client visits.
     grid = np.zeros((*shape, passes.batch_size), np.int32)
-    who, step, column, example = batches(ids, sizes, passes, seed, round, exchange)
+    visits = batches(ids, np.where(steps > 0, sizes, 0), passes, seed, round, exchange)
+    who, step, column, example = (a[visits[1] < steps[visits[0]]] for a in visits)
     at = (device[who], begin[who] + step, lane[who])
     grid[(*at, column)] = rows[begin_row[who] + example]
     np.add.at(count, at, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,32 +22,65 @@ LOG_FROM = 20  # bytes are drawn on a log axis where the dearest run sends this 
 
 
 def save(runs: Sequence[Run], directory: Path, labels: Sequence[str] | None = None) -> list[Path]:
-    """Draws `accuracy_rounds.png` and `accuracy_bytes.png` into a folder and gives their paths.
+    """Draws `accuracy_rounds.png`, `accuracy_bytes.png` and, of runs on a simulated clock, `accuracy_time.png` into a folder.
+
+    Where the first run's clients have tests of their own, `accuracy_clients.png` too.
 
     Raises:
         ValueError: no run has an evaluated round.
     """
     lines, names = [run.rounds for run in runs], list(labels or label(runs))
     written = []
-    for against in ("rounds", "bytes"):
+    for against in ("rounds", "bytes", "time") if timed(lines) else ("rounds", "bytes"):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         draw(figure.add_subplot(), lines, names, against)
         written.append(write(figure, directory / f"accuracy_{against}.png"))
+    if tests := runs[0].clients():
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        draw_clients(figure.add_subplot(), tests)
+        written.append(write(figure, directory / "accuracy_clients.png"))
     return written
 
 
+CLIENT_MODELS = {"global": "the global model", "memory": "with what the client keeps", "tuned": "tuned on its own data"}
+
+
+def draw_clients(axes: Axes, tests: Sequence[Mapping[str, Any]]) -> None:
+    """Draws which share of the clients stays below an accuracy on its own test, for each kind of model.
+
+    Args:
+        tests: of `Run.clients`.
+    """
+    tested = [row["accuracy"] for row in tests if row["test"]]
+    for i, kind in enumerate(tested[0] if tested else {}):
+        values = sorted(accuracy[kind] for accuracy in tested)
+        shares = [(k + 1) / len(values) for k in range(len(values))]
+        mean = sum(values) / len(values)
+        axes.step([values[0], *values], [0, *shares], where="post", color=COLORS[i], linewidth=2.0, zorder=3,
+                  label=f"{CLIENT_MODELS[kind]}: mean {mean:.3f}, worst {values[0]:.3f}")  # fmt: skip
+    axes.set_xlabel("accuracy on a client's own test", color=INK)
+    axes.set_ylabel("share of clients at or below it", color=INK)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(0, 1.02)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"{len(tested)} clients", fontsize=11, color=INK, loc="left")
+    if tested:
+        axes.legend(frameon=False, fontsize=9, loc="upper left")
+
+
 def overview(runs: Sequence[Run], path: Path, labels: Sequence[str] | None = None, title: str = "") -> Path:
-    """Draws runs as one picture of two panels, accuracy against rounds and against bytes, and gives its path."""
+    """Draws runs as one picture, accuracy against rounds, against bytes and, if they have it, against simulated time."""
     lines, names = [run.rounds for run in runs], list(labels or label(runs))
-    figure = Figure(figsize=(10.6, 4.2), layout="constrained")
+    panels = ("rounds", "bytes", "time") if timed(lines) else ("rounds", "bytes")
+    figure = Figure(figsize=(5.3 * len(panels), 4.2), layout="constrained")
     if title:
         figure.suptitle(title, fontsize=13, fontweight="bold", color=INK, x=0.01, ha="left")
-    left, right = figure.subplots(1, 2, sharey=True)
-    draw(left, lines, names, "rounds")
-    draw(right, lines, names, "bytes")
-    right.set_ylabel("")
-    if (legend := right.get_legend()) is not None:
-        legend.remove()  # once is enough
+    for axes, against in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
+        draw(axes, lines, names, against)
+        if against != "rounds":  # once is enough
+            axes.set_ylabel("")
+            axes.get_legend().remove()
     return write(figure, path)
 
 
@@ -60,14 +93,14 @@ def draw(axes: Axes, runs: Sequence[Sequence[Round]], names: Sequence[str], agai
         axes: where to.
         runs: the rounds of each run.
         names: one for each run.
-        against: "rounds", or "bytes": MiB sent both ways so far, without the one-off set-up.
+        against: "rounds"; "bytes": MiB sent both ways so far, without the one-off set-up; or "time": simulated seconds.
 
     Raises:
         ValueError: no run has an evaluated round.
     """
     if not any(seen(lines) for lines in runs):
         raise ValueError(f"Expected a validation accuracy in the rounds of {', '.join(names)}; run at least one round.")
-    place = sent if against == "bytes" else _number
+    place = {"rounds": _number, "bytes": sent, "time": clock}[against]
     joined = False
     for i, (lines, name) in enumerate(zip(runs, names, strict=True)):
         color, dashes = COLORS[i % len(COLORS)], "-" if i < len(COLORS) else "--"
@@ -98,6 +131,9 @@ def draw(axes: Axes, runs: Sequence[Sequence[Round]], names: Sequence[str], agai
     if against == "rounds":
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
+    elif against == "time":
+        axes.set_xlabel("simulated time (s)")
+        axes.set_xlim(left=0)
     else:
         axes.set_xlabel("sent so far, up and down (MiB)")
         bytes_axis(axes, [sent(lines[-1]) for lines in runs if lines])
@@ -175,6 +211,16 @@ def _matters(name: str, config: dict[str, Any]) -> bool:
 def sent(line: Round) -> float:
     """MiB both ways up to and with this round, without the one-off set-up."""
     return (line["total_bytes_up"] + line["total_bytes_down"]) / 2**20
+
+
+def clock(line: Round) -> float:
+    """Simulated seconds up to and with this round."""
+    return line["simulated"]["total_seconds"]
+
+
+def timed(runs: Sequence[Sequence[Round]]) -> bool:
+    """Whether every round of every run has a simulated time."""
+    return all((line.get("simulated") or {}).get("total_seconds") is not None for lines in runs for line in lines)
 
 
 def _number(line: Round) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -100,13 +101,15 @@ class Programs(NamedTuple):
     steps: int  # of a segment
 
 
-def reply_shapes(
-    local: Local, init_memory: Any, message: Tree, held: Tree, x: Tree, y: Array, root: Array
-) -> tuple[Tree, list[str]]:
-    """Shapes of one client's reply (packets whole) and names of all metrics; computes nothing."""
-    shared, own, (treedef, own_part) = split_message(message)
+def one_client(local: Local, init_memory: Any, message: Tree, finishing: Any) -> Callable[..., Any]:
+    """A function of (held, shared, own, x, y, root), to be traced: what one client replies, and its metrics.
 
-    def shapes(held: Tree, shared: list[Any], own: list[Any], x: Tree, y: Array, root: Array) -> Any:
+    Args:
+        finishing: makes a context to trace `local.finish` in.
+    """
+    _, _, (treedef, own_part) = split_message(message)
+
+    def traced(held: Tree, shared: list[Any], own: list[Any], x: Tree, y: Array, root: Array) -> Any:
         own = [jax.tree.map(lambda a: a[0], o) for o in own]
         msg = treedef.unflatten([o if is_own else s for s, o, is_own in zip(shared, own, own_part, strict=True)])
         size, number = local.passes.batch_size, jnp.zeros((), jnp.int32)
@@ -114,11 +117,37 @@ def reply_shapes(
         client = Client(number, number, init_memory(root, held), root, number, jnp.zeros((), jnp.float32))
         batch = Batch(jax.tree.map(lambda a: a[pick], x), y[pick], jnp.ones((size,)), root, number, jnp.zeros((), bool))
         carry, metrics = local.step(held, msg, local.start(held, msg, client, batch), batch)
-        reply, _, final = local.finish(held, msg, carry, client)
+        with finishing():
+            reply, _, final = local.finish(held, msg, carry, client)
         return reply, metrics, final
 
-    reply, metrics, final = jax.eval_shape(shapes, held, shared, own, x, y, root)
+    return traced
+
+
+def reply_shapes(
+    local: Local, init_memory: Any, message: Tree, held: Tree, x: Tree, y: Array, root: Array
+) -> tuple[Tree, list[str]]:
+    """Shapes of one client's reply (packets whole) and names of all metrics; computes nothing."""
+    shared, own, _ = split_message(message)
+    traced = one_client(local, init_memory, message, nullcontext)
+    reply, metrics, final = jax.eval_shape(traced, held, shared, own, x, y, root)
     return reply, [*metrics, *final]
+
+
+def reply_bytes(local: Local, init_memory: Any, message: Tree, held: Tree, x: Tree, y: Array, root: Array) -> int:
+    """Bytes of one client's reply before there is one; a packet whose price depends on values counts as not encoded."""
+    shared, own, _ = split_message(message)
+    # A packet's price that follows from shapes is a number in this context, and stays a tracer otherwise.
+    traced = one_client(local, init_memory, message, jax.ensure_compile_time_eval)
+    prices: list[int] = []
+
+    def priced(*args: Any) -> None:
+        for _, leaf in wire.named_leaves(traced(*args)[0]):
+            known = wire.is_packet(leaf) and not isinstance(leaf.nbytes, jax.core.Tracer)
+            prices.append(int(leaf.nbytes) if known else wire.array_bytes(wire.unwrap(leaf)))
+
+    jax.eval_shape(priced, held, shared, own, x, y, root)
+    return sum(prices)
 
 
 class Spread(Protocol):

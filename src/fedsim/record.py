@@ -16,7 +16,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 CONFIG, ROUNDS, SUMMARY, TRAINED = "config.json", "rounds.jsonl", "summary.json", "trained.safetensors"
+CLIENTS = "clients.json"
 CHECKPOINTS = "checkpoints"  # folder of `fedsim.checkpoint.Checkpoints`
 PACKAGES = ("fedsim-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
@@ -68,6 +69,11 @@ class Run(NamedTuple):
             ) from None
         return pd.DataFrame([flat(line) for line in self.rounds])
 
+    def clients(self) -> list[dict[str, Any]]:
+        """Each client's own test, as docs/record.md says; none where the run held nothing out for them (`local_test`)."""
+        file = self.directory / CLIENTS
+        return read_json(file)["clients"] if file.exists() else []
+
     def predict(self, inputs: Any) -> list[str]:
         """Classes of new inputs, texts (a list of strings) or arrays (N, ...), by the run's final model.
 
@@ -80,9 +86,10 @@ class Run(NamedTuple):
 
 
 def flat(line: Round) -> dict[str, Any]:
-    """A round's line without its bytes per leaf, and with `validation_*` instead of the nested `validation`."""
-    kept = {k: v for k, v in line.items() if k not in (*LEAVES, "validation")}
+    """A round's line without its bytes per leaf, and with `validation_*`, `simulated_*` instead of the nested objects."""
+    kept = {k: v for k, v in line.items() if k not in (*LEAVES, "validation", "simulated")}
     seen = line["validation"] or {}
+    kept |= {f"simulated_{k}": v for k, v in (line.get("simulated") or {}).items()}
     return kept | {f"validation_{k}": seen.get(k, math.nan) for k in ("loss", "accuracy")}
 
 
@@ -311,13 +318,23 @@ def truncate(directory: Path, round: int) -> list[dict[str, Any]]:
 # --- its end
 
 
-def finish(directory: Path, result: Mapping[str, Any], parameters: Mapping[str, np.ndarray]) -> None:
-    """Writes `trained.safetensors` and then `summary.json`, each whole or not at all."""
+def finish(
+    directory: Path,
+    result: Mapping[str, Any],
+    parameters: Mapping[str, np.ndarray],
+    clients: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
+    """Writes `trained.safetensors`, `clients.json` where clients have tests of their own, and then `summary.json`.
+
+    Each is written whole or not at all.
+    """
     from safetensors.numpy import save
 
     arrays = {k: np.ascontiguousarray(v) for k, v in parameters.items()}
     # one entry: safetensors writes several in an order of chance, and equal runs are to give equal files
     write_bytes(directory / TRAINED, save(arrays, metadata={"fedsim_schema": str(SCHEMA)}))
+    if clients is not None:
+        write_json(directory / CLIENTS, {"schema": SCHEMA, "clients": clients})
     write_json(directory / SUMMARY, result)
 
 

@@ -76,7 +76,7 @@ def summary(
     Args:
         lines: all rounds.
         start: `validation` and `test`, each `{loss, accuracy, ...}` or None, before the first round.
-        final: the same of the final parameters.
+        final: the same of the final parameters, and `clients`, how their own tests ended, where they have any.
         full: `bytes_down`, `bytes_up` of one client in one round of full fine-tuning; `setup_bytes`, what all clients
             would be given once besides, is 0 if left out: there the first message brings the backbone.
         parameters: numbers of `trained` and `frozen` parameters.
@@ -98,7 +98,7 @@ def summary(
             "rounds": len(lines),
             "stopped": stopped,
             "start": {"validation": start.get("validation"), "test": start.get("test")},
-            "final": {"validation": final.get("validation"), "test": final.get("test")},
+            "final": {name: final.get(name) for name in ("validation", "test", "clients")},
             "best": best and {"round": best["round"], "accuracy": best["validation"]["accuracy"]},
             "bytes": sent,
             "full_fine_tuning_bytes": whole,
@@ -108,6 +108,7 @@ def summary(
             "clients": _sum(lines, "clients"),
             "examples": _sum(lines, "examples"),
             "nonfinite": _sum(lines, "nonfinite"),
+            "simulated": simulated(lines),
             "seconds": seconds,
             "seconds_in_rounds": _sum(lines, "seconds"),
             "compile_seconds": _sum(lines, "compile_seconds"),
@@ -115,6 +116,16 @@ def summary(
             "examples_per_second": _sum(lines, "examples") / steady if steady > 0 else None,
         }
     )
+
+
+def simulated(lines: Sequence[Round]) -> dict[str, Any] | None:
+    """Absence and simulated time of a whole run; None where every client took part and nothing took time."""
+    seen = [line["simulated"] for line in lines if line.get("simulated")]
+    if not seen:
+        return None
+    counts = {name: _sum(seen, name) for name in ("unavailable", "dropped", "late", "surplus")}
+    empty = sum(not line["reported"] for line in lines)
+    return {**counts, "empty_rounds": empty, "seconds": seen[-1]["total_seconds"]}
 
 
 def totals(up: int, down: int, setup: int) -> dict[str, int]:
@@ -215,6 +226,15 @@ def print_summary(
     )
     for text in said:
         out.print(text, soft_wrap=True)
+    for kind, found in (result["final"].get("clients") or {}).items():
+        if found["clients"]:
+            said_of = f"mean {found['mean']:.3f}, lowest tenth {found['deciles'][0]:.3f}, worst {found['worst']:.3f}"
+            clients = f"{found['clients']} client{'s' if found['clients'] > 1 else ''}"
+            out.print(f"Own tests of {clients}, {kind} model: {said_of}.", soft_wrap=True)
+    if (seen := result.get("simulated")) is not None:
+        took = "" if seen["seconds"] is None else f" Simulated time: {duration(seen['seconds'])}."
+        lost = ", ".join(f"{seen[name]} {name}" for name in ("unavailable", "dropped", "late", "surplus"))
+        out.print(f"Clients: {lost}; {seen['empty_rounds']} rounds without a reply.{took}", soft_wrap=True)
     if result["nonfinite"]:
         out.print(f"[yellow]{result['nonfinite']} replies were left out because they were not finite.[/yellow]")
 

@@ -19,15 +19,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedsim import build, plots, record, report, wire
+from fedsim import build, network, personal, plots, record, report, wire
 from fedsim.backbones.own import file_of, identity
 from fedsim.build import Phase, Problem, Trainer
 from fedsim.checkpoint import Checkpoints
 from fedsim.cohort import Cohort, Memory
-from fedsim.config import Config, Speed, main_job
-from fedsim.core import Population
+from fedsim.config import Config, Speed, invited, main_job
+from fedsim.core import Algorithm, Population
+from fedsim.data import require_given
 from fedsim.data.assets import cache_dir
-from fedsim.data.dataset import stream
+from fedsim.data.dataset import Source, stream
 from fedsim.data.show import draw as draw_partition
 from fedsim.programs import key_for
 from fedsim.progress import Progress
@@ -43,6 +44,7 @@ def run(
     resume: str | Path | None = None,
     quiet: bool = False,
     problem: Problem | None = None,
+    data: Source | None = None,
 ) -> record.Run:
     """Simulates `config` (default: the main job) and gives the finished run as its folder tells it.
 
@@ -51,6 +53,7 @@ def run(
         resume: folder of a stopped run to go on with, instead of `config`, `speed` and `out`.
         quiet: show no progress.
         problem: `build.problem` of a config with the same data and backbone, to share data and cached features.
+        data: `fedsim.arrays(x, y)` for `dataset="arrays"`; on resuming the same again.
 
     Raises:
         ValueError: an impossible option, data or weights that cannot be used, a folder that holds another run.
@@ -65,6 +68,8 @@ def run(
     else:
         config, speed = config or main_job(), speed or Speed()
         build.check(config, speed)
+        if problem is None:
+            require_given(config, data)
         record.refuse_used(out)
         build.fetch_missing(config)
         directory = None  # made when there is something to write, so that bad data leave no empty folder behind
@@ -76,7 +81,7 @@ def run(
         )
         if problem is None:
             progress.message("reading the data")
-            problem = build.problem(config, speed)
+            problem = build.problem(config, speed, data)
         problem = problem._replace(speed=speed)  # a shared one may have been made for another
         directory = directory or record.folder(out, config)
         stack.enter_context(record.lock(directory))
@@ -105,11 +110,12 @@ def simulate(
         record.start(directory, config, speed, facts | ({"backbone_hash": own} if own else {}))
 
     inputs = fingerprint(config, problem)
+    fleet = network.fleet(config)
 
     # --- where to start: round 0, or after the last good checkpoint
     phases = build.phases(config)
     round, stopped, elapsed = 0, "rounds", 0.0
-    totals, best, stale = {"up": 0, "down": 0}, -1.0, 0
+    totals, best, stale = {"up": 0, "down": 0, "simulated_seconds": 0.0}, -1.0, 0
     met: dict[int, int] = {}  # client -> the last round in which it was in the cohort
     start_scores: dict[str, Any] | None = None
     now: Current | None = None
@@ -151,19 +157,24 @@ def simulate(
             phase, trainer, server, memory = now
             algorithm, engine = trainer.algorithm, trainer.engine
             tick, compiled = time.perf_counter(), clock.seconds
-            ids = algorithm.select(
-                stream(config.seed, f"sample {round}"), server, Population(engine.population, config.clients_per_round)
-            )
-            cohort = Cohort(engine, ids, round, memory, met=met, lr=trainer.lr(round))
-            server, metrics = algorithm.round(key_for(engine.root, "server", round), engine.held, server, cohort)
-            metrics = cohort.fetch(metrics)
+            population = Population(engine.population, invited(config), network.reachable(fleet, round))
+            ids = algorithm.select(stream(config.seed, f"sample {round}"), server, population)
+            conditions = network.conditions(fleet, ids, round)
+            cohort = Cohort(engine, ids, round, memory, conditions, met=met, lr=trainer.lr(round))
+            key = key_for(engine.root, "server", round)
+            server, metrics = exchange_round(key, algorithm, server, cohort)
             jax.block_until_ready(server)
             down, up = cohort.traffic()
+            simulated = network.figures(conditions, [e.outcome for e in cohort.done], totals["simulated_seconds"])
             seconds = time.perf_counter() - tick
             compile_seconds = min(clock.seconds - compiled, seconds)
-            newcomers = int((cohort.last == 0).sum())
-            met.update(dict.fromkeys(cohort.ids.tolist(), round))
-            totals = {"up": totals["up"] + sum(up.values()), "down": totals["down"] + sum(down.values())}
+            newcomers = int((cohort.last[cohort.present] == 0).sum())
+            met.update(dict.fromkeys(cohort.ids[cohort.present].tolist(), round))
+            totals = {
+                "up": totals["up"] + sum(up.values()),
+                "down": totals["down"] + sum(down.values()),
+                "simulated_seconds": simulated["total_seconds"] or 0.0,
+            }
 
             scores = None
             if round % config.eval_every == 0 or round in (config.rounds, phase.last):
@@ -193,20 +204,24 @@ def simulate(
                 "setup_bytes": newcomers * setup_price(trainer),
                 "total_bytes_up": totals["up"],
                 "total_bytes_down": totals["down"],
-                "clients": len(ids),
+                "clients": int(cohort.present.sum()),
                 "reported": int(cohort.reports.sum()),
                 "nonfinite": int(sum(nonfinite)),
                 "examples": examples,
                 "seconds": seconds,
                 "compile_seconds": compile_seconds,
-                "clients_per_second": len(ids) / steady,
+                "clients_per_second": int(cohort.present.sum()) / steady,
                 "examples_per_second": examples / steady,
-                "lane_occupancy": float(np.mean([e.occupancy[0] for e in cohort.done])),
-                "row_occupancy": float(np.mean([e.occupancy[1] for e in cohort.done])),
+                "lane_occupancy": float(np.mean([e.occupancy[0] for e in cohort.done] or [0.0])),
+                "row_occupancy": float(np.mean([e.occupancy[1] for e in cohort.done] or [0.0])),
+                "simulated": None if config.reliable else simulated,
             }
             record.append(directory, line)
             lines.append(line)
             progress.update(line)
+            if not line["reported"]:
+                kept = "" if algorithm.runs_empty else "; the server stays as it was"
+                progress.message(f"round {round}: nobody reported{kept}")
             asked = interrupted()
             if asked or stopped != "rounds" or round == config.rounds or round % speed.checkpoint_every == 0:
                 rows, memory_ids = memory.state()
@@ -237,6 +252,9 @@ def simulate(
         "validation": lines[-1]["validation"] or trainer.validate(now.server),
         "test": trainer.test(now.server),
     }
+    clients = personal.local_scores(problem, trainer, now.server, now.memory)
+    if clients is not None:
+        final["clients"] = clients.summary()
     whole = build.full_bytes(trainer.model)
     summary = report.summary(
         lines,
@@ -251,10 +269,20 @@ def simulate(
         stopped=stopped,
     )
     checkpoints.wait()
-    record.finish(directory, summary, now.parameters())
+    record.finish(directory, summary, now.parameters(), None if clients is None else clients.rows())
     plots.save([record.load(directory)], directory)
     draw_partition(config, problem.dataset, problem.partition, directory / "partition.png")
     progress.message("done")
+
+
+def exchange_round(key: jax.Array, algorithm: Algorithm, server: Any, cohort: Cohort) -> tuple[Any, dict[str, Any]]:
+    """The algorithm's round: the new server, and metrics on the host. Where nobody reports, the server as it was."""
+    if not cohort.present.any() and not algorithm.runs_empty:
+        return server, {}
+    new, metrics = algorithm.round(key, cohort.engine.held, server, cohort)
+    if cohort.reports.any() or algorithm.runs_empty:
+        return new, cohort.fetch(metrics)
+    return server, {}
 
 
 class Current(NamedTuple):
@@ -299,13 +327,20 @@ def expected(config: Config, trainer: Trainer, inputs: str) -> dict[str, Any]:
 
 
 def fingerprint(config: Config, problem: Problem) -> str:
-    """A hash of examples, partition and, where they are files, algorithm and backbone: edited ones are noticed on resuming."""
+    """A hash of examples, partition and, where they are files, algorithm, backbone, network: edits are noticed on resuming."""
     data, owned = problem.dataset, problem.partition
     digest = hashlib.sha256()
-    for part in (*jax.tree.leaves(data.x), data.y, data.train, data.validation, data.test, owned.rows, owned.offsets):
+    for part in (
+        *jax.tree.leaves(data.x),
+        data.y,
+        data.train,
+        data.validation,
+        data.test,
+        *owned,
+        *(problem.local_test or ()),
+    ):
         digest.update(np.ascontiguousarray(part).view(np.uint8).data)
-    for named in (config.algorithm, config.backbone):
-        file = file_of(named)
+    for file in (file_of(config.algorithm), file_of(config.backbone), *network.files(config)):
         digest.update(file.read_bytes() if file.is_file() else b"")
     digest.update((identity(config.backbone) or "").encode())
     return digest.hexdigest()[:16]

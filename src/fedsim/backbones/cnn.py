@@ -24,6 +24,7 @@ class CnnConfig:
     channels: tuple[int, int] = (32, 64)
     dense: int = 128
     resize: int | None = None
+    interpolation: str = "bilinear"
     matmul: bool = True
     """Convolutions as matmuls over patches: faster on CPUs where every client has its own kernels."""
 
@@ -34,7 +35,7 @@ class Cnn(nnx.Module):
     def __init__(self, c: CnnConfig, classes: int, input_shape: Shape | None = None, *, rngs: nnx.Rngs) -> None:
         input_shape = input_shape or (28, 28, 1)
         channels = input_shape[2] if len(input_shape) == 3 else 1
-        self.pixels = Pixels((0.0,) * channels, (1.0,) * channels, c.resize)
+        self.pixels = Pixels((0.0,) * channels, (1.0,) * channels, c.resize, c.interpolation)
         height, width, _ = prepared_shape(input_shape, self.pixels)
         if min(height, width) < 6:
             raise ValueError(

@@ -20,7 +20,9 @@ class Pixels(NamedTuple):
     mean: tuple[float, ...] = HALF[0]
     std: tuple[float, ...] = HALF[1]
     resize: int | None = None
-    """Side to which images are resized first (bilinear, antialiased when smaller); None takes them as they are."""
+    """Side to which images are resized first (antialiased when smaller); None takes them as they are."""
+    interpolation: str = "bilinear"
+    """Or "bicubic" (Keys 1981, a = -0.5)."""
 
 
 HALF_PIXELS = Pixels()
@@ -31,14 +33,15 @@ def prepare(x: jax.Array, pixels: Pixels) -> jax.Array:
     """Images (B, H, W) or (B, H, W, C) -> float32 (B, H', W', channels).
 
     uint8 is divided by 255 and normalised by mean and standard deviation; float32 is taken as normalised already.
-    A single channel is repeated where the backbone wants more.
+    A single channel is repeated where the backbone wants more. docs/preprocessing.md compares resizing with Pillow's
+    and TensorFlow's. Bicubic values may lie a little outside of the range of bytes; they are kept.
     """
     channels = len(pixels.mean)
     x = x[..., None] if x.ndim == 3 else x
     raw = x.dtype == jnp.uint8
     x = x.astype(jnp.float32)
     if pixels.resize is not None and x.shape[1:3] != (pixels.resize, pixels.resize):
-        x = jax.image.resize(x, (x.shape[0], pixels.resize, pixels.resize, x.shape[-1]), "bilinear")
+        x = jax.image.resize(x, (x.shape[0], pixels.resize, pixels.resize, x.shape[-1]), pixels.interpolation)
     if x.shape[-1] == 1 and channels > 1:
         x = jnp.repeat(x, channels, axis=-1)
     if not raw:

@@ -23,6 +23,7 @@ class MlpConfig:
 
     hidden: tuple[int, ...] = (128, 64)
     resize: int | None = None
+    interpolation: str = "bilinear"
 
 
 class Mlp(nnx.Module):
@@ -34,7 +35,7 @@ class Mlp(nnx.Module):
         self.pixels: Pixels | None = None
         if c.resize is not None:
             channels = input_shape[2] if len(input_shape) == 3 else 1
-            self.pixels = Pixels((0.0,) * channels, (1.0,) * channels, c.resize)
+            self.pixels = Pixels((0.0,) * channels, (1.0,) * channels, c.resize, c.interpolation)
             input_shape = prepared_shape(input_shape, self.pixels)
         widths = (math.prod(input_shape), *c.hidden)
         self.layers = nnx.List([Linear(i, o, rngs=rngs) for i, o in itertools.pairwise(widths)])

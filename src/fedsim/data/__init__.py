@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 
 from fedsim.config import Config, nearest
 from fedsim.data import assets
-from fedsim.data.dataset import Dataset, Source, check, divide
+from fedsim.data.dataset import Columns, Dataset, Source, check, divide, unheld
 
-__all__ = ["Dataset", "Source", "load", "needed", "read"]
+__all__ = ["Dataset", "Source", "load", "needed", "read", "require_given"]
 
-PACKAGED = ("20newsgroups", "fashion_mnist", "elpv")
-FILES = (".csv", ".jsonl", ".npz")
+PACKAGED = ("20newsgroups", "fashion_mnist", "elpv", "digits")
+TABLES = (".csv", ".jsonl", ".parquet")
+FORMS = {
+    "tfds:NAME": "a set of TensorFlow Datasets, also NAME/CONFIG:VERSION, after fedsim data prepare tfds:NAME",
+    "hf:NAME": "a set of the Hugging Face hub, OWNER/NAME[:CONFIG], or a folder that save_to_disk wrote",
+    "FOLDER": "images by class: FOLDER/CLASS/*.png, or FOLDER/{train,validation,test}/CLASS/*.png",
+    "FILE": "texts: .csv, .jsonl, .parquet; arrays: .npz",
+    "arrays": "arrays in memory, in Python only: fedsim.run(config, data=fedsim.arrays(x, y))",
+}
 
 
 def needed(config: Config) -> tuple[str, ...]:
@@ -21,58 +29,124 @@ def needed(config: Config) -> tuple[str, ...]:
     return (config.dataset,) if config.dataset in PACKAGED else ()
 
 
-def read(config: Config) -> Source:
+def require_given(config: Config, given: Source | None) -> None:
+    """Raises `ValueError` unless arrays are given for `dataset="arrays"`, and for nothing else."""
+    if config.dataset == "arrays" and given is None:
+        raise ValueError(
+            "Expected data=fedsim.arrays(x, y) for dataset='arrays'; give it to fedsim.run, also beside resume "
+            "(the command line has no arrays: write them by np.savez and name the .npz file)."
+        )
+    if config.dataset != "arrays" and given is not None:
+        raise ValueError(
+            f"Expected dataset='arrays' beside data=..., got {config.dataset!r}; set it, or leave out data."
+        )
+
+
+def read(config: Config, given: Source | None = None) -> Source:
     """The config's data set as it was read, checked, texts not yet tokenised.
+
+    Args:
+        given: the set itself, from `fedsim.arrays`, for `dataset="arrays"`.
 
     Raises:
         ValueError: a set that is unknown, not fetched, not prepared, or that holds what cannot be used; a packaged one
             whose licence the config does not accept, even if it is in the cache.
     """
-    name = config.dataset
+    require_given(config, given)
+    name, side = config.dataset, config.image_store
+    columns = Columns(config.text_column, config.label_column, config.client_column, config.domain_column)
     file = Path(name).expanduser()
-    if name in PACKAGED:
-        assets.require_accepted([name], config.accept_licence)
-        source = _packaged(name)
-    elif name.startswith("tfds:"):
+    suffix = file.suffix.lower()
+    if name.startswith("tfds:"):
         from fedsim.data.tfds import read_tfds
 
-        source = read_tfds(name.removeprefix("tfds:"), config.data_dir, config.text_column, config.label_column)
-    elif file.suffix.lower() in FILES:
-        from fedsim.data.tables import read_arrays, read_table
+        source = read_tfds(name.removeprefix("tfds:"), config.data_dir, columns, side)
+    elif name.startswith("hf:"):
+        from fedsim.data.hugging_face import read_hugging_face
 
-        if file.suffix.lower() == ".npz":
-            source = read_arrays(file)
-        else:
-            source = read_table(file, config.text_column, config.label_column)
+        source = read_hugging_face(name.removeprefix("hf:"), columns, side)
+    elif name not in PACKAGED and suffix in TABLES:
+        from fedsim.data.tables import read_table
+
+        source = read_table(file, columns)
+    elif name not in PACKAGED and suffix == ".npz":
+        from fedsim.data.arrays import read_arrays
+
+        source = read_arrays(file, columns)
     else:
-        raise ValueError(
-            f"Expected dataset={name!r} to be one of {', '.join(PACKAGED)}, tfds:NAME, or a file that ends in "
-            f"{', '.join(FILES)}{nearest(name, PACKAGED)}."
-        )
+        _refuse_columns(config, columns)
+        source = given if given is not None else _without_columns(name, file, side, config.accept_licence)
+    if side is not None:
+        source = _resized(source, side)
     check(source)
     return source
 
 
-def load(config: Config, tokenizer_file: Path | None) -> Dataset:
+def _without_columns(name: str, file: Path, side: int | None, accepted: str | None) -> Source:
+    """A packaged set, or a folder of images."""
+    if name in PACKAGED:
+        assets.require_accepted([name], accepted)
+        return _packaged(name)
+    if file.is_dir():
+        from fedsim.data.folder import read_folder
+
+        return read_folder(file, side)
+    beside = [str(file.parent / p.name) for p in file.parent.iterdir() if p.is_dir()] if file.parent.is_dir() else []
+    raise ValueError(
+        f"Expected dataset={name!r} to be one of {', '.join(PACKAGED)}, tfds:NAME, hf:NAME, arrays, a folder of images by "
+        f"class, or a file that ends in {', '.join((*TABLES, '.npz'))}{nearest(name, (*PACKAGED, 'arrays', *beside))}."
+    )
+
+
+def _refuse_columns(config: Config, columns: Columns) -> None:
+    for key, column in columns.natural.items():
+        raise ValueError(
+            f"Expected no {key}_column={column!r} for dataset={config.dataset!r}, which has no columns to name; leave it out"
+            f"{f', and give {key}= to fedsim.arrays' if config.dataset == 'arrays' else ''}."
+        )
+
+
+def _resized(source: Source, side: int) -> Source:
+    """The set with its images at the side; those that their reader has resized already stay as they are."""
+    from fedsim.data.pixels import all_resized
+
+    if source.kind != "image" or not isinstance(source.x, np.ndarray):
+        raise ValueError(
+            f"Expected image_store={side} for a set of images, not {source.kind} as in {source.name}; leave it out."
+        )
+    return source._replace(x=all_resized(source.x, side))
+
+
+def load(config: Config, tokenizer_file: Path | None, given: Source | None = None) -> Dataset:
     """The config's data set, tokenised and with distinct train, validation and test rows.
 
     Own splits are kept. Where they are missing, a fifth of the rows becomes test, then the share `config.validation`
     of the training rows becomes validation, and last `config.examples` training rows are kept, all drawn by seed.
+    Warns where a class is tested that no training row has.
 
     Raises:
         ValueError: as `read`; texts without a tokenizer; splits that would be empty.
     """
-    source = read(config)
+    source = read(config, given)
     train, validation, test = divide(
         source.splits, validation=config.validation, examples=config.examples, seed=config.seed
     )
+    tested = source.y[np.concatenate([validation, test])]
+    missing = np.intersect1d(unheld(source.y, train, len(source.classes)), tested)
+    if len(missing):
+        named = ", ".join(source.classes[c] for c in missing[:5]) + (" ..." if len(missing) > 5 else "")
+        warnings.warn(
+            f"{source.name}: {len(missing)} of {len(source.classes)} classes are in validation or test and have no training "
+            f"example ({named}); nobody can learn them.",
+            stacklevel=2,
+        )
     x = _arrays(source, tokenizer_file, config)
     # Rows that nobody uses (`examples`) are left out, so that no cached feature is computed for them.
     used = np.sort(np.concatenate([train, validation, test]))
     train, validation, test = (np.searchsorted(used, rows) for rows in (train, validation, test))
     return Dataset(
         source.name,
-        x[used],
+        x if len(used) == len(x) else x[used],  # no second copy of a large set
         source.y[used],
         train,
         validation,
@@ -87,7 +161,8 @@ def load(config: Config, tokenizer_file: Path | None) -> Dataset:
 def _packaged(name: str) -> Source:
     from fedsim.data import images, text
 
-    return {"20newsgroups": text.newsgroups, "fashion_mnist": images.fashion_mnist, "elpv": images.elpv}[name]()
+    readers = {"fashion_mnist": images.fashion_mnist, "elpv": images.elpv, "digits": images.digits}
+    return {**readers, "20newsgroups": text.newsgroups}[name]()
 
 
 def _arrays(source: Source, tokenizer_file: Path | None, config: Config) -> np.ndarray:

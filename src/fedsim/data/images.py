@@ -1,4 +1,4 @@
-"""Packaged image sets: Fashion-MNIST from its idx files, ELPV out of its archive, both grey."""
+"""Packaged image sets, all grey: Fashion-MNIST from its idx files, ELPV out of its archive, digits from a table."""
 
 from __future__ import annotations
 
@@ -97,4 +97,36 @@ def elpv() -> Source:
         kind="image",
         licence=asset.licence,
         natural={"domain": np.asarray(domains)},
+    )
+
+
+def digits() -> Source:
+    """scikit-learn's digits from the fetched asset: 1,797 grey images (N, 8, 8, 1) uint8 of 10 classes.
+
+    The file's values 0 to 16 (blocks of 4 x 4 black and white pixels, counted) become `value * 255 // 16`.
+
+    Raises:
+        ValueError: the asset is not in the cache, or its file is not what it should be.
+    """
+    asset = assets.ASSETS["digits"]
+    file = assets.path(asset.name) / "digits.csv.gz"
+    try:
+        rows = np.loadtxt(io.BytesIO(gzip.decompress(file.read_bytes())), delimiter=",", dtype=np.float64).astype(
+            np.int64
+        )
+        if rows.ndim != 2 or rows.shape[1] != 65 or rows[:, :64].min() < 0 or rows[:, :64].max() > 16:
+            raise ValueError(f"it has shape {rows.shape}")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(
+            f"Expected {file} to be gzipped rows of 64 pixels from 0 to 16 and a label ({error}); delete {file.parent} and "
+            "fetch again."
+        ) from error
+    return Source(
+        name=asset.name,
+        x=(rows[:, :64] * 255 // 16).astype(np.uint8).reshape(-1, 8, 8, 1),
+        y=rows[:, 64].astype(np.int32),
+        splits={"train": np.arange(len(rows))},
+        classes=tuple(map(str, range(10))),
+        kind="image",
+        licence=asset.licence,
     )

@@ -12,8 +12,8 @@ from rich.table import Table
 from fedsim import data
 from fedsim.config import Config
 from fedsim.data import assets
-from fedsim.data.dataset import Dataset, divide
-from fedsim.data.partition import Partition, make
+from fedsim.data.dataset import Dataset, divide, unheld
+from fedsim.data.partition import Partition, make, split_local
 
 _COLUMNS = 400  # clients that a picture can tell apart
 
@@ -50,6 +50,21 @@ def data_list() -> None:
         cached = "yes" if assets.is_fetched(asset.name) else "no"
         table.add_row(asset.name, asset.kind, f"{asset.size / 1e6:.0f}", cached, asset.what, asset.licence)
     Console().print(table)
+
+
+def data_prepare(name: str, data_dir: str | None = None) -> Path:
+    """Prepares a TFDS set, `tfds:NAME`, for runs without TensorFlow, prints where it is and returns that folder.
+
+    Raises:
+        ValueError: another name, no TensorFlow, a set that TFDS cannot download or write.
+    """
+    from fedsim.data.tfds import prepare
+
+    if not name.removeprefix("tfds:") or not name.startswith("tfds:"):
+        raise ValueError(f"Expected {name!r} to be tfds:NAME; other sets need no preparation.")
+    folder = prepare(name.removeprefix("tfds:"), data_dir)
+    print(f"{name}: in {folder}")
+    return folder
 
 
 def data_show(config: Config, out: Path | None = None) -> Path:
@@ -97,18 +112,28 @@ def summary(config: Config, dataset: Dataset, partition: Partition) -> Table:
     table.add_row("validation", f"{len(dataset.validation):,} examples, for every choice")
     table.add_row("test", f"{len(dataset.test):,} examples, read once at the end")
     table.add_row("classes", f"{len(dataset.classes)}: {classes}")
+    if len(missing := unheld(dataset.y, dataset.train, len(dataset.classes))):
+        named = ", ".join(dataset.classes[c] for c in missing[:5]) + (" ..." if len(missing) > 5 else "")
+        table.add_row("classes not held", f"{len(missing)} have no training example: {named}")
     table.add_row("clients", f"{partition.clients:,}, {int((sizes == 0).sum()):,} of them empty")
     for key, values in dataset.natural.items():
-        held_by = [(str(value), int((values[dataset.train] == value).sum())) for value in np.unique(values)[:8]]
-        table.add_row(key, ", ".join(f"{value}: {count:,} training examples" for value, count in held_by))
-    table.add_row("examples a client", f"smallest {sizes.min()}, median {np.median(sizes):g}, largest {sizes.max()}")
+        table.add_row(f"natural key {key}", _values(values[dataset.train]))
+    if len(partition.rows) < len(dataset.train):
+        left_out = len(dataset.train) - len(partition.rows)
+        table.add_row(
+            "left out", f"{left_out:,} training examples of {config.partition} clients that are not among these"
+        )
+    table.add_row("examples a client", _spread(sizes))
+    _, local_test = split_local(partition, config.local_test)
+    if local_test is not None:
+        table.add_row("of them held out", f"{_spread(local_test.sizes)} (local_test={config.local_test:g})")
     held = classes_held(dataset, partition)
     table.add_row("classes a client", f"fewest {held.min()}, median {np.median(held):g}, most {held.max()}")
     table.add_row("licence", dataset.licence)
     return table
 
 
-def draw(config: Config, dataset: Dataset, partition: Partition, out: Path) -> None:
+def draw(config: Config, dataset: Dataset, partition: Partition, out: Path, dpi: int = 150) -> None:
     """Draws the partition as a PNG: above the clients' sizes, below their examples of each class."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.figure import Figure
@@ -120,7 +145,7 @@ def draw(config: Config, dataset: Dataset, partition: Partition, out: Path) -> N
     sizes, n = partition.sizes, len(shown)
     classes = len(dataset.classes)
     height = float(np.clip(0.24 * classes, 1.6, 9.0))
-    figure = Figure(figsize=(11, 2.9 + height), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1), dpi=150)
+    figure = Figure(figsize=(11, 2.9 + height), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1), dpi=dpi)
     bars, heat = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, height])
 
     bars.bar(np.arange(n), sizes[shown], width=1.0 if n > 150 else 0.8, color="#3b6ea5")
@@ -164,7 +189,22 @@ def draw(config: Config, dataset: Dataset, partition: Partition, out: Path) -> N
     heat.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     heat.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{shown[int(x)]:,}" if 0 <= x < n else ""))
     every = "" if n == partition.clients else f" ({n} of {partition.clients:,} shown, evenly spaced)"
-    heat.set_xlabel(f"client{every}")
+    heat.set_xlabel(f"client{', each with one value of the natural key' * (config.partition == 'natural')}{every}")
+    if config.partition == "domain":
+        stretches = _stretches(dataset.natural["domain"], partition, shown)
+        for name, first, last in stretches:
+            heat.annotate(
+                _short(name) if len(stretches) <= 12 else "",
+                ((first + last) / 2, 1.0),
+                xytext=(0, 4),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
+            if first > 0:
+                for axes in (bars, heat):
+                    axes.axvline(first - 0.5, color="#c44e52", lw=1)
     bar = figure.colorbar(image, ax=heat, pad=0.01, fraction=0.03)
     bar.set_label("examples of the class (white: none)")
     rounds = [d * 10**e for e in range(7) for d in (1, 2, 5) if d * 10**e <= max(2.0, table.max())]
@@ -195,12 +235,40 @@ def _shown(clients: int) -> np.ndarray:
     return np.arange(_COLUMNS, dtype=np.int64) * clients // _COLUMNS
 
 
+def _stretches(keys: np.ndarray, partition: Partition, shown: np.ndarray) -> list[tuple[str, int, int]]:
+    """(key, first column, last column) of neighbouring clients with one key; `keys` are those of the set's rows."""
+    columns = [i for i, client in enumerate(shown) if partition.sizes[client]]
+    names = [str(keys[partition.client(int(shown[i]))[0]]) for i in columns]
+    starts = [k for k in range(len(names)) if k == 0 or names[k] != names[k - 1]]
+    ends = [*(k - 1 for k in starts[1:]), len(names) - 1]
+    return [(names[a], columns[a], columns[b]) for a, b in zip(starts, ends, strict=True)]
+
+
 def _law(config: Config) -> str:
-    if config.partition == "iid":
-        return "iid"
-    if config.partition == "domain":
-        return "each client in one domain"
-    return f"Dirichlet(alpha = {config.alpha:g}), at least {config.min_size} each"
+    """The partition in words, with the options that shape it."""
+    least = f", at least {config.min_size} each"
+    return {
+        "iid": "iid",
+        "dirichlet": f"Dirichlet(alpha = {config.alpha:g}){least}",
+        "dirichlet_balanced": f"equal sizes, Dirichlet(alpha = {config.alpha:g} x prior)",
+        "dirichlet_pfllib": f"PFLlib's Dirichlet(alpha = {config.alpha:g}){least}",
+        "shards": f"{config.classes_per_client} shards of one class each",
+        "quantity": f"sizes {config.size_law}{least}",
+        "natural": f"by the natural key client{least}",
+        "domain": "each client in one domain",
+    }[config.partition]
+
+
+def _values(values: np.ndarray) -> str:
+    """The values of a natural key with their numbers of rows: all of a few, the largest of many."""
+    names, counts = np.unique(values, return_counts=True)
+    shown = np.arange(len(names)) if len(names) <= 8 else np.argsort(-counts, kind="stable")[:4]
+    told = ", ".join(f"{names[i]}: {counts[i]:,} training examples" for i in shown)
+    return told if len(names) <= 8 else f"{len(names):,} values; {told}, ..."
+
+
+def _spread(sizes: np.ndarray) -> str:
+    return f"smallest {sizes.min():,}, median {np.median(sizes):g}, largest {sizes.max():,}"
 
 
 def _short(name: str) -> str:

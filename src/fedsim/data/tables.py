@@ -1,4 +1,4 @@
-"""Users' own files: texts as CSV or JSON lines, arrays as .npz."""
+"""Users' own tables of texts: CSV, JSON lines, Parquet."""
 
 from __future__ import annotations
 
@@ -13,31 +13,36 @@ from typing import Any
 import numpy as np
 
 from fedsim.config import nearest
-from fedsim.data.dataset import SPLITS, Source, class_ids
+from fedsim.data.dataset import SPLIT_WORDS, SPLITS, Columns, Source, class_ids, natural_key
 
-_SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"}
-_SPLIT_WORDS |= {"val": "validation", "dev": "validation", "test": "test"}
 _LICENCE = "your own file"
 
 Row = tuple[str, dict[str, Any]]  # where ("reviews.csv line 7") and the values by column
 
 
-def read_table(file: Path, text_column: str, label_column: str) -> Source:
-    """Texts and labels of a .csv file with a header, or of a .jsonl file with an object a line.
+def read_table(file: Path, columns: Columns) -> Source:
+    """Texts and labels of a .csv file with a header, a .jsonl file with an object a line, or a .parquet file.
 
     Labels are strings or whole numbers; classes are the labels that occur, sorted. A column `split` with train,
     validation and test is used where it exists; without one, test and validation are drawn by seed later.
 
     Raises:
-        ValueError: a file, column, line, text, label or split that cannot be used, with the file and the line.
+        ValueError: a file, column, line, text, label, client, domain or split that cannot be used, with file and line.
     """
-    rows = _csv_rows(file) if file.suffix.lower() == ".csv" else _jsonl_rows(file)
+    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
     texts: list[str] = []
     labels: list[str] = []
     splits: list[str] = []
-    for where, row in rows:
-        texts.append(_text(row, text_column, where))
-        labels.append(_label(row, label_column, where))
+    natural: dict[str, list[Any]] = {key: [] for key in columns.natural}
+    places: list[str] = []
+    for where, row in readers[file.suffix.lower()](file, columns):
+        columns.require(row, where)
+        texts.append(_text(row[columns.text], columns.text, where))
+        labels.append(_label(row[columns.label], columns.label, where))
+        for key, column in columns.natural.items():
+            natural[key].append(row[column])
+        if natural:
+            places.append(where)
         if ("split" in row) != (len(splits) == len(texts) - 1) and len(texts) > 1:
             raise ValueError(f"Expected a `split` in every row or in none, unlike {where}; complete or remove it.")
         if "split" in row:
@@ -45,47 +50,12 @@ def read_table(file: Path, text_column: str, label_column: str) -> Source:
     if not texts:
         raise ValueError(f"Expected at least one row in {file}; it has none.")
     y, classes = class_ids(labels)
-    return Source(file.name, texts, y, _split_rows(splits, len(texts), file), classes, "text", _LICENCE)
+    keys = {key: natural_key(values, key, places.__getitem__) for key, values in natural.items()}
+    return Source(file.name, texts, y, _split_rows(splits, len(texts), file), classes, "text", _LICENCE, natural=keys)
 
 
-def read_arrays(file: Path) -> Source:
-    """Arrays `x` (N, ...) and `y` (N,) of an .npz file.
-
-    `y` is whole numbers 0..C-1 or strings; `classes` (C,) names the numbers if it is there. `train`, `validation` and
-    `test` are arrays of row numbers, all optional but not without `train`. uint8 of 3 or 4 axes are images (a channel
-    axis is added to three), other whole numbers of 2 axes are token ids, everything else becomes float32.
-
-    Raises:
-        ValueError: a missing array, a dtype that cannot be used, or row numbers that overlap or do not exist.
-    """
-    try:
-        with np.load(_existing(file), allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # zip, header and pickle problems each have their own type
-        if isinstance(error, ValueError) and str(error).startswith("Expected"):
-            raise
-        raise ValueError(
-            f"Expected {file} to be an .npz file of plain arrays ({error}); write it by np.savez."
-        ) from error
-    for name in ("x", "y"):
-        if name not in arrays:
-            raise ValueError(
-                f"Expected an array `{name}` in {file}, got {sorted(arrays)}; write np.savez(file, x=x, y=y)."
-            )
-    x, kind = _inputs(arrays["x"], file)
-    y, classes = _targets(arrays["y"], arrays.get("classes"), file)
-    if len(x) != len(y):
-        raise ValueError(f"Expected as many rows in x as in y of {file}, got {len(x)} and {len(y)}.")
-    splits = {name: _row_numbers(arrays[name], name, len(y), file) for name in SPLITS if name in arrays}
-    if splits and "train" not in splits:
-        raise ValueError(f"Expected an array `train` beside {sorted(splits)} in {file}; add it or remove the others.")
-    used = np.concatenate(list(splits.values())) if splits else np.arange(0)
-    if len(np.unique(used)) < len(used):
-        raise ValueError(f"Expected each row number once in train, validation and test of {file}; remove the doubles.")
-    return Source(file.name, x, y, splits or {"train": np.arange(len(y))}, classes, kind, _LICENCE)
-
-
-def _existing(file: Path) -> Path:
+def existing(file: Path) -> Path:
+    """The file itself; raises `ValueError` with the nearest name beside it where there is none."""
     if not file.is_file():
         siblings = [f.name for f in file.parent.glob("*") if f.is_file()] if file.parent.is_dir() else []
         raise ValueError(f"Expected dataset={str(file)!r} to be an existing file{nearest(file.name, siblings)}.")
@@ -93,7 +63,7 @@ def _existing(file: Path) -> Path:
 
 
 def _decoded(file: Path) -> str:
-    data = _existing(file).read_bytes()
+    data = existing(file).read_bytes()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -103,7 +73,7 @@ def _decoded(file: Path) -> str:
         ) from None
 
 
-def _csv_rows(file: Path) -> Iterator[Row]:
+def _csv_rows(file: Path, columns: Columns) -> Iterator[Row]:
     limit = csv.field_size_limit(sys.maxsize)  # the module's own limit of 128 KiB is shorter than some texts
     try:
         reader = csv.reader(io.StringIO(_decoded(file), newline=""), strict=True)
@@ -133,7 +103,7 @@ def _csv_rows(file: Path) -> Iterator[Row]:
         csv.field_size_limit(limit)
 
 
-def _jsonl_rows(file: Path) -> Iterator[Row]:
+def _jsonl_rows(file: Path, columns: Columns) -> Iterator[Row]:
     for number, line in enumerate(_decoded(file).split("\n"), start=1):
         if not line.strip():
             continue
@@ -146,24 +116,34 @@ def _jsonl_rows(file: Path) -> Iterator[Row]:
         yield f"{file} line {number}", row
 
 
-def _value(row: dict[str, Any], column: str, option: str, where: str) -> Any:
-    if column not in row:
+def _parquet_rows(file: Path, columns: Columns) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
         raise ValueError(
-            f"Expected {option}={column!r} to be a column in {where}, among {', '.join(map(repr, row))}"
-            f"{nearest(column, row)}; set {option}."
-        )
-    return row[column]
+            f"Expected pyarrow to be installed for {file}; run pip install -e '.[parquet]', or write .jsonl."
+        ) from None
+    try:
+        opened = parquet.ParquetFile(existing(file))
+        known = opened.schema_arrow.names
+        columns.require(known, str(file))
+        wanted = dict.fromkeys([columns.text, columns.label, *columns.natural.values()])
+        number = 0
+        for batch in opened.iter_batches(columns=[*wanted, *(["split"] if "split" in known else [])]):
+            for row in batch.to_pylist():
+                yield f"{file} row {number}", row
+                number += 1
+    except (ArrowException, OSError) as error:  # no Parquet file, a damaged one, or types that are not read
+        raise ValueError(f"Expected {file} to be a readable Parquet file ({error}); write it again.") from error
 
 
-def _text(row: dict[str, Any], column: str, where: str) -> str:
-    value = _value(row, column, "text_column", where)
+def _text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"Expected a text in column {column!r} of {where}, got {value!r}; remove or fill the row.")
     return value
 
 
-def _label(row: dict[str, Any], column: str, where: str) -> str:
-    value = _value(row, column, "label_column", where)
+def _label(value: Any, column: str, where: str) -> str:
     if isinstance(value, (str, int)) and str(value).strip():
         return str(value).strip()
     raise ValueError(
@@ -174,9 +154,9 @@ def _label(row: dict[str, Any], column: str, where: str) -> str:
 
 def _split(row: dict[str, Any], where: str) -> str:
     word = str(row["split"]).strip().lower()
-    if word not in _SPLIT_WORDS:
+    if word not in SPLIT_WORDS:
         raise ValueError(f"Expected split={row['split']!r} in {where} to be train, validation or test; correct it.")
-    return _SPLIT_WORDS[word]
+    return SPLIT_WORDS[word]
 
 
 def _split_rows(splits: list[str], rows: int, file: Path) -> dict[str, np.ndarray]:
@@ -191,35 +171,3 @@ def _split_rows(splits: list[str], rows: int, file: Path) -> dict[str, np.ndarra
                 "add some, or remove the column `split` to have the splits drawn by seed."
             )
     return found
-
-
-def _inputs(x: np.ndarray, file: Path) -> tuple[np.ndarray, str]:
-    if x.ndim < 2:
-        raise ValueError(f"Expected x of {file} to have 2 axes or more, got shape {x.shape}; the first is the rows.")
-    if x.dtype == np.uint8 and x.ndim in (3, 4):
-        return (x if x.ndim == 4 else x[..., None]), "image"
-    if np.issubdtype(x.dtype, np.integer) and x.dtype != np.uint8 and x.ndim == 2:
-        return x.astype(np.int32), "text"
-    if np.issubdtype(x.dtype, np.floating) or np.issubdtype(x.dtype, np.integer):
-        return x.astype(np.float32), "array"
-    raise ValueError(f"Expected x of {file} to hold numbers, got {x.dtype}; write texts as .csv or .jsonl.")
-
-
-def _targets(y: np.ndarray, names: np.ndarray | None, file: Path) -> tuple[np.ndarray, tuple[str, ...]]:
-    if y.ndim != 1 or not (np.issubdtype(y.dtype, np.integer) or y.dtype.kind == "U") or not len(y):
-        raise ValueError(
-            f"Expected y of {file} to be a list of whole numbers or words, got {y.dtype} of shape {y.shape}."
-        )
-    if y.dtype.kind == "U":
-        return class_ids(y.tolist())
-    if names is not None:
-        return y.astype(np.int32), tuple(str(name) for name in names)
-    return y.astype(np.int32), tuple(str(i) for i in range(int(y.max()) + 1))
-
-
-def _row_numbers(rows: np.ndarray, name: str, total: int, file: Path) -> np.ndarray:
-    if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer) or not len(rows):
-        raise ValueError(f"Expected {name} of {file} to be a list of row numbers, got {rows.dtype} {rows.shape}.")
-    if rows.min() < 0 or rows.max() >= total:
-        raise ValueError(f"Expected 0 <= rows of {name} < {total} in {file}, got {rows.min()} to {rows.max()}.")
-    return rows.astype(np.int64)

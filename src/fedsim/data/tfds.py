@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedsim.config import nearest
-from fedsim.data.dataset import SPLITS, Source
+from fedsim.data.dataset import SPLITS, Columns, Source, class_ids, natural_key
+from fedsim.data.pixels import require_one_size, resized
+
+_BLOCK = 256  # decoded examples held beside the result: 50 MB of 256 x 256 images
+
+Inputs = tuple[np.ndarray | list[str], str]
 
 
-def read_tfds(name: str, data_dir: str | None, text_column: str, label_column: str) -> Source:
-    """A prepared TFDS set: its `image` feature, or else `text_column`, with the classes of `label_column`.
+def read_tfds(name: str, data_dir: str | None, columns: Columns, side: int | None = None) -> Source:
+    """A prepared TFDS set: its `image` feature, or else the text column, with the classes of the label column.
+
+    The splits train, validation and test are read, as far as the set has them; all other features are left out.
+
+    Args:
+        name: as TFDS takes it: `NAME`, `NAME/CONFIG`, `NAME/CONFIG:VERSION`.
+        data_dir: where TFDS looks for prepared sets; None is TFDS' own place.
+        columns: names of features.
+        side: resize images to this side while reading (`pixels.resized`); None leaves them as they are.
 
     Raises:
-        ValueError: the set is not prepared in the array_record format, a feature is missing, images differ in size.
+        ValueError: the set is not prepared in the array_record format, a feature is missing, images differ in size, a
+            label is neither a whole number nor a word.
     """
     import tensorflow_datasets as tfds
 
@@ -28,35 +45,78 @@ def read_tfds(name: str, data_dir: str | None, text_column: str, label_column: s
                 name, data_dir=data_dir, download=False, builder_kwargs={"file_format": "array_record"}
             )
         except Exception as error:  # unknown, unprepared and other formats each raise something else, KeyError included
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-            raise ValueError(_unprepared(name, data_dir, f"{type(error).__name__}: {reason}")) from error
+            raise ValueError(_unprepared(name, data_dir, _reason(error))) from error
     if not sources:  # the code of the set is known, its files are not there
         raise ValueError(_unprepared(name, data_dir, "no files found"))
     info = next(iter(sources.values())).dataset_info
     features = info.features
-    column = "image" if "image" in features else text_column
-    for option, wanted in (("text_column", column), ("label_column", label_column)):
-        if wanted not in features:
-            raise ValueError(
-                f"Expected {option}={wanted!r} to be a feature of tfds:{name}, among {', '.join(features)}"
-                f"{nearest(wanted, features)}; set {option}."
-            )
+    column = "image" if "image" in features else columns.text
+    columns.require(features, f"tfds:{name}", text=column)
     kept = [split for split in SPLITS if split in sources and len(sources[split])]
     if "train" not in kept:
         raise ValueError(f"Expected a split `train` in tfds:{name}, got {', '.join(sources)}; choose another set.")
-    inputs: list[Any] = []
-    labels: list[int] = []
-    splits = {}
-    for split in kept:
-        splits[split] = np.arange(len(labels), len(labels) + len(sources[split]))
-        with _quiet():
+    ends = np.cumsum([len(sources[split]) for split in kept])
+    splits = {split: np.arange(end - len(sources[split]), end) for split, end in zip(kept, ends, strict=True)}
+
+    def where(row: int) -> str:
+        split = next(split for split in kept if row <= splits[split][-1])
+        return f"row {row - splits[split][0]} of {split} of tfds:{name}"
+
+    labels: list[Any] = []
+    natural: dict[str, list[Any]] = {key: [] for key in columns.natural}
+
+    def inputs() -> Iterator[Any]:
+        for split in kept:
             for example in _examples(sources[split]):
-                inputs.append(example[column])
-                labels.append(int(example[label_column]))
-    names = getattr(features[label_column], "names", None) or [str(i) for i in range(max(labels) + 1)]
-    x, kind = _stacked(inputs, f"tfds:{name}")
+                labels.append(_label(example[columns.label], columns.label, where, len(labels)))
+                for key, feature in columns.natural.items():
+                    natural[key].append(example[feature])
+                yield example[column]
+
+    with _quiet():
+        x, kind = stacked(inputs(), int(ends[-1]), where, side)
+    names = getattr(features[columns.label], "names", None)
+    if isinstance(labels[0], str):
+        y, classes = class_ids(labels)
+    else:
+        y, classes = np.asarray(labels, np.int32), tuple(names or map(str, range(max(labels) + 1)))
+    keys = {key: natural_key(values, key, where) for key, values in natural.items()}
     licence = info.redistribution_info.license or "see the set's own page in TFDS"
-    return Source(f"tfds:{name}", x, np.asarray(labels, np.int32), splits, tuple(names), kind, licence)
+    return Source(f"tfds:{name}", x, y, splits, classes, kind, licence, natural=keys)
+
+
+def prepare(name: str, data_dir: str | None) -> Path:
+    """Downloads a set and writes it in the array_record format, by TFDS and TensorFlow; gives the set's folder.
+
+    What is prepared already is left alone.
+
+    Raises:
+        ValueError: TensorFlow is not installed, TFDS has no such set, or it cannot be downloaded; with the remedy.
+    """
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ValueError(
+            f"Expected TensorFlow to be installed for preparing tfds:{name}; run pip install -e '.[tfds-prepare]' (a run "
+            "itself needs no TensorFlow, so an environment of its own will do)."
+        )
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except Exception as error:  # an unknown name, a bad config or version, another format: each raises its own
+        known = tfds.list_builders(with_community_datasets=False)
+        raise ValueError(
+            f"Expected tfds:{name} to be a set that TFDS can write in the array_record format ({_reason(error)})"
+            f"{nearest(name.partition('/')[0], known)}; where a copy in another format is in the way, prepare into another "
+            "data_dir."
+        ) from error
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # of the network, of the disk, and of each set's own code
+        raise ValueError(
+            f"Expected TFDS to download and prepare tfds:{name} ({_reason(error)}). With a network: try again; sets that must "
+            "be downloaded by hand say on their TFDS page where to put them."
+        ) from error
+    return Path(builder.data_dir)
 
 
 @contextlib.contextmanager
@@ -73,34 +133,63 @@ def _quiet() -> Iterator[None]:
 
 def _examples(source: Any) -> Any:
     """The examples of a split, read in blocks: one call a block instead of one an example."""
-    for start in range(0, len(source), 1024):
-        yield from source.__getitems__(range(start, min(start + 1024, len(source))))
+    for start in range(0, len(source), _BLOCK):
+        yield from source.__getitems__(range(start, min(start + _BLOCK, len(source))))
 
 
-def _stacked(inputs: Sequence[Any], name: str) -> tuple[np.ndarray | list[str], str]:
-    """Texts as a list, images as (N, H, W, C) uint8, other arrays as float32 or int32; with their kind."""
-    first = inputs[0]
+def _label(value: Any, feature: str, where: Callable[[int], str], row: int) -> int | str:
+    if isinstance(value, (str, bytes)):
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    if np.ndim(value) == 0 and np.issubdtype(np.asarray(value).dtype, np.integer):
+        return int(value)
+    raise ValueError(
+        f"Expected feature {feature!r} to be one class (a whole number or a word) in {where(row)}, got "
+        f"{np.asarray(value).dtype} of shape {np.shape(value)}; set label_column to another feature."
+    )
+
+
+def stacked(inputs: Iterator[Any], count: int, where: Callable[[int], str], side: int | None) -> Inputs:
+    """`count` inputs, texts as a list, images as (N, H, W, C) uint8, other arrays as float32; with their kind.
+
+    Arrays are written into the result one by one, so that no second copy of the set is held.
+
+    Raises:
+        ValueError: inputs of different shapes; `where` names their rows.
+    """
+    first = next(inputs)
     if isinstance(first, (str, bytes)):
-        texts = [text.decode("utf-8", "replace") if isinstance(text, bytes) else text for text in inputs]
+        texts = [
+            text.decode("utf-8", "replace") if isinstance(text, bytes) else text for text in chain([first], inputs)
+        ]
         return texts, "text"
     first = np.asarray(first)
-    for row, value in enumerate(inputs):
-        if np.shape(value) != first.shape:
+    image = first.dtype == np.uint8 and first.ndim == 3
+    shape = (side, side, first.shape[-1]) if image and side else first.shape
+    out = np.empty((count, *shape), np.uint8 if image else np.float32)
+    for row, value in enumerate(chain([first], inputs)):
+        if image and side:
+            value = resized(value, side)
+        if image:
+            require_one_size(np.shape(value), shape, where(row), where(0))
+        elif np.shape(value) != shape:
             raise ValueError(
-                f"Expected inputs of one size in {name}, got {first.shape} and, in row {row}, {np.shape(value)}; "
-                "resize them to one size (another config of the set may have them so)."
+                f"Expected inputs of one shape, got {shape} in {where(0)} and {np.shape(value)} in {where(row)}; "
+                "choose another feature by text_column, or another config of the set."
             )
-    if first.dtype == np.uint8 and first.ndim == 3:
-        return np.stack(inputs), "image"
-    return np.stack(inputs).astype(np.float32), "array"
+        out[row] = value
+    return out, "image" if image else "array"
+
+
+def _reason(error: Exception) -> str:
+    """Type and first line of what a library raised."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0][:160]}"
 
 
 def _unprepared(name: str, data_dir: str | None, reason: str) -> str:
     folder = Path(data_dir).expanduser() if data_dir else Path("~/tensorflow_datasets").expanduser()
-    call = f"tfds.builder({name!r}, data_dir={str(folder)!r}, file_format='array_record').download_and_prepare()"
+    command = shlex.join(["fedsim", "data", "prepare", f"tfds:{name}", *(["--data-dir", data_dir] if data_dir else [])])
     return (
-        f"Expected dataset='tfds:{name}' to be prepared under {folder} in the array_record format "
-        f"({reason}). Prepare it once where TensorFlow is installed (`pip install tensorflow-cpu tensorflow-datasets`, "
-        f'in an environment of its own): `python -c "import tensorflow_datasets as tfds; {call}"`; '
-        "where a copy in another format is in the way, prepare into another data_dir."
+        f"Expected dataset='tfds:{name}' to be prepared under {folder} in the array_record format ({reason}). Prepare it "
+        f"once: `{command}` (needs TensorFlow: pip install -e '.[tfds-prepare]'); where a copy in another format is in the "
+        "way, prepare into another data_dir."
     )

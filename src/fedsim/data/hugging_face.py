@@ -1,0 +1,114 @@
+"""Sets of the Hugging Face hub, or written by `save_to_disk`, read by `datasets` where it is installed."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedsim.data.dataset import SPLIT_WORDS, SPLITS, Columns, Source, class_ids, natural_key
+from fedsim.data.pixels import stacked
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def read_hugging_face(name: str, columns: Columns, side: int | None = None) -> Source:
+    """A set of `datasets`: its `image` column, or else the text column, with the classes of the label column.
+
+    Args:
+        name: a folder that `save_to_disk` wrote, or a hub name, `OWNER/NAME` or `OWNER/NAME:CONFIG`.
+        columns: names of columns; a `text` column of images is decoded as well.
+        side: resize images to this side while reading (`pixels.resized`); None leaves them as they are.
+
+    Raises:
+        ValueError: `datasets` is not installed or cannot load the set, or a column, text or label cannot be used.
+    """
+    parts = _loaded(name)
+    features = parts["train"].features
+    column = "image" if "image" in features and type(features["image"]).__name__ == "Image" else columns.text
+    columns.require(features, f"hf:{name}", text=column)
+    ends = np.cumsum([len(part) for part in parts.values()])
+    splits = {split: np.arange(end - len(part), end) for (split, part), end in zip(parts.items(), ends, strict=True)}
+
+    def where(row: int) -> str:
+        split = next(split for split in parts if row <= splits[split][-1])
+        return f"row {row - splits[split][0]} of {split} of hf:{name}"
+
+    def whole(wanted: str) -> list[Any]:
+        return [value for part in parts.values() for value in part[wanted][:]]
+
+    y, classes = _classes(whole(columns.label), features[columns.label], columns.label, where)
+    if type(features[column]).__name__ == "Image":
+        x, kind = _images(parts, splits, column, where, side), "image"
+    else:
+        x, kind = whole(column), "text"
+        for row, text in enumerate(x):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(
+                    f"Expected an image or a text in column {column!r} of {where(row)}, got {type(text).__name__} "
+                    f"{str(text)[:40]!r}; set text_column, or filter the row out."
+                )
+    natural = {key: natural_key(whole(wanted), key, where) for key, wanted in columns.natural.items()}
+    licence = parts["train"].info.license or "see the set's own card on the hub"
+    return Source(f"hf:{name}", x, y, splits, classes, kind, licence, natural=natural)
+
+
+def _loaded(name: str) -> dict[str, Any]:
+    """The parts train, validation and test of the set, as far as it has them; one part without a name is train."""
+    try:
+        import datasets  # pyrefly: ignore[missing-import]
+    except ImportError:
+        raise ValueError(
+            f"Expected `datasets` to be installed for dataset='hf:{name}'; run pip install -e '.[hf]'."
+        ) from None
+    folder = Path(name).expanduser()
+    try:
+        if folder.is_dir():
+            found: Any = datasets.load_from_disk(str(folder))
+        else:
+            repository, _, config = name.partition(":")
+            found = datasets.load_dataset(repository, config or None)
+    except Exception as error:  # of the network, of the hub, and of each set's own code
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(
+            f"Expected dataset='hf:{name}' to be a folder that save_to_disk wrote, or a set that datasets.load_dataset "
+            f"finds ({type(error).__name__}: {reason}); check name, config (hf:OWNER/NAME:CONFIG) and network."
+        ) from error
+    parts = {"train": found} if not hasattr(found, "keys") else {SPLIT_WORDS.get(k): found[k] for k in found}
+    kept = {split: parts[split] for split in SPLITS if split in parts and len(parts[split])}
+    if "train" not in kept:
+        raise ValueError(f"Expected a split `train` in hf:{name}, got {', '.join(found)}; choose another set.")
+    return kept
+
+
+def _classes(labels: list[Any], feature: Any, column: str, where: Any) -> tuple[np.ndarray, tuple[str, ...]]:
+    for row, label in enumerate(labels):
+        if not isinstance(label, (int, str)) or (isinstance(label, str) and not label.strip()):
+            raise ValueError(
+                f"Expected a label (a word or a whole number) in column {column!r} of {where(row)}, got {label!r}; "
+                "set label_column, or filter the row out."
+            )
+    names = getattr(feature, "names", None)
+    return (
+        (np.asarray(labels, np.int32), tuple(names)) if names else class_ids([str(label).strip() for label in labels])
+    )
+
+
+def _images(
+    parts: dict[str, Any], splits: dict[str, np.ndarray], column: str, where: Any, side: int | None
+) -> np.ndarray:
+    import datasets  # pyrefly: ignore[missing-import]
+    from PIL import Image
+
+    encoded = {split: part.cast_column(column, datasets.Image(decode=False)) for split, part in parts.items()}
+    starts = [(split, int(rows[0])) for split, rows in splits.items()]
+
+    def opened(row: int) -> Image.Image:
+        split, start = next((s, first) for s, first in reversed(starts) if row >= first)
+        value = encoded[split][row - start][column]
+        return Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
+
+    return stacked(sum(map(len, parts.values())), opened, where, side)

@@ -1,0 +1,81 @@
+"""Which client owns which rows: pure functions from rows, labels or keys and a seed to index arrays (docs/partitions.md)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedsim.config import Config
+from fedsim.data.dataset import Dataset
+from fedsim.data.partition.index import Partition, pooled, split_local
+from fedsim.data.partition.keys import domain, natural
+from fedsim.data.partition.labels import dirichlet, dirichlet_balanced, dirichlet_pfllib, shards
+from fedsim.data.partition.sizes import iid, quantity
+
+__all__ = [
+    "Partition",
+    "dirichlet",
+    "dirichlet_balanced",
+    "dirichlet_pfllib",
+    "domain",
+    "iid",
+    "make",
+    "natural",
+    "pooled",
+    "quantity",
+    "shards",
+    "split_local",
+]
+
+
+def make(config: Config, dataset: Dataset) -> Partition:
+    """The partition of the training rows that the config asks for; its local test sets are not cut off yet.
+
+    Raises:
+        ValueError: a natural key that the set has not, a client that would have fewer examples than `min_size`, or what
+            the law itself cannot do.
+    """
+    c, rows = config, dataset.train
+    labels = dataset.y[rows]
+    if c.clients > len(rows) and c.min_size > 0 and c.partition != "natural":
+        raise ValueError(
+            f"Expected clients={c.clients} <= {len(rows)} training examples; lower it, or set min_size=0 to allow "
+            "empty clients."
+        )
+    match c.partition:
+        case "iid":
+            made = iid(rows, c.clients, c.seed)
+        case "dirichlet":
+            made = dirichlet(rows, labels, c.clients, c.alpha, c.min_size, c.seed)
+        case "dirichlet_balanced":
+            made = dirichlet_balanced(rows, labels, c.clients, c.alpha, c.seed)
+        case "dirichlet_pfllib":
+            made = dirichlet_pfllib(rows, labels, c.clients, c.alpha, c.min_size, c.seed)
+        case "shards":
+            made = shards(rows, labels, c.clients, c.classes_per_client, c.seed)
+        case "quantity":
+            made = quantity(rows, c.clients, c.size_law, c.min_size, c.seed)
+        case "natural":
+            made = natural(rows, _key(c, dataset, "client")[rows], c.clients, c.min_size, c.seed)
+        case "domain":
+            made = domain(rows, _key(c, dataset, "domain")[rows], c.clients, c.seed)
+    smallest = int(made.sizes.argmin())
+    if made.sizes[smallest] < c.min_size:
+        raise ValueError(
+            f"Expected min_size={c.min_size} <= {made.sizes[smallest]}, the examples of client {smallest} of "
+            f"partition={c.partition} ({len(rows)} on clients={c.clients}); lower min_size (0 allows empty clients) or clients."
+        )
+    return made
+
+
+def _key(config: Config, dataset: Dataset, name: str) -> np.ndarray:
+    """The natural key of all rows of the data set, (N,); raises `ValueError` where the set has none of that name."""
+    if name not in dataset.natural:
+        remedy = {
+            "client": "name the column that says whose example it is with client_column, or choose another partition.",
+            "domain": "choose dirichlet or iid, or a set with domains such as elpv.",
+        }
+        raise ValueError(
+            f"Expected partition={config.partition!r} on a data set with the natural key `{name}`, which {dataset.name} "
+            f"has not; {remedy[name]}"
+        )
+    return dataset.natural[name]

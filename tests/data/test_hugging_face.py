@@ -1,0 +1,101 @@
+"""Sets of Hugging Face `datasets`, written by its own `save_to_disk`; skipped where it is not installed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedsim import data
+from fedsim.config import Config
+from fedsim.data.dataset import Columns
+from fedsim.data.hugging_face import read_hugging_face
+
+REASON = "needs pip install -e '.[hf]'"
+
+
+def saved(folder: Path, parts: dict[str, dict[str, list[Any]]] | dict[str, list[Any]], **features: Any) -> str:
+    """Writes one split, or several by name, with features for some of the columns."""
+    datasets = pytest.importorskip("datasets", reason=REASON)
+
+    def one(columns: dict[str, list[Any]]) -> Any:
+        made = datasets.Dataset.from_dict(columns)
+        return made.cast(datasets.Features({**made.features, **features})) if features else made
+
+    several = isinstance(next(iter(parts.values())), dict)
+    made = datasets.DatasetDict({k: one(v) for k, v in parts.items()}) if several else one(parts)
+    made.save_to_disk(str(folder / "set"))
+    return str(folder / "set")
+
+
+def test_texts_splits_and_class_names(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason=REASON)
+    parts = {"train": {"text": ["a", "b", "c"], "label": [1, 0, 1], "who": ["x", "y", "x"]},
+             "test": {"text": ["d"], "label": [0], "who": ["z"]},
+             "unsupervised": {"text": ["e"], "label": [0], "who": ["z"]}}  # fmt: skip
+    folder = saved(tmp_path, parts, label=datasets.ClassLabel(names=["neg", "pos", "neutral"]))
+    source = data.read(Config(dataset=f"hf:{folder}", client_column="who"))
+    assert source.x == ["a", "b", "c", "d"] and source.y.tolist() == [1, 0, 1, 0] and source.kind == "text"
+    assert source.classes == ("neg", "pos", "neutral") and source.natural["client"].tolist() == ["x", "y", "x", "z"]
+    assert {k: v.tolist() for k, v in source.splits.items()} == {"train": [0, 1, 2], "test": [3]}
+
+
+def test_images(tmp_path: Path) -> None:
+    """Decoded from what is stored; without a split all of it is train, and labels without names are sorted."""
+    datasets = pytest.importorskip("datasets", reason=REASON)
+    from PIL import Image
+
+    images = np.random.default_rng(0).integers(0, 256, (6, 5, 5, 3), np.uint8)
+    columns = {"image": [Image.fromarray(image) for image in images], "label": ["b", "a"] * 3}
+    folder = saved(tmp_path, columns, image=datasets.Image())
+    source = read_hugging_face(folder, Columns())
+    assert isinstance(source.x, np.ndarray) and np.array_equal(source.x, images) and source.kind == "image"
+    assert source.classes == ("a", "b") and list(source.splits) == ["train"]
+    columns["image"][4] = Image.fromarray(images[0, :4])
+    folder = saved(tmp_path / "mixed", columns, image=datasets.Image())
+    with pytest.raises(
+        ValueError, match=r"got \(5, 5\) in row 0 of train of hf:.* and \(5, 4\) in row 4 of train .*image_store"
+    ):
+        read_hugging_face(folder, Columns())
+    assert np.shape(data.read(Config(dataset=f"hf:{folder}", image_store=4)).x) == (6, 4, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"texts": ["a"], "label": [0]}, r"text_column='text' .* in hf:.*; did you mean texts"),
+        ({"text": ["a", None], "label": [0, 1]}, r"an image or a text in column 'text' of row 1 of train of hf:"),
+        (
+            {"text": ["a", "b"], "label": [0.5, 1.5]},
+            r"a label .* in column 'label' of row 0 of train of hf:.*, got 0\.5",
+        ),
+        ({"text": ["a", "b"], "label": [0, None]}, r"a label .* of row 1 of train of hf:.*, got None"),
+    ],
+)
+def test_bad_sets_are_refused(tmp_path: Path, columns: dict[str, list[Any]], message: str) -> None:
+    folder = saved(tmp_path, columns)
+    with pytest.raises(ValueError, match=message):
+        read_hugging_face(folder, Columns())
+
+
+def test_an_unlabelled_test_split_is_refused(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason=REASON)
+    parts = {"train": {"text": ["a", "b"], "label": [0, 1]}, "test": {"text": ["c"], "label": [-1]}}
+    folder = saved(tmp_path, parts, label=datasets.ClassLabel(names=["no", "yes"]))
+    with pytest.raises(ValueError, match=r"0 <= label=-1 < 2 in row 2 of hf:"):
+        data.read(Config(dataset=f"hf:{folder}"))
+
+
+def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets", reason=REASON)
+    with pytest.raises(ValueError, match=r"dataset='hf:.*' to be a folder that save_to_disk wrote, or a set that"):
+        read_hugging_face(str(tmp_path), Columns())
+
+
+def test_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"Expected `datasets` to be installed .*pip install -e '\.\[hf\]'"):
+        data.read(Config(dataset="hf:someone/some_set"))
