@@ -47,6 +47,7 @@ SMALL = Config(
     **COMMON, dataset="fashion_mnist", image_size=28, examples=2000, validation=0.0085, backbone="vit_s14", peft="head",
     head_rounds=300, rounds=310, steps=4, batch_size=8, eval_every=5,
 )  # fmt: skip
+SMALL_METHODS: dict[str, dict[str, Any]] = {"ShuffleNet V2 0.5x, full": {"rounds": 48}}  # no cheap rounds of a head
 FULL = Config(
     **COMMON, dataset="tfds:cifar100", image_size=224, validation=0.1, backbone="vit_b16", peft="head",
     rounds=50, epochs=10, batch_size=32, eval_every=1,
@@ -117,6 +118,7 @@ def experiment(axis: str, small: Cells, full: Cells, o: Options) -> Experiment:
             cells[name] = {**of, "accept_licence": o.accept_licence}
         else:
             print(f"{name} is left out: its licence is not accepted (--accept-licence {asset.accept}).")
+    methods = {name: {**of, **SMALL_METHODS.get(name, {})} for name, of in methods.items()}
     speed = Speed(lanes=4, checkpoint_every=1000)
     return Experiment(axis, SMALL, cells, methods, o.seeds or (0,), RATES, TARGETS, TEST_EXAMPLES, speed)
 

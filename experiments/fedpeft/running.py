@@ -1,6 +1,6 @@
 """Runs of an experiment's cells: the search for a learning rate, data that runs share, and every run in a folder.
 
-A run lies in a folder named by its config's hash: a stopped command goes on where it stopped, and a cell of two axes is
+A run lies in a folder named by its options: a stopped command goes on where it stopped, and a cell of two axes is
 run once. vision.py shares the search and the folders.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,6 +68,16 @@ def finished(config: Config, speed: Speed, folder: Path, problem: Problem) -> re
     return found if found.summary else fedsim.run(resume=folder, quiet=True, problem=problem)
 
 
+def changed(config: Config) -> dict[str, Any]:
+    """The options that are not the default; a later option of fedsim changes neither them nor a run's folder."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
+
+
+def name_of(config: Config) -> str:
+    """A run's folder: 12 hex digits of a hash of its changed options."""
+    return hashlib.sha256(json.dumps(changed(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
 def thinned(data: Dataset, count: int | None) -> Dataset:
     """The set with only `count` of its test rows, the same ones for every seed where the set has a test split."""
     if count is None or count >= len(data.test):
@@ -111,7 +122,7 @@ def choose_rate(experiment: Experiment, method: str, config: Config, folder: Pat
 
     def score(rate: float) -> float:
         tried = config.replace(lr=rate)
-        summary = finished(tried, e.speed, folder / tried.hash(), blind).summary or {}
+        summary = finished(tried, e.speed, folder / name_of(tried), blind).summary or {}
         seconds[f"{rate:g}"] = round(summary["seconds"], 1)
         accuracy = summary["final"]["validation"]["accuracy"]
         print(f"{config.dataset}, {method}, rate {rate:g}: validation {accuracy:.3f}", flush=True)
@@ -161,7 +172,7 @@ def run(experiment: Experiment, runs: Path, out: Path, more: dict[str, Any] | No
             for name in e.methods:
                 config = run_config(e, cell, name, seed, rates)
                 problem = problem_of(config, e.speed, e.test_examples)
-                done = finished(config, e.speed, runs / "cells" / config.hash(), problem)
+                done = finished(config, e.speed, runs / "cells" / name_of(config), problem)
                 measured[cell][name][str(seed)] = measure(done)
                 sets[cell] = facts(problem.dataset) | {"target": e.targets.get(config.dataset)}
                 print(f"{cell}, {name}, seed {seed}: test {measured[cell][name][str(seed)]['test']:.3f}", flush=True)
@@ -170,7 +181,7 @@ def run(experiment: Experiment, runs: Path, out: Path, more: dict[str, Any] | No
                     "seeds": sorted({int(s) for of_cell in measured.values() for of in of_cell.values() for s in of}),
                     "grid": e.grid,
                     "rates": rates,
-                    "default": dataclasses.asdict(e.default),
+                    "default": changed(e.default),
                     "sets": sets,
                     "cells": {
                         c: {m: s for m, s in of_cell.items() if s} for c, of_cell in measured.items() if any(of_cell.values())
@@ -195,7 +206,7 @@ def measure(run: record.Run) -> dict[str, Any]:
     last, summary = run.rounds[-1], run.summary or {}
     seen = [line for line in run.rounds if line["validation"]]
     return {
-        "config_hash": run.config.hash(),
+        "options": changed(run.config),
         "validation": summary["final"]["validation"]["accuracy"],
         "test": summary["final"]["test"]["accuracy"],
         "parameters": summary["parameters"]["trained"],

@@ -102,7 +102,7 @@ def test_a_small_pass(here: Any, toy: Config, tmp_path: Path, monkeypatch: pytes
     """The rate with the best validation is taken, test rows are drawn and unseen in the search, no run is repeated."""
     running = here("running")
     experiment = running.Experiment(
-        "toy", toy, {"M = 2": {}, "M = 4": {"clients_per_round": 4}}, {"full": {"peft": "full"}, "head": {}},
+        "toy", toy, {"M = 2": {}}, {"full": {"peft": "full"}, "head": {}},
         seeds=(0,), grid=(1e-7, 1e-2), targets={toy.dataset: 0.6}, test_examples=10, speed=Speed(lanes=2),
     )  # fmt: skip
     result = running.run(experiment, tmp_path / "runs", tmp_path / "out.json")
@@ -124,8 +124,8 @@ def test_a_small_pass(here: Any, toy: Config, tmp_path: Path, monkeypatch: pytes
         rate = result["rates"][name]["rate"]
         assert seeds["0"]["validation"] == result["rates"][name]["validation_by_rate"][f"{rate:g}"]
         assert [line[0] for line in seeds["0"]["curve"]] == [1, 2, 3]
-    full = result["cells"]["M = 4"]["full"]["0"]
-    run = fedsim.load(next(f for f in (tmp_path / "runs" / "cells").iterdir() if f.name == full["config_hash"]))
+    full = result["cells"]["M = 2"]["full"]["0"]
+    run = fedsim.load(tmp_path / "runs" / "cells" / running.name_of(toy.replace(**full["options"])))
     assert run.config.head_lr == result["rates"]["head"]["rate"] and run.config.lr == result["rates"]["full"]["rate"]
     assert full["total"] == sum(line["bytes_up"] + line["bytes_down"] for line in run.rounds) == full["curve"][-1][1]
 
@@ -166,7 +166,7 @@ def test_flops_of_a_linear_model_are_the_closed_form(here: Any) -> None:
     hours = here("hours")
     facts = hours.Facts(100, 10, 10, 10, (784,))
     of = hours.flops(Config(backbone="linear", peft="full"), facts)
-    assert of.forward == pytest.approx(2 * 784 * 10, rel=0.1)
+    assert of.forward == 2 * 784 * 10 + 10 + 2 * 784, "the product, the bias, and pixels made numbers"
     assert of.train == pytest.approx(4 * 784 * 10, rel=0.1)
     assert of.features == 0
 
@@ -179,7 +179,7 @@ def test_flops_of_a_transformer_follow_what_is_trained(here: Any) -> None:
     tokens, width, hidden, depth = 17, 32, 64, 2
     matmuls = tokens * (4 * width * width + 2 * width * hidden) + 2 * tokens * tokens * width
     forward = 2 * (depth * matmuls + (tokens - 1) * 4 * 4 * 3 * width + width * 10)
-    assert full.forward == pytest.approx(forward, rel=0.2)  # norms, softmax and GELU on top
+    assert full.forward == pytest.approx(1.15 * forward, rel=0.15)  # norms, softmax and GELU on top
     assert 2.5 * full.forward < full.train < 3.3 * full.forward
     assert 0.6 * full.train < lora.train < 0.85 * full.train
     assert head.features == pytest.approx(full.forward, rel=0.05) and head.train < 0.02 * full.forward
@@ -237,4 +237,4 @@ def test_the_files_of_results_are_of_these_scripts(here: Any, axis: str) -> None
         for name, seeds in methods.items():
             for number, of in seeds.items():
                 config = running.run_config(experiment, cell, name, int(number), result["rates"])
-                assert config.hash() == of["config_hash"]
+                assert json.loads(json.dumps(running.changed(config))) == of["options"]
