@@ -45,7 +45,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 SMALL = Config(
     **COMMON, dataset="fashion_mnist", image_size=28, examples=2000, validation=0.0085, backbone="vit_s14", peft="head",
-    head_rounds=192, rounds=200, steps=2, batch_size=8, eval_every=2,
+    head_rounds=300, rounds=310, steps=4, batch_size=8, eval_every=5,
 )  # fmt: skip
 SMALL_METHODS: dict[str, dict[str, Any]] = {"ShuffleNet V2 0.5x, full": {"rounds": 48}}  # no cheap rounds of a head
 FULL = Config(

@@ -11,7 +11,7 @@ from fedsim.config import RELIABLE, Config, Speed, nearest
 
 HEAD_ROUNDS, HEAD_PATIENCE = 500, 100  # the head run ends when its validation accuracy stands still
 FULL_LR = 1e-4  # of full fine-tuning in --baselines: a LoRA's rate destroys a pre-trained encoder
-CENTRAL_LR = 2e-3  # of the centralised run there, which lacks the mean over a cohort that bears a higher one
+CENTRAL_LR = 4e-3  # of the centralised run there, which lacks the mean over a cohort that bears a higher one
 
 
 def head_config(config: Config) -> Config:
