@@ -6,7 +6,7 @@ Command:  fedsim run experiments/main_job.py
 Data:     20 Newsgroups, 11,293 training and 7,528 test texts, 20 classes, cut to 32 tokens; the pre-processed form of
           docs/licences.md, so accuracies are not comparable with published ones. Chance is 0.05.
 Machine:  2 cores of a shared AMD EPYC, 23 GiB, Python 3.11, JAX 0.10.2; 2026-11-24, much other work on the machine.
-Time:     2:53 min (median of seeds 0, 1, 2; 2:45 to 3:04), weights and texts fetched before.
+Time:     2:18 min (seed 0, hardly other work), 2:45 to 3:04 (seeds 0, 1, 2, loaded); weights and texts fetched before.
 Result:   test accuracy 0.715, 0.725, 0.728 (seeds 0, 1, 2); the head alone, to convergence: 0.678, 0.679, 0.683.
 Bytes:    273,145,600 up, 273,145,600 down; once, the backbone to 100 clients, 9,026,150,400.
 """
