@@ -59,7 +59,7 @@ def main(o: Options) -> None:
 def measured(o: Options, tokens: int) -> dict[str, Any]:
     """One length to which texts are cut."""
     config = Config(dataset=o.dataset, backbone=o.backbone, tokens=tokens, weights="random", peft="head")
-    pad = build.backbone(o.backbone).pad  # type: ignore[union-attr]
+    pad = build.backbone(o.backbone).pad  # type: ignore[union-attr]  # of the table: a user's own has none
     if o.small:
         rng = np.random.default_rng(0)
         of = np.minimum(1 + rng.geometric(0.05, 1000), tokens)

@@ -75,4 +75,4 @@ def test_interpolation_wants_a_size() -> None:
     with pytest.raises(ValueError, match="Expected image_size with interpolation='bicubic'"):
         build.check(Config(backbone="vit_tiny", weights="random", interpolation="bicubic"))
     with pytest.raises(ValueError, match="did you mean bicubic"):
-        Config(interpolation="bicubi")  # type: ignore[arg-type]
+        Config(interpolation="bicubi")  # type: ignore[arg-type]  # a misspelt word is the point
