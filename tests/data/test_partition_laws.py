@@ -229,8 +229,6 @@ def test_no_local_split() -> None:
     whole = partition.iid(np.arange(20), 4, 0)
     train, test = partition.split_local(whole, 0.0)
     assert train is whole and test is None
-    one = partition.pooled(whole)
-    assert one.clients == 1 and np.array_equal(one.client(0), whole.rows)
 
 
 # --- all of them

@@ -6,7 +6,7 @@ import numpy as np
 
 from fedsim.config import Config
 from fedsim.data.dataset import Dataset
-from fedsim.data.partition.index import Partition, pooled, split_local
+from fedsim.data.partition.index import Partition, split_local
 from fedsim.data.partition.keys import domain, natural
 from fedsim.data.partition.labels import dirichlet, dirichlet_balanced, dirichlet_pfllib, shards
 from fedsim.data.partition.sizes import iid, quantity
@@ -20,7 +20,6 @@ __all__ = [
     "iid",
     "make",
     "natural",
-    "pooled",
     "quantity",
     "shards",
     "split_local",

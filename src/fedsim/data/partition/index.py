@@ -55,8 +55,3 @@ def split_local(partition: Partition, share: float) -> tuple[Partition, Partitio
     place = np.arange(len(partition.rows)) - np.repeat(partition.offsets[:-1], sizes)
     kept = place < np.repeat(sizes - held, sizes)
     return by_size(partition.rows[kept], sizes - held), by_size(partition.rows[~kept], held)
-
-
-def pooled(partition: Partition) -> Partition:
-    """All its examples at one client: what a centralised run of the same training rows owns."""
-    return Partition(partition.rows, np.array([0, len(partition.rows)], np.int64))
