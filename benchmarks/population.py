@@ -25,11 +25,12 @@ import report
 import tyro
 
 from fedsim import build, plan
-from fedsim.cohort import Cohort, Memory
+from fedsim.cohort import Cohort
 from fedsim.config import Config
 from fedsim.core import Passes, Population
 from fedsim.data import partition
 from fedsim.data.dataset import Dataset, stream
+from fedsim.memory import Memory
 from fedsim.programs import key_for
 
 

@@ -22,11 +22,12 @@ import report
 import tyro
 
 from fedsim import peft, plan
-from fedsim.cohort import Cohort, Memory
+from fedsim.cohort import Cohort
 from fedsim.core import Passes, mean
 from fedsim.evaluate import classification_loss
 from fedsim.lanes import Lanes
 from fedsim.local import fit
+from fedsim.memory import Memory
 from fedsim.simulate import tune_host
 
 CLASSES = 20

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from fedsim import augment, build
-from fedsim.cohort import Cohort, Memory
+from fedsim.cohort import Cohort
 from fedsim.config import Config, Speed
 from fedsim.core import Batch
+from fedsim.memory import Memory
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 

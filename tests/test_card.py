@@ -10,9 +10,10 @@ import optax
 import pytest
 
 from fedsim.algorithms import ALGORITHMS
-from fedsim.cohort import Cohort, Memory
+from fedsim.cohort import Cohort
 from fedsim.core import Batch, Passes
 from fedsim.lanes import Lanes
+from fedsim.memory import Memory
 from fedsim.plan import batches
 from fedsim.testing import CLASSES, FEATURES, tiny_task
 

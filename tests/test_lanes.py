@@ -9,9 +9,10 @@ import pytest
 from fedsim import lanes as lanes_module
 from fedsim import network, wire
 from fedsim.algorithms import ALGORITHMS
-from fedsim.cohort import Cohort, Memory
+from fedsim.cohort import Cohort
 from fedsim.core import Algorithm, Local, Passes, Reduce, by_examples, mean, stack, uniform
 from fedsim.local import fit
+from fedsim.memory import Memory
 from fedsim.testing import (
     CHECKS,
     COHORT,

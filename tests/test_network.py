@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 import fedsim
 from fedsim import build, core, network, plan, record, simulate, wire
 from fedsim.algorithms import ALGORITHMS
-from fedsim.cohort import Cohort, Memory
+from fedsim.cohort import Cohort
 from fedsim.config import RELIABLE, Config, Speed
 from fedsim.core import Algorithm, Passes, Population, Task
 from fedsim.local import fit
+from fedsim.memory import Memory
 from fedsim.programs import key_for
 from fedsim.record import Run
 from fedsim.testing import COHORT, SIZES, engine, one_client, same, tiny_problem, tiny_task

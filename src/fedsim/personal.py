@@ -18,12 +18,13 @@ from jax import Array
 
 from fedsim import metrics
 from fedsim.build import Problem, Trainer
-from fedsim.cohort import Cohort, Memory
+from fedsim.cohort import Cohort
 from fedsim.core import Batch, Client, Local, Metrics, Params, Passes, Tree, stack
 from fedsim.data.dataset import stream
 from fedsim.data.partition import Partition
 from fedsim.evaluate import masked_sums
 from fedsim.lanes import Lanes
+from fedsim.memory import Memory
 
 KINDS = ("global", "memory", "tuned")
 

@@ -23,13 +23,14 @@ from fedsim import build, network, personal, plots, record, report, wire
 from fedsim.backbones.own import file_of, identity
 from fedsim.build import Phase, Problem, Trainer
 from fedsim.checkpoint import Checkpoints
-from fedsim.cohort import Cohort, Memory
+from fedsim.cohort import Cohort
 from fedsim.config import Config, Speed, invited, main_job
 from fedsim.core import Algorithm, Population
 from fedsim.data import require_given
 from fedsim.data.assets import cache_dir
 from fedsim.data.dataset import Source, stream
 from fedsim.data.show import draw as draw_partition
+from fedsim.memory import Memory
 from fedsim.programs import key_for
 from fedsim.progress import Progress
 

@@ -22,10 +22,11 @@ from jax import Array
 
 from fedsim import algorithms, plan, wire
 from fedsim.checkpoint import Checkpoints
-from fedsim.cohort import Cohort, Memory
+from fedsim.cohort import Cohort
 from fedsim.core import Algorithm, Batch, Client, Factors, Local, Params, Passes, Population, Task, Tree, by_examples
 from fedsim.evaluate import classification_loss
 from fedsim.lanes import Lanes
+from fedsim.memory import Memory
 from fedsim.programs import key_for
 
 Make = Callable[[Task], Algorithm]
