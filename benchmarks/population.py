@@ -91,7 +91,7 @@ def measure(o: Options, clients: int, examples: int) -> dict[str, Any]:
     engine, algorithm = trainer.engine, trainer.algorithm
     for size in (m for m in o.cohorts if 10 * m <= clients):
         server = engine.put(algorithm.init(key_for(engine.root, "init"), engine.held))
-        kept, met = Memory(algorithm.memory, engine.held), {}
+        kept, met = Memory(algorithm.memory, engine.held), np.zeros(clients, np.int32)
         times: dict[str, list[float]] = {"sample": [], "plan": [], "round": []}
         resident = 0
         for round in range(1, o.repeats + 3):
@@ -101,7 +101,7 @@ def measure(o: Options, clients: int, examples: int) -> dict[str, Any]:
             sampled = time.process_time()
             server, _ = algorithm.round(key_for(engine.root, "server", round), engine.held, server, cohort)
             jax.block_until_ready(server)
-            met.update(dict.fromkeys(cohort.ids.tolist(), round))
+            met[cohort.ids] = round
             end = time.process_time()
             # What the exchange has planned, once more alone.
             again = time.process_time()

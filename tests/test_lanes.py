@@ -287,7 +287,8 @@ def test_a_broadcast_leaf_is_priced_by_client():
 
 def test_cohort_knows_when_each_member_was_there_last():
     lanes = engine(tiny_problem())
-    cohort = Cohort(lanes, np.array([4, 0, 7]), 9, Memory(NOTHING, lanes.held), met={7: 3, 4: 8, 2: 1})
+    met = np.array([0, 0, 1, 0, 8, 0, 0, 3, 0, 0, 0, 0])
+    cohort = Cohort(lanes, np.array([4, 0, 7]), 9, Memory(NOTHING, lanes.held), met=met)
     assert cohort.last.tolist() == [8, 0, 3]
     _, _, cohorts = run(ALGORITHMS["fed_avg"], tiny_problem(), ((0, 1), (1, 2), (0, 1)))
     assert [c.last.tolist() for c in cohorts] == [[0, 0], [1, 0], [1, 2]]

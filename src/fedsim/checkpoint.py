@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 FORMAT = 1  # of the meta item; raised when older checkpoints can no longer be read
+KEEP = 3  # checkpoints that stay; also how long `memory.Memory` leaves old rows alone
 
 Leaf = dict[str, Any]  # path, kind; shape, dtype, weak, sha256 of an array; key, impl of a key; value of a scalar
 
@@ -57,7 +58,7 @@ class Checkpoints:
         Arrays may be donated or changed as soon as `save` returns.
     """
 
-    def __init__(self, directory: Path | str, keep: int = 3) -> None:
+    def __init__(self, directory: Path | str, keep: int = KEEP) -> None:
         if keep < 1:
             raise ValueError(f"Expected keep={keep} >= 1; a run without a checkpoint cannot go on after a stop.")
         self.directory = Path(directory).absolute()
@@ -168,7 +169,10 @@ class Checkpoints:
         return None
 
     def restore(
-        self, template: Any, expect: Mapping[str, Any] | Callable[[int, dict[str, Any]], Mapping[str, Any]]
+        self,
+        template: Any,
+        expect: Mapping[str, Any] | Callable[[int, dict[str, Any]], Mapping[str, Any]],
+        damage: Callable[[Any], str | None] = lambda arrays: None,
     ) -> tuple[int, Any, dict[str, Any]] | None:
         """The newest good checkpoint as `(round, arrays, extra)`, or None if there is none.
 
@@ -178,6 +182,7 @@ class Checkpoints:
             template: a pytree like the saved one; arrays come back as what stands there: NumPy arrays as NumPy
                 arrays, committed JAX arrays on the same devices, `jax.ShapeDtypeStruct` as JAX arrays.
             expect: what `extra` must hold, such as the config's hash, nested dicts compared entry by entry.
+            damage: what is wrong with files that the arrays refer to, None for nothing; such a checkpoint is damaged.
 
         Where they change over the rounds (another phase, a memory that grows), both may be functions of
         `(round, extra)` of the checkpoint that is tried; the template's is called first.
@@ -193,11 +198,13 @@ class Checkpoints:
                 wanted = expect(round, body["extra"]) if callable(expect) else expect
                 refuse_foreign(body, like, wanted, where=self.directory / str(round))
                 leaves = self._read_leaves(round, body)
+                given, structure = tree_flatten(like)
+                tree = tree_unflatten(structure, [place(x, t) for x, t in zip(leaves, given, strict=True)])
+                if (why := damage(tree)) is not None:
+                    raise DamagedError(why)
             except DamagedError as why:
                 self._set_aside(round, why)
                 continue
-            given, structure = tree_flatten(like)
-            tree = tree_unflatten(structure, [place(x, t) for x, t in zip(leaves, given, strict=True)])
             self._held.add(round)
             return round, tree, body["extra"]
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +36,7 @@ class Cohort:
 
     Args:
         conditions: who is absent, drops out or is slow; default: everybody is there, reports, and takes no time.
-        met: client -> the last round before this one in which it was in the cohort; absent for never.
+        met: (N,) the last round before this one in which a client was in the cohort, 0 for never; None: nobody was.
         lr: the clients' learning rate in this round, `Client.lr`.
     """
 
@@ -48,13 +47,13 @@ class Cohort:
         round: int,
         memory: Memory,
         conditions: network.Conditions | None = None,
-        met: Mapping[int, int] | None = None,
+        met: np.ndarray | None = None,
         lr: float = 0.0,
     ) -> None:
         self.engine, self.round, self.memory, self.lr = engine, round, memory, lr
         self.ids = np.asarray(ids, np.int64)
-        wrong = [int(i) for i in self.ids if not 0 <= i < engine.population]
-        if wrong or len(self.ids) == 0 or len(set(self.ids.tolist())) < len(self.ids):
+        wrong = self.ids[(self.ids < 0) | (self.ids >= engine.population)].tolist()
+        if wrong or len(self.ids) == 0 or len(np.unique(self.ids)) < len(self.ids):
             raise ValueError(
                 f"Expected the selected clients to be at least one, each once, of 0 to {engine.population - 1}, got "
                 f"{wrong[:5] or self.ids[:20].tolist()}; mend the algorithm's select."
@@ -65,7 +64,7 @@ class Cohort:
         self.reports = (
             self.present
         )  # (M,) bool: still in the round; whoever does not report in an exchange is out of it
-        self.last = np.array([(met or {}).get(int(i), 0) for i in self.ids], np.int64)
+        self.last = np.zeros(len(self.ids), np.int64) if met is None else met[self.ids].astype(np.int64)
         self.done: list[Exchanged] = []
 
     def fetch(self, tree: Tree) -> Tree:
@@ -174,14 +173,14 @@ class Cohort:
     def _slots(self, plan: planning.Plan, reports: np.ndarray) -> Slots:
         used = plan.member < len(self.ids)
         place = np.minimum(plan.member, max(len(self.ids) - 1, 0))
-        stored, seen = self.memory.gather(self.ids)
+        stored, seen = self.memory.gather(self.ids[place])  # an unused slot shows the last client's, and drops it
         host = (
             self.ids[place].astype(np.int32),
             np.where(used, self.sizes[place], 0).astype(np.int32),
             plan.member,
             used & reports[place],
-            seen[place],
-            jax.tree.map(lambda rows: rows[place], stored),
+            seen,
+            stored,
         )
         return Slots(*jax.device_put(host, self.engine.apart))
 

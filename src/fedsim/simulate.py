@@ -22,7 +22,7 @@ import numpy as np
 from fedsim import build, network, personal, plots, record, report, wire
 from fedsim.backbones.own import file_of, identity
 from fedsim.build import Phase, Problem, Trainer
-from fedsim.checkpoint import Checkpoints
+from fedsim.checkpoint import KEEP, Checkpoints
 from fedsim.cohort import Cohort
 from fedsim.config import Config, Speed, invited, main_job
 from fedsim.core import Algorithm, Population
@@ -117,13 +117,13 @@ def simulate(
     phases = build.phases(config)
     round, stopped, elapsed = 0, "rounds", 0.0
     totals, best, stale = {"up": 0, "down": 0, "simulated_seconds": 0.0}, -1.0, 0
-    met: dict[int, int] = {}  # client -> the last round in which it was in the cohort
+    met = np.zeros(problem.partition.clients, np.int32)  # (N,): the last round in which a client was in the cohort
     start_scores: dict[str, Any] | None = None
     now: Current | None = None
 
     def ready(round: int, overlay: dict[str, np.ndarray] | None = None) -> Current:
         progress.message("loading the weights")
-        return prepare(problem, next(p for p in phases if p.first <= round <= p.last), overlay)
+        return prepare(problem, next(p for p in phases if p.first <= round <= p.last), overlay, directory)
 
     if not fresh:
         tried: dict[str, Current] = {}
@@ -134,13 +134,17 @@ def simulate(
             tried["now"].trainer.engine.reuse(extra["lanes"], extra["segment_steps"])
             return checkpoint_shapes(tried["now"], extra)
 
-        found = checkpoints.restore(template, lambda round, extra: expected(config, tried["now"].trainer, inputs))
+        found = checkpoints.restore(
+            template,
+            lambda round, extra: expected(config, tried["now"].trainer, inputs),
+            lambda state: tried["now"].memory.damage(state["memory"]),
+        )
         if found is not None:
             round, state, extra = found
             now = tried["now"]
             now = now._replace(server=now.trainer.engine.put(state["server"]))
-            now.memory.restore(state["memory"], state["memory_ids"])
-            met = dict(state["met"].tolist())
+            now.memory.restore(state["memory"])
+            met = np.array(state["met"])
             totals, best, stale = extra["totals"], extra["best"], extra["stale"]
             start_scores, stopped, elapsed = extra["start"], extra["stopped"], extra["elapsed"]
     lines = [] if fresh else record.truncate(directory, round)
@@ -170,7 +174,7 @@ def simulate(
             seconds = time.perf_counter() - tick
             compile_seconds = min(clock.seconds - compiled, seconds)
             newcomers = int((cohort.last[cohort.present] == 0).sum())
-            met.update(dict.fromkeys(cohort.ids[cohort.present].tolist(), round))
+            met[cohort.ids[cohort.present]] = round
             totals = {
                 "up": totals["up"] + sum(up.values()),
                 "down": totals["down"] + sum(down.values()),
@@ -225,9 +229,7 @@ def simulate(
                 progress.message(f"round {round}: nobody reported{kept}")
             asked = interrupted()
             if asked or stopped != "rounds" or round == config.rounds or round % speed.checkpoint_every == 0:
-                rows, memory_ids = memory.state()
-                last_met = np.array(list(met.items()), np.int64).reshape(-1, 2)
-                state = {"server": server, "memory": rows, "memory_ids": memory_ids, "met": last_met}
+                state = {"server": server, "memory": memory.seal(), "met": met}
                 extra = {
                     **expected(config, trainer, inputs),
                     "totals": totals,
@@ -236,8 +238,7 @@ def simulate(
                     "start": start_scores,
                     "stopped": stopped,
                     "elapsed": elapsed + time.perf_counter() - began,
-                    "memory_count": len(memory_ids),
-                    "met_count": len(met),
+                    "memory_count": memory.count,
                 }
                 checkpoints.save(round, state, extra)
             if asked:
@@ -299,12 +300,15 @@ class Current(NamedTuple):
         return {k: np.asarray(v) for k, v in self.trainer.algorithm.params(self.server).items()}
 
 
-def prepare(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | None) -> Current:
-    """A phase with the server's initial state and nothing in the clients' memory."""
+def prepare(
+    problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | None, directory: Path | None = None
+) -> Current:
+    """A phase with the server's initial state and nothing in the clients' memory, which will lie in the run's folder."""
     trainer = build.trainer(problem, phase, overlay)
     engine = trainer.engine
     server = engine.put(trainer.algorithm.init(key_for(engine.root, "init"), engine.held))
-    return Current(phase, trainer, server, Memory(trainer.algorithm.memory, engine.held))
+    file = None if directory is None else directory / f"memory-{phase.name}.rows"
+    return Current(phase, trainer, server, Memory(trainer.algorithm.memory, engine.held, file, KEEP))
 
 
 def setup_price(trainer: Trainer) -> int:
@@ -348,13 +352,11 @@ def fingerprint(config: Config, problem: Problem) -> str:
 
 
 def checkpoint_shapes(now: Current, extra: dict[str, Any]) -> dict[str, Any]:
-    """Shapes of a checkpoint's arrays: the server's are known, rows of memory and clients met stand in `extra`."""
-    count = extra["memory_count"]
+    """Shapes of a checkpoint's arrays: the server's are known, the number of clients with a memory stands in `extra`."""
     return {
         "server": now.server,
-        "memory": jax.tree.map(lambda r: np.zeros((count, *r.shape[1:]), r.dtype), now.memory.rows),
-        "memory_ids": np.zeros(count, np.int64),
-        "met": np.zeros((extra["met_count"], 2), np.int64),
+        "memory": now.memory.shapes(extra["memory_count"]),
+        "met": np.zeros(now.trainer.engine.population, np.int32),
     }
 
 

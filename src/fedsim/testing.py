@@ -145,16 +145,17 @@ def run(
     task: Task | None = None,
     state: tuple[Tree, Memory] | None = None,
     first: int = 1,
-    met: dict[int, int] | None = None,
+    met: np.ndarray | None = None,
     sent: list[Sent] | None = None,
     **options: Any,
 ) -> tuple[Tree, Memory, list[Cohort]]:
     """Rounds `first`, `first + 1`, ... with the given cohorts: the server's state, clients' memory, the cohorts.
 
     Args:
-        state, met: of the rounds before `first`; `met` is client -> the last round in which it was in the cohort.
+        state, met: of the rounds before `first`; `met` (N,) is the last round in which a client was in the cohort.
     """
-    lanes, met = engine(problem, **options), dict(met or {})
+    lanes = engine(problem, **options)
+    met = np.zeros(lanes.population, np.int32) if met is None else met.copy()
     algorithm = make(task or suited(make))
     server, memory = state or (
         algorithm.init(key_for(lanes.root, "init"), lanes.held),
@@ -164,7 +165,7 @@ def run(
     done = []
     for round, ids in enumerate(cohorts, first):
         cohort = Cohort(lanes, np.array(ids), round, memory, met=met)
-        met.update(dict.fromkeys(ids, round))
+        met[list(ids)] = round
         if sent is not None:
             listen(cohort, sent)
         server, _ = algorithm.round(key_for(lanes.root, "server", round), lanes.held, server, cohort)
@@ -361,8 +362,8 @@ def check_resume(make: Make) -> None:
             found = checkpoints.restore({"server": server, "memory": rows, "ids": ids}, {})
     assert found is not None
     fresh = Memory(memory.init, problem.held)
-    fresh.restore(found[1]["memory"], found[1]["ids"])
-    met = dict.fromkeys(cohorts[0], 1)
+    fresh.scatter(found[1]["ids"], found[1]["memory"])
+    met = np.isin(np.arange(len(SIZES)), cohorts[0]).astype(np.int32)
     resumed, fresh, more = run(make, problem, cohorts[1:], state=(found[1]["server"], fresh), first=2, met=met)
     assert done[1].traffic() == more[0].traffic(), "the bytes of the round after resuming differ"
     same(whole, resumed, "the server's state after resuming")
