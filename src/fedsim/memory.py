@@ -129,7 +129,8 @@ class Memory:
 
     def shapes(self, count: int) -> Table:
         """A table of `count` clients without its values, to restore a checkpoint by."""
-        return Table(*(np.zeros(count, SEEN[name]) for name in ("id", "slot", "sum")), np.zeros((), np.int64))
+        ids, slots, sums = (np.zeros(count, SEEN[name]) for name in ("id", "slot", "sum"))
+        return Table(ids, slots, sums, np.zeros((), np.int64))
 
     def damage(self, table: Table) -> str | None:
         """What is wrong with the rows in the file, measured by a table of them; reads them all. None: nothing."""
@@ -137,7 +138,7 @@ class Memory:
             return None
         need = (int(table.slots.max()) + 1) * self.row.itemsize
         have = self.file.stat().st_size if self.file and self.file.is_file() else 0
-        if have < need:
+        if self.file is None or have < need:
             return f"{self.file} has {have} of {need} bytes"
         content = np.memmap(self.file, np.uint8, "r").reshape(-1)[:need].reshape(-1, self.row.itemsize)
         for id, slot, expected in zip(table.ids.tolist(), table.slots.tolist(), table.sums.tolist(), strict=True):

@@ -1,0 +1,327 @@
+"""Clients: 10 to 10,000 a round, populations to a million. What a round, a trained row and a client cost.
+
+Command:  python experiments/client_count.py            (every cell is a process of its own; goes on where it stopped)
+          python experiments/client_count.py --small    (a minute, to see that it works)
+Data:     Fashion-MNIST (`fedsim data fetch fashion_mnist`). Clients have 2 to 60 examples, log-normal with median 9; a million
+          of them own 13 million, so they draw theirs from the 54,000 training images with replacement.
+Models:   a perceptron, all of it trained (109,386 parameters), and a ViT of two blocks, LoRA r=4 and head (1,354).
+Rounds:   8 for the accuracy, the first one compiles; then on until the timed ones have taken `seconds`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+from fedsim import build, data, plan, plots, record
+from fedsim.cohort import Cohort
+from fedsim.config import Config, Speed
+from fedsim.core import Population
+from fedsim.data import partition
+from fedsim.data.dataset import stream
+from fedsim.memory import Memory
+from fedsim.programs import key_for
+from fedsim.simulate import tune_host
+
+ROOT = Path(__file__).parents[1]
+RESULTS, IMAGES = ROOT / "experiments" / "results", ROOT / "docs" / "images"
+FORMS: dict[str, dict[str, Any]] = {
+    "perceptron": {"backbone": "mlp", "peft": "full", "lr": 0.1},
+    "ViT, LoRA": {"backbone": "vit_tiny", "image_size": 28, "weights": "random", "peft": "lora", "rank": 4, "lr": 0.5},
+}
+ROUNDS, BATCH = 8, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    cohorts: tuple[int, ...] = (10, 100, 1000, 10_000)
+    """Clients a round; left out where the population has fewer than ten times as many."""
+    populations: tuple[int, ...] = (10**4, 10**5, 10**6)
+    """Numbers of clients for the perceptron; the ViT has the largest."""
+    vit_cohorts: tuple[int, ...] = (10, 100, 1000)
+    """Clients a round of the ViT."""
+    seen: tuple[int, ...] = (1000, 10_000, 100_000)
+    """Clients with a memory, of which 1,000 come a round: the store alone."""
+    lanes: int = 4
+    """Lanes, the same in all cells."""
+    seconds: float = 4.0
+    """Timed rounds of a cell take at least this together."""
+    small: bool = False
+    """A few small cells; no figure worth reporting."""
+    fresh: bool = False
+    """Measure cells again that the JSON file has."""
+    table: bool = False
+    """Print and draw what the JSON file has; measure nothing."""
+    child: tuple[str, int, int] | None = None
+    """Internal: measure this cell (form, clients a round, population) in this process."""
+
+
+def cells(o: Options) -> Iterator[tuple[str, int, int]]:
+    """Form, clients a round, population of every cell, and (memory, clients a round, clients seen) of the store."""
+    for population in o.populations:
+        yield from (("perceptron", m, population) for m in o.cohorts if 10 * m <= population)
+    yield from (("ViT, LoRA", m, max(o.populations)) for m in o.vit_cohorts)
+    yield from (("memory", 1000, n) for n in o.seen)
+
+
+def resident(field: str) -> int:
+    """Bytes of `VmRSS` (resident now) or `VmHWM` (its peak) of this process; Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+@contextmanager
+def stopwatch(spent: dict[str, float]) -> Iterator[None]:
+    """Adds up the seconds of `plan.make`."""
+    make = plan.make
+
+    def timed(*args: Any, **options: Any) -> plan.Plan:
+        start = time.perf_counter()
+        made = make(*args, **options)
+        spent["plan"] += time.perf_counter() - start
+        return made
+
+    plan.make = timed
+    try:
+        yield
+    finally:
+        plan.make = make
+
+
+def problem(o: Options, form: str, members: int, population: int) -> build.Problem:
+    """Real images; clients whose sizes are drawn, and whose examples are drawn with replacement."""
+    config = Config(
+        dataset="fashion_mnist", clients=population, clients_per_round=members, batch_size=BATCH, epochs=1, min_size=1,
+        optimizer="sgd", head_rounds=0, **FORMS[form],
+    )  # fmt: skip
+    build.fetch_missing(config)
+    examples = data.load(config)
+    rng = np.random.default_rng(0)
+    sizes = np.clip(np.rint(9 * np.exp(rng.normal(0, 0.9, population))), 2, 60).astype(np.int64)
+    rows = examples.train[rng.integers(0, len(examples.train), sizes.sum(), dtype=np.int32)]
+    owned = partition.by_size(rows, sizes)
+    speed = Speed(lanes=o.lanes, compilation_cache=False, cache="off")
+    return build.Problem(config, speed, examples, owned, (), {})
+
+
+def measure(o: Options, form: str, members: int, population: int) -> dict[str, Any]:
+    """One cell, in a process of its own."""
+    compiled = [0]
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        compiled[0] += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    p = problem(o, form, members, population)
+    tune_host(p.speed)
+    trainer = build.trainer(p, build.phases(p.config)[-1])
+    engine, algorithm = trainer.engine, trainer.algorithm
+    server = engine.put(algorithm.init(key_for(engine.root, "init"), engine.held))
+    kept, met = Memory(algorithm.memory, engine.held), np.zeros(population, np.int32)
+    found: dict[str, list[float]] = defaultdict(list)
+    facts: dict[str, Any] = {}
+    round, timed = 0, 0.0
+    while round < ROUNDS or timed < o.seconds:
+        round += 1
+        spent: dict[str, float] = defaultdict(float)
+        begin, processor = time.perf_counter(), time.process_time()
+        ids = algorithm.select(stream(0, f"sample {round}"), server, Population(population, members))
+        sampled = time.perf_counter()
+        with stopwatch(spent):
+            cohort = Cohort(engine, ids, round, kept, met=met, lr=trainer.lr(round))
+            server, _ = algorithm.round(key_for(engine.root, "server", round), engine.held, server, cohort)
+        jax.block_until_ready(server)
+        down, up = cohort.traffic()
+        met[ids] = round
+        seconds = time.perf_counter() - begin
+        if round > 1:
+            (done,) = cohort.done
+            timed += seconds
+            found["seconds"].append(seconds)
+            found["processor_seconds"].append(time.process_time() - processor)
+            found["microseconds_row"].append(1e6 * seconds / done.examples)
+            found["sample_ms"].append(1e3 * (sampled - begin))
+            found["plan_ms"].append(1e3 * spent["plan"])
+            found["lane_occupancy"].append(done.occupancy[0])
+            found["row_occupancy"].append(done.occupancy[1])
+            found["rows"].append(done.examples)
+        if round == 1:
+            facts |= {"compiled_round_one": compiled[0], "compile_round_seconds": seconds}
+            compiled[0] = 0
+        if round == 2:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+        if round == ROUNDS:
+            # Read before the evaluation, which has a memory and a compilation of its own.
+            facts |= {"peak_bytes": resident("VmHWM"), "compiled_later": compiled[0]}
+            facts |= {"accuracy": trainer.validate(server)["accuracy"], "round_bytes": sum((down | up).values())}
+            facts |= {"down": sum(down.values()), "up": sum(up.values())}
+            facts["per_client_bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(cohort.done[0].info.clients))
+            compiled[0] = 0
+    facts["compiled_later"] += compiled[0]
+    index = p.partition.rows.nbytes + p.partition.offsets.nbytes + met.nbytes
+    facts |= {"index_bytes": index, "index_limit": 64 * population + 4 * len(p.partition.rows), "rounds": round}
+    return facts | {name: float(np.median(values)) for name, values in found.items()}
+
+
+def measure_memory(members: int, seen: int) -> dict[str, Any]:
+    """The store alone: rows of 10 kB, `seen` clients have one; what a round of `members` and a checkpoint cost."""
+    values = 2560
+    rng = np.random.default_rng(0)
+    found: dict[str, list[float]] = defaultdict(list)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "memory.rows"
+        memory = Memory(lambda key, held: np.zeros(values, np.float32), (), file)
+        for first in range(0, seen, members):
+            memory.scatter(np.arange(first, first + members), rng.normal(size=(members, values)).astype(np.float32))
+        memory.seal()
+        for _ in range(12):
+            ids = rng.choice(seen, members, replace=False)
+            new = rng.normal(size=(members, values)).astype(np.float32)
+            before = memory.used
+            for name, work in {
+                "gather_ms": lambda ids=ids: memory.gather(ids),
+                "scatter_ms": lambda ids=ids, new=new: memory.scatter(ids, new),
+                "changed": lambda: found["rows_written"].append(int((~memory.seen["sealed"][: memory.count]).sum())),
+                "seal_ms": memory.seal,
+            }.items():
+                start = time.perf_counter()
+                work()
+                found[name].append(1e3 * (time.perf_counter() - start))
+            found["new_slots"].append(memory.used - before)
+        table = memory.seal()
+        facts = {
+            "row_bytes": memory.row.itemsize,
+            "table_bytes": sum(array.nbytes for array in table),
+            "file_bytes": 512 * file.stat().st_blocks,
+            "rows_bytes": memory.row.itemsize * seen,
+            "index_bytes_client": (memory.place.nbytes + memory.seen.nbytes) / seen,
+        }
+    found.pop("changed")
+    return facts | {name: float(np.median(series)) for name, series in found.items()}
+
+
+def name_of(form: str, members: int, population: int) -> str:
+    return f"{form} / {members} / {population}"
+
+
+def run(o: Options, file: Path) -> dict[str, Any]:
+    """Measures the cells that the file does not have, and writes it after each."""
+    have = json.loads(file.read_text()) if file.exists() and not o.fresh else {"cells": {}}
+    for form, members, population in cells(o):
+        name = name_of(form, members, population)
+        if name in have["cells"]:
+            continue
+        command = [sys.executable, __file__, f"--lanes={o.lanes}", f"--seconds={o.seconds}"]
+        command += ["--child", form, str(members), str(population)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{name}: {done.stderr}")
+        machine = {key: value for key, value in record.machine().items() if key != "platform"}  # the kernel
+        cell = {"form": form, "members": members, "population": population, "lanes": o.lanes, **machine}
+        have["cells"][name] = cell | json.loads(done.stdout.splitlines()[-1])
+        print(f"{name}: done", flush=True)
+        record.write_json(file, have)
+    return have
+
+
+def tables(found: list[dict[str, Any]]) -> str:
+    """Markdown: the rounds, against the smallest cohort that fills the lanes, and the store."""
+    lines = [
+        "| model | population | clients a round | round, s | row, us | to full lanes | peak, MiB | to full lanes | lanes in use "
+        "| rows in use | accuracy | MB down + up | sample + plan, ms | share | programs after round 1 |",
+        "|" + "---|" * 15,
+    ]
+    for c in (c for c in found if c["form"] != "memory"):
+        base = reference(found, c)
+        row = peak = "too few for the lanes"
+        if base is not None and c["members"] >= base["members"]:
+            row = f"{c['microseconds_row'] / base['microseconds_row']:.3f}"
+            peak = f"{c['peak_bytes'] / base['peak_bytes']:.3f}"
+        host = c["sample_ms"] + c["plan_ms"]
+        lines.append(
+            f"| {c['form']} | {c['population']:,} | {c['members']:,} | {c['seconds']:.3f} | {c['microseconds_row']:.1f} | {row} | "
+            f"{c['peak_bytes'] / 2**20:.0f} | {peak} | {c['lane_occupancy']:.2f} | {c['row_occupancy']:.2f} | "
+            f"{c['accuracy']:.3f} | {c['down'] / 1e6:.1f} + {c['up'] / 1e6:.1f} | {c['sample_ms']:.2f} + {c['plan_ms']:.2f} | "
+            f"{host / 10 / c['seconds']:.1f} % | {c['compiled_later']:.0f} |"
+        )
+    lines += [
+        "",
+        "| clients with a memory | gather, ms | scatter, ms | checkpoint, ms | rows written | table, MB | file, MB |",
+    ]
+    lines += ["|" + "---|" * 7]
+    lines += [
+        f"| {c['population']:,} | {c['gather_ms']:.1f} | {c['scatter_ms']:.1f} | {c['seal_ms']:.1f} | {c['rows_written']:.0f} | "
+        f"{c['table_bytes'] / 1e6:.2f} | {c['file_bytes'] / 1e6:.0f} |"
+        for c in found
+        if c["form"] == "memory"
+    ]
+    return "\n".join(lines)
+
+
+def reference(found: list[dict[str, Any]], cell: dict[str, Any]) -> dict[str, Any] | None:
+    """The smallest cohort of the same series with at least four clients a lane."""
+    same = [c for c in found if (c["form"], c["population"]) == (cell["form"], cell["population"])]
+    full = [c for c in same if c["members"] >= 4 * c["lanes"]]
+    return min(full, key=lambda c: c["members"], default=None)
+
+
+def draw(found: list[dict[str, Any]], file: Path) -> None:
+    """Time of a row, peak memory, and what sampling and planning take, against clients a round."""
+    panels: dict[str, Callable[[dict[str, Any]], float]] = {
+        "time of a trained row, us": lambda c: c["microseconds_row"],
+        "peak memory of the process, MiB": lambda c: c["peak_bytes"] / 2**20,
+        "sampling and planning, ms": lambda c: c["sample_ms"] + c["plan_ms"],
+    }
+    rounds = [c for c in found if c["form"] != "memory"]
+    series = list(dict.fromkeys((c["form"], c["population"]) for c in rounds))
+    figure = Figure(figsize=(11.0, 3.8), layout="constrained")
+    for axes, (title, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for color, (form, population) in zip(plots.COLORS, series, strict=False):
+            points = sorted(
+                (c["members"], value(c)) for c in rounds if (c["form"], c["population"]) == (form, population)
+            )
+            axes.plot(*zip(*points, strict=True), color=color, marker="o", label=f"{form}, {population:,} clients")
+        axes.set(xscale="log", xlabel="clients a round", title=title)
+        axes.set_ylim(bottom=0) if "ms" not in title else axes.set_yscale("log")
+        axes.grid(color=plots.GRID)
+    figure.axes[0].legend(fontsize=7)
+    plots.write(figure, file)
+
+
+def main(o: Options) -> None:
+    """Measures, prints the tables, draws the picture."""
+    suffix = "_small" if o.small else ""
+    if o.small:
+        o = dataclasses.replace(
+            o, cohorts=(10, 100), populations=(1000, 10_000), vit_cohorts=(10, 100), seen=(1000, 2000), seconds=0.5
+        )
+    file = RESULTS / f"client_count{suffix}.json"
+    found = list((json.loads(file.read_text()) if o.table else run(o, file))["cells"].values())
+    print(tables(found))
+    draw(found, IMAGES / f"client_count{suffix}.png")
+
+
+if __name__ == "__main__":
+    options = tyro.cli(Options, description=__doc__)
+    if options.child is None:
+        main(options)
+    elif options.child[0] == "memory":
+        print(json.dumps(measure_memory(*options.child[1:])))
+    else:
+        print(json.dumps(measure(options, *options.child)))
