@@ -31,8 +31,8 @@ from fedsim import build, data, plan, plots, record
 from fedsim.cohort import Cohort
 from fedsim.config import Config, Speed
 from fedsim.core import Population
-from fedsim.data import partition
 from fedsim.data.dataset import stream
+from fedsim.data.partition.index import by_size
 from fedsim.memory import Memory
 from fedsim.programs import key_for
 from fedsim.simulate import tune_host
@@ -111,11 +111,11 @@ def problem(o: Options, form: str, members: int, population: int) -> build.Probl
         optimizer="sgd", head_rounds=0, **FORMS[form],
     )  # fmt: skip
     build.fetch_missing(config)
-    examples = data.load(config)
+    examples = data.load(config, None)
     rng = np.random.default_rng(0)
     sizes = np.clip(np.rint(9 * np.exp(rng.normal(0, 0.9, population))), 2, 60).astype(np.int64)
     rows = examples.train[rng.integers(0, len(examples.train), sizes.sum(), dtype=np.int32)]
-    owned = partition.by_size(rows, sizes)
+    owned = by_size(rows, sizes)
     speed = Speed(lanes=o.lanes, compilation_cache=False, cache="off")
     return build.Problem(config, speed, examples, owned, (), {})
 
@@ -124,7 +124,7 @@ def measure(o: Options, form: str, members: int, population: int) -> dict[str, A
     """One cell, in a process of its own."""
     compiled = [0]
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         compiled[0] += event == "/jax/core/compile/backend_compile_duration"
 
     jax.monitoring.register_event_duration_secs_listener(listen)
