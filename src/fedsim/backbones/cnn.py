@@ -26,7 +26,7 @@ class CnnConfig:
     resize: int | None = None
     interpolation: str = "bilinear"
     matmul: bool = True
-    """Convolutions as matmuls over patches: faster on CPUs where every client has its own kernels."""
+    """On a CPU, convolutions as matmuls over patches: faster there where every client has kernels of its own."""
 
 
 class Cnn(nnx.Module):
