@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
@@ -115,7 +115,7 @@ def main(o: Options) -> None:
 
 def whole_run(o: Options, folder: Path, weights: str | None) -> None:
     """The cached run whole, a few rounds of the other, evaluations apart; prints, writes JSON."""
-    rounds = {"on": o.rounds, "off": min(o.uncached_rounds, o.rounds)}
+    rounds: dict[Literal["on", "off"], int] = {"on": o.rounds, "off": min(o.uncached_rounds, o.rounds)}
     wall: dict[str, float] = {}
     runs: dict[str, Run] = {}
     evaluations = {"on": 0.0, "off": 0.0}
