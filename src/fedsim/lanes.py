@@ -38,7 +38,9 @@ from fedsim.programs import (
 PREFETCH_BYTES = 256 * 2**20  # of batches that a segment may hold on a device at once
 RESIDENT_SHARE = 0.4  # of a device's memory that the examples may take; larger sets stay on the host
 MEMORY_SHARE = 0.8  # of a device's memory that the program may need; the rest is for evaluation and fragments
-CPU_LANES, ACCELERATOR_LANES = 6, 256  # at most; chosen, not measured to be best
+CPU_LANES, ACCELERATOR_LANES = 8, 256  # at most; on a CPU measured (docs/lanes.md), on an accelerator not yet
+CONVOLUTION_LANES = 1  # at most on a CPU, where clients train whole kernels of a convolution
+FLAT = 0.02  # of a plan's cost that fewer lanes may cost more
 
 
 def message_bytes(message: Tree, members: int) -> dict[str, np.ndarray]:
@@ -168,7 +170,8 @@ class Lanes:
                 return make_programs(self._spread, shardings, local, reduce, init_memory, message, *shapes)
 
             if self.lanes == "auto":
-                lanes = choose_lanes(sizes, local.passes, len(self.devices), self.devices[0].platform, widths)
+                platform, own = self.devices[0].platform, own_convolutions(wire.unwrap(reply))
+                lanes = choose_lanes(sizes, local.passes, len(self.devices), platform, widths, convolutions=own)
                 programs, fits = self._compiled(made(lanes), local, init_memory, message, len(sizes))
                 while lanes > 1 and not fits:
                     lanes //= 2
@@ -244,23 +247,42 @@ def _structure(message: Tree) -> tuple[Any, Any]:
     return jax.tree.structure(message), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(message))
 
 
+def own_convolutions(trained: Tree) -> bool:
+    """Whether clients train whole kernels of a convolution: over lanes they make a grouped one, slow on a CPU."""
+    return any(len(leaf.shape) == 4 for leaf in jax.tree.leaves(trained))
+
+
 def choose_lanes(
-    sizes: np.ndarray, passes: Passes, devices: int, platform: str, widths: Sequence[int] | None = None
+    sizes: np.ndarray,
+    passes: Passes,
+    devices: int,
+    platform: str,
+    widths: Sequence[int] | None = None,
+    *,
+    convolutions: bool = False,
 ) -> int:
-    """Lanes a device for cohorts with sizes like these (M,): many, but such that they end together.
+    """Lanes a device for cohorts with sizes like these (M,): the number whose plan is cheapest by `packing.cost`.
 
-    Lanes beyond (total steps / steps of the longest client) stand idle at the end, so there are no more than that; of
-    the numbers from there down to half of it, the one whose plan is cheapest, and of equal ones the largest.
+    Lanes beyond (total steps / steps of the longest client) stand idle at the end, so there are no more than that, and
+    no more than the platform's most. On a CPU fewer are taken where they cost hardly more: they need less memory. On an
+    accelerator no fewer than half of the most are looked at, and of equally cheap numbers the largest is taken.
+
+    Args:
+        widths: as `packing.choose_widths` gives them; None for whole batches.
+        convolutions: clients train whole kernels of a convolution.
     """
-    steps = packing.steps_of(sizes, passes)
-    work = packing.work_of(sizes, steps, passes)
+    work = packing.work_of(sizes, packing.steps_of(sizes, passes), passes)
     busy = int(work.spans.sum() // (work.spans.max(initial=1) * devices))
-    most = max(1, min(busy, CPU_LANES if platform == "cpu" else ACCELERATOR_LANES))
-
-    def cost(lanes: int) -> float:
-        return packing.cost(packing.pack(work, devices, lanes, widths or (passes.batch_size,))[1], lanes)
-
-    return min(sorted({-(-most * k // 8) for k in range(4, 9)}, reverse=True), key=cost)
+    cpu = platform == "cpu"
+    most = max(1, min(busy, (CONVOLUTION_LANES if convolutions else CPU_LANES) if cpu else ACCELERATOR_LANES))
+    tried = range(1, most + 1) if cpu else sorted({-(-most * k // 8) for k in range(4, 9)}, reverse=True)
+    costs = {
+        lanes: packing.cost(packing.pack(work, devices, lanes, widths or (passes.batch_size,))[1], lanes)
+        for lanes in tried
+    }
+    if cpu:
+        return min(lanes for lanes in tried if costs[lanes] <= (1 + FLAT) * min(costs.values()))
+    return min(tried, key=lambda lanes: costs[lanes])
 
 
 def device_memory(device: jax.Device) -> int:
