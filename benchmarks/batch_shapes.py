@@ -96,39 +96,33 @@ def measure(work: str, o: Options) -> list[dict[str, Any]]:
 
         return round, about
 
-    made = {(lanes, kind): variant(lanes, widths) for lanes in o.lanes for kind, widths in kinds.items()}
+    shapes = {f"{lanes} lanes, {kind}": (lanes, kinds[kind]) for lanes in o.lanes for kind in kinds}
+    made = {name: variant(*shape) for name, shape in shapes.items()}
     results, first = {}, {}
-    for key, (run, _) in made.items():
+    for name, (run, _) in made.items():
         start = time.perf_counter()
-        results[key] = jax.device_get(jax.block_until_ready(run()))
-        first[key] = time.perf_counter() - start
-    seconds = report.interleaved({key: run for key, (run, _) in made.items()}, o.repeats)
+        results[name] = jax.device_get(jax.block_until_ready(run()))
+        first[name] = time.perf_counter() - start
+    seconds = report.interleaved({name: run for name, (run, _) in made.items()}, o.repeats)
 
-    reference = results[o.lanes[0], "whole"]
+    reference = results[f"{o.lanes[0]} lanes, whole"]
     largest = max(float(np.abs(v).max()) for v in reference.values())
     table = []
-    for (lanes, kind), (_, about) in made.items():
-        times = seconds[lanes, kind]
-        apart = max(float(np.abs(results[lanes, kind][k] - v).max()) for k, v in reference.items()) / largest
-        row = {
-            "work": work,
-            "lanes": lanes,
-            "widths": kinds[kind],
-            **about,
-            "seconds": times,
-            "first": first[lanes, kind],
-        }
+    for name, (_, about) in made.items():
+        times, (lanes, widths) = seconds[name], shapes[name]
+        apart = max(float(np.abs(results[name][k] - v).max()) for k, v in reference.items()) / largest
+        row = {"work": work, "lanes": lanes, "widths": widths, **about, "seconds": times, "first": first[name]}
         row |= {"median": float(np.median(times)), "least": min(times), "relative_difference": apart}
         row["examples_per_second"] = about["examples"] / row["median"]
         table.append(row)
         print(
-            f"{work:5} {lanes:3} lanes {kind:6} {row['median']:8.3f} s (least {row['least']:.3f})  "
+            f"{work:5} {name:15} {row['median']:8.3f} s (least {row['least']:.3f})  "
             f"{row['examples_per_second']:6.1f} ex/s  rows {about['row_occupancy']:4.0%} real  "
             f"first {row['first']:5.1f} s  differs by {apart:.0e}",
             flush=True,
         )
         if apart > 1e-4:
-            raise SystemExit(f"{lanes} lanes, {kind}: another result than {o.lanes[0]} lanes, whole batches")
+            raise SystemExit(f"{name}: another result than {o.lanes[0]} lanes, whole")
     return table
 
 
