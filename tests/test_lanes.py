@@ -151,7 +151,7 @@ def test_auto_lanes_end_together(sizes, devices, platform, lanes):
 def test_auto_lanes_of_convolutions_on_a_cpu():
     """Clients' own kernels under vmap are a grouped convolution; LoRA's factors and dense kernels are not."""
     few, many = (
-        lanes_module.choose_lanes(np.full(16, 32), Passes(1, None, 8), 1, "cpu", convolutions=own)
+        lanes_module.choose_lanes(np.full(16, 32), Passes(1, None, 16), 1, "cpu", convolutions=own)
         for own in (True, False)
     )
     assert (few, many) == (lanes_module.CONVOLUTION_LANES, 4)
