@@ -149,6 +149,17 @@ def test_auto_lanes_end_together(sizes, devices, platform, lanes):
     assert found == lanes
 
 
+def test_auto_lanes_of_convolutions_on_a_cpu():
+    """Clients' own kernels under vmap are a grouped convolution; LoRA's factors and dense kernels are not."""
+    few, many = (
+        lanes_module.choose_lanes(np.full(16, 32), Passes(1, None, 16), 1, "cpu", convolutions=own)
+        for own in (True, False)
+    )
+    assert (few, many) == (lanes_module.CONVOLUTION_LANES, 4)
+    assert lanes_module.own_convolutions({"kernel": jnp.zeros((3, 3, 1, 8)), "bias": jnp.zeros(8)})
+    assert not lanes_module.own_convolutions({"lora_a": jnp.zeros((192, 4)), "head": jnp.zeros((192, 10))})
+
+
 def test_keys_depend_on_round_and_client_only():
     problem = tiny_problem()
     a = run(counting, problem, lanes=1)[2][0].done[0].info.clients["key"]

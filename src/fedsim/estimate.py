@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedsim import build, plan, wire
+from fedsim import build, packing, plan, wire
 from fedsim.backbones.load import draw
 from fedsim.build import Phase, Problem
 from fedsim.config import Config, Speed
 from fedsim.core import Passes
 from fedsim.data.dataset import stream
-from fedsim.lanes import choose_lanes
+from fedsim.lanes import choose_lanes, own_convolutions
 from fedsim.report import duration, exact_size, size
 
 SAMPLED_ROUNDS = 5  # cohorts drawn to know what an average round does
@@ -61,10 +61,12 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
         stream(config.seed, f"sample {round}").choice(parts.clients, config.clients_per_round, replace=False)
         for round in range(1, SAMPLED_ROUNDS + 1)
     ]
-    asked = problem.speed.lanes
-    lanes = choose_lanes(parts.sizes[cohorts[0]], passes, devices, jax.default_backend()) if asked == "auto" else asked
+    lanes, widths = problem.speed.lanes, packing.choose_widths(parts.sizes, passes)
+    if lanes == "auto":
+        first, own = parts.sizes[cohorts[0]], own_convolutions(model.trained)
+        lanes = choose_lanes(first, passes, devices, jax.default_backend(), widths, convolutions=own)
     plans = [
-        plan.make(ids, parts.rows, parts.offsets, passes, config.seed, round, devices, lanes)
+        plan.make(ids, parts.rows, parts.offsets, passes, config.seed, round, devices, lanes, widths=widths)
         for round, ids in enumerate(cohorts, 1)
     ]
     trained, frozen = _nbytes(model.trained), _nbytes(model.frozen)

@@ -22,15 +22,25 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedsim import plan as planning
-from fedsim import wire
+from fedsim import packing, wire
 from fedsim.core import Local, Passes, Reduce, Tree
-from fedsim.programs import Clock, Programs, Slots, make_programs, reply_bytes, reply_shapes, split_message
+from fedsim.programs import (
+    Clock,
+    Programs,
+    Slots,
+    make_programs,
+    reply_bytes,
+    reply_shapes,
+    split_message,
+    takes_rows,
+)
 
 PREFETCH_BYTES = 256 * 2**20  # of batches that a segment may hold on a device at once
 RESIDENT_SHARE = 0.4  # of a device's memory that the examples may take; larger sets stay on the host
 MEMORY_SHARE = 0.8  # of a device's memory that the program may need; the rest is for evaluation and fragments
-CPU_LANES, ACCELERATOR_LANES = 6, 256  # at most; chosen, not measured to be best
+CPU_LANES, ACCELERATOR_LANES = 8, 256  # at most; on a CPU measured (docs/lanes.md), on an accelerator not yet
+CONVOLUTION_LANES = 1  # at most on a CPU, where clients train whole kernels of a convolution
+FLAT = 0.02  # of a plan's cost that fewer lanes may cost more
 
 
 def message_bytes(message: Tree, members: int) -> dict[str, np.ndarray]:
@@ -60,6 +70,8 @@ class Lanes:
         segment_steps: steps of the plan in one call, or "auto".
         resident: "on" copies the examples to every device, "off" leaves them on the host and sends batches, "auto"
             takes the first where they fit. The same programs run, so the results are equal bit for bit.
+        widths: columns of a batch that a step may compute, ascending up to the batch size; None for those that the
+            clients' sizes make worthwhile. Each further one compiles another step.
     """
 
     def __init__(
@@ -76,6 +88,7 @@ class Lanes:
         parallel: str = "shard_map",
         segment_steps: int | str = "auto",
         resident: str = "auto",
+        widths: tuple[int, ...] | None = None,
     ) -> None:
         available = jax.local_devices()
         if devices is not None and devices > len(available):
@@ -96,6 +109,7 @@ class Lanes:
         )
         if self.resident:
             self.x, self.y = self.put((self.x, self.y))
+        self.widths = widths
         self._programs: dict[Any, Programs] = {}
         self._reply_bytes: dict[Any, int] = {}
         self._gather = self._spread(
@@ -147,16 +161,17 @@ class Lanes:
         known = (local, reduce, init_memory, _structure(message), len(sizes))
         if known not in self._programs:
             reply, names = reply_shapes(local, init_memory, message, self.held, *self.shapes, self.root)
+            widths = self._widths_for(local, init_memory, message)
 
             def made(lanes: int) -> Programs:
                 steps = self.resolve_segment(lanes, local.passes.batch_size)
                 shardings, members = (self.everywhere, self.apart), len(sizes)
-                return make_programs(
-                    self._spread, shardings, local, reduce, init_memory, message, reply, names, members, lanes, steps
-                )
+                shapes = (reply, names, members, lanes, steps, widths)
+                return make_programs(self._spread, shardings, local, reduce, init_memory, message, *shapes)
 
             if self.lanes == "auto":
-                lanes = choose_lanes(sizes, local.passes, len(self.devices), self.devices[0].platform)
+                platform, own = self.devices[0].platform, own_convolutions(wire.unwrap(reply))
+                lanes = choose_lanes(sizes, local.passes, len(self.devices), platform, widths, convolutions=own)
                 programs, fits = self._compiled(made(lanes), local, init_memory, message, len(sizes))
                 while lanes > 1 and not fits:
                     lanes //= 2
@@ -166,6 +181,14 @@ class Lanes:
                 programs = made(int(self.lanes))
             self._programs[known] = programs
         return self._programs[known]
+
+    def _widths_for(self, local: Local, init_memory: Any, message: Tree) -> tuple[int, ...]:
+        """The widths of this local's steps; the whole batch where its carry depends on the number of rows."""
+        size = local.passes.batch_size
+        widths = self.widths or packing.choose_widths(np.diff(self.offsets), local.passes)
+        narrow = min(width or size for width in widths)
+        common = (local, init_memory, message, self.held, *self.shapes, self.root)
+        return widths if narrow == size or takes_rows(narrow, *common) else (size,)
 
     def reply_bytes(self, local: Local, init_memory: Any, message: Tree) -> int:
         """Bytes of one client's reply before there is one; see `programs.reply_bytes`."""
@@ -196,6 +219,7 @@ class Lanes:
         rows = (len(self.devices), *grid, local.passes.batch_size)
         at = {name: array(jnp.int32, *grid) for name in ("count", "step", "slot")}
         at |= {name: array(jnp.bool_, *grid) for name in ("first", "last")}
+        at["width"] = array(jnp.int32, programs.steps)
         x, y = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*rows, *a.shape[1:]), a.dtype), (self.x, self.y))
         x, y, at, trip = apart((x, y, at, array(jnp.int32)))
         common = (self.held, shared, own, cohort, clock, self.root)
@@ -223,22 +247,42 @@ def _structure(message: Tree) -> tuple[Any, Any]:
     return jax.tree.structure(message), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(message))
 
 
-def choose_lanes(sizes: np.ndarray, passes: Passes, devices: int, platform: str) -> int:
-    """Lanes a device for cohorts with sizes like these (M,): many, but such that they end together.
+def own_convolutions(trained: Tree) -> bool:
+    """Whether clients train whole kernels of a convolution: over lanes they make a grouped one, slow on a CPU."""
+    return any(len(leaf.shape) == 4 for leaf in jax.tree.leaves(trained))
 
-    Lanes beyond (total steps / steps of the longest client) stand idle at the end, so there are no more than that; of
-    the numbers from there down to half of it, the one whose plan is fullest.
+
+def choose_lanes(
+    sizes: np.ndarray,
+    passes: Passes,
+    devices: int,
+    platform: str,
+    widths: Sequence[int] | None = None,
+    *,
+    convolutions: bool = False,
+) -> int:
+    """Lanes a device for cohorts with sizes like these (M,): the number whose plan is cheapest by `packing.cost`.
+
+    Lanes beyond (total steps / steps of the longest client) stand idle at the end, so there are no more than that, and
+    no more than the platform's most. On a CPU fewer are taken where they cost hardly more: they need less memory. On an
+    accelerator no fewer than half of the most are looked at, and of equally cheap numbers the largest is taken.
+
+    Args:
+        widths: as `packing.choose_widths` gives them; None for whole batches.
+        convolutions: clients train whole kernels of a convolution.
     """
-    steps = np.maximum(planning.steps_of(sizes, passes), 1)
-    busy = int(steps.sum() // (steps.max(initial=1) * devices))
-    most = max(1, min(busy, CPU_LANES if platform == "cpu" else ACCELERATOR_LANES))
-    slots = -(-len(steps) // devices)
-
-    def length(lanes: int) -> int:
-        _, _, begin = planning.pack(steps, devices, lanes, slots)
-        return int((begin + steps).max(initial=1))
-
-    return min(sorted({-(-most * k // 8) for k in range(4, 9)}, reverse=True), key=lambda lanes: lanes * length(lanes))
+    work = packing.work_of(sizes, packing.steps_of(sizes, passes), passes)
+    busy = int(work.spans.sum() // (work.spans.max(initial=1) * devices))
+    cpu = platform == "cpu"
+    most = max(1, min(busy, (CONVOLUTION_LANES if convolutions else CPU_LANES) if cpu else ACCELERATOR_LANES))
+    tried = range(1, most + 1) if cpu else sorted({-(-most * k // 8) for k in range(4, 9)}, reverse=True)
+    costs = {
+        lanes: packing.cost(packing.pack(work, devices, lanes, widths or (passes.batch_size,))[1], lanes)
+        for lanes in tried
+    }
+    if cpu:
+        return min(lanes for lanes in tried if costs[lanes] <= (1 + FLAT) * min(costs.values()))
+    return min(tried, key=lambda lanes: costs[lanes])
 
 
 def device_memory(device: jax.Device) -> int:
