@@ -27,8 +27,8 @@ def normal_cdf(x: jax.Array) -> jax.Array:
 def gelu(x: jax.Array) -> jax.Array:
     """x * Phi(x) with the exact error function, as BERT and ViT checkpoints were trained.
 
-    Unlike `jax.nn.gelu`, which takes erfc: XLA writes that out as three branches, all of them evaluated, and keeps
-    their parts for the backward pass. Here one array is kept, the slope.
+    Not `jax.nn.gelu`, which takes erfc: XLA writes that out as three branches and evaluates all of them; erf is one
+    quotient of polynomials.
     """
     y = wide(x)
     return (y * normal_cdf(y)).astype(x.dtype)
