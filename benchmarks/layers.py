@@ -75,14 +75,30 @@ def plain_linear(self: layers.Linear, x: jax.Array) -> jax.Array:
     return y if self.bias is None else y + self.bias[...]
 
 
+def plain_attention(self: layers.Attention, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Batch and heads as two axes, batch and tokens first; no prefix, no adapter."""
+
+    def split(y: jax.Array) -> jax.Array:
+        return y.reshape(*y.shape[:-1], self.heads, -1)  # (B, T, H, D/H)
+
+    query, key, value = split(self.query(x)), split(self.key(x)), split(self.value(x))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None, :], scores, -1e9)
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), value)
+    return self.output(mixed.reshape(x.shape))
+
+
 PLAIN: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "gelu": ((vit, "gelu", plain_gelu), (bert, "gelu", plain_gelu)),
     "norm": ((layers.LayerNorm, "__call__", plain_norm),),
     "rows": ((layers.Linear, "__call__", plain_linear),),
+    "heads": ((layers.Attention, "__call__", plain_attention),),
 }
 """What was changed -> where its plain form goes."""
 
-STEPS = {"plain": ("gelu", "norm", "rows"), "gelu": ("norm", "rows"), "gelu + norm": ("rows",), "all": ()}
+STEPS = {"plain": ("gelu", "norm", "rows", "heads")}
+STEPS |= {"gelu": ("norm", "rows", "heads"), "gelu, norm": ("rows", "heads"), "gelu, norm, rows": ("heads",), "all": ()}
 """Variant -> the forms that are still plain."""
 
 

@@ -226,20 +226,26 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """x (B, T, D), mask (B, T) bool, true where a token may be looked at -> (B, T, D)."""
 
+        size, tokens, width = x.shape
+        heads, depth = self.heads, width // self.heads
+
         def split(y: jax.Array) -> jax.Array:
-            return y.reshape(*y.shape[:-1], self.heads, -1)  # (B, T, H, D/H)
+            """(B, T, D) -> (B H, T, D/H): one batch axis of small matrices, the cheapest form on a CPU."""
+            y = y.reshape(size, y.shape[1], heads, depth).transpose(0, 2, 1, 3)
+            return y.reshape(size * heads, y.shape[2], depth)
 
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.prefix_key is not None and self.prefix_value is not None:
             key, value = append(key, self.prefix_key[...]), append(value, self.prefix_value[...])
             mask = None if mask is None else append_true(mask, self.prefix_key.shape[0])
-        query, key, value = split(query), split(key), split(value)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
+        query, key, value = split(query * depth**-0.5), split(key), split(value)
+        scores = wide(jnp.einsum("nqd,nkd->nqk", query, key))
         if mask is not None:
             # Finite, so that a row without any token (an empty slot of a batch) has no NaN, nor its gradient.
-            scores = jnp.where(mask[:, None, None, :], scores, -1e9)
-        weights = jax.nn.softmax(wide(scores), axis=-1).astype(value.dtype)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+            scores = jnp.where(jnp.repeat(mask, heads, axis=0)[:, None, :], scores, -1e9)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        mixed = jnp.einsum("nqk,nkd->nqd", weights, value)
+        mixed = mixed.reshape(size, heads, tokens, depth).transpose(0, 2, 1, 3)
         y = self.output(mixed.reshape(x.shape))
         return y if self.adapter is None else y + self.adapter(y)
 
