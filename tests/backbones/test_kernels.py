@@ -114,3 +114,22 @@ def test_linear_keeps_leading_axes(shape: tuple[int, ...]) -> None:
     x = jax.random.normal(jax.random.key(0), shape)
     full = layer.kernel[...] + 0.5 * layer.lora_a[...] @ layer.lora_b[...]
     np.testing.assert_allclose(layer(x), jnp.einsum("...i,io->...o", x, full) + layer.bias[...], atol=1e-5)
+
+
+def test_attention_equals_a_loop_over_heads() -> None:
+    attention = Attention(12, 3, rngs=nnx.Rngs(0))
+    attention.attach_prefix(2, nnx.Rngs(1))
+    x = jax.random.normal(jax.random.key(0), (4, 5, 12))
+    mask = jnp.arange(5) < jnp.array([[5], [3], [1], [0]])
+    y = jax.jit(attention)(x, mask)
+    kernels = {name: np.asarray(getattr(attention, name).kernel[...]) for name in ("query", "key", "value", "output")}
+    for i in range(4):
+        seen = np.concatenate([np.asarray(mask[i]), [True, True]])
+        query, key, value = (np.asarray(x[i]) @ kernels[name] for name in ("query", "key", "value"))
+        key = np.concatenate([key, np.asarray(attention.prefix_key[...])])[seen]
+        value = np.concatenate([value, np.asarray(attention.prefix_value[...])])[seen]
+        mixed = []
+        for head in np.split(np.arange(12), 3):
+            weights = np.exp(query[:, head] @ key[:, head].T / 2)  # / sqrt(12 / 3)
+            mixed.append(weights / weights.sum(axis=1, keepdims=True) @ value[:, head])
+        np.testing.assert_allclose(y[i], np.concatenate(mixed, axis=1) @ kernels["output"], atol=1e-5)
