@@ -145,7 +145,7 @@ class Program:
 
     def about(self) -> dict[str, Any]:
         """Operations of the compiled program by kind, GELU's among all instructions, and its temporary memory."""
-        hlo = self.compiled.as_text()
+        hlo, memory = self.compiled.as_text() or "", self.compiled.memory_analysis()
         entry = hlo[hlo.index("\nENTRY ") :]
         kinds = collections.Counter(re.findall(r" = \S+ ([a-z][\w\-]*)\(", entry))
         erf = len(re.findall(r'op_name="[^"]*/erfc?["/]', hlo))
@@ -154,7 +154,7 @@ class Program:
             "operations": {kind: n for kind, n in kinds.items() if kind not in ("parameter", "constant")},
             "transposing_copies": copies,
             "instructions_of_erf": erf,
-            "temporary_bytes": self.compiled.memory_analysis().temp_size_in_bytes,
+            "temporary_bytes": memory.temp_size_in_bytes if memory else 0,
             "compile_seconds": self.compile_seconds,
         }
 

@@ -112,6 +112,8 @@ def test_linear_keeps_leading_axes(shape: tuple[int, ...]) -> None:
     layer.attach_lora(2, 0.5, nnx.Rngs(1))
     layer.lora_b = nnx.Param(jnp.ones((2, 6)))
     x = jax.random.normal(jax.random.key(0), shape)
+    assert layer.bias is not None
+    assert layer.lora_a is not None
     full = layer.kernel[...] + 0.5 * layer.lora_a[...] @ layer.lora_b[...]
     np.testing.assert_allclose(layer(x), jnp.einsum("...i,io->...o", x, full) + layer.bias[...], atol=1e-5)
 
@@ -119,6 +121,8 @@ def test_linear_keeps_leading_axes(shape: tuple[int, ...]) -> None:
 def test_attention_equals_a_loop_over_heads() -> None:
     attention = Attention(12, 3, rngs=nnx.Rngs(0))
     attention.attach_prefix(2, nnx.Rngs(1))
+    assert attention.prefix_key is not None
+    assert attention.prefix_value is not None
     x = jax.random.normal(jax.random.key(0), (4, 5, 12))
     mask = jnp.arange(5) < jnp.array([[5], [3], [1], [0]])
     y = jax.jit(attention)(x, mask)
