@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fedsim.backbones.images import HALF_PIXELS, Pixels, bicubic, prepare, prepared_shape
-from fedsim.backbones.layers import MLP, Attention, LayerNorm, Linear, Shape, Stage, append, gelu, param
+from fedsim.backbones.kernels import gelu
+from fedsim.backbones.layers import MLP, Attention, LayerNorm, Linear, Shape, Stage, append, param
 
 
 @dataclass(frozen=True)
