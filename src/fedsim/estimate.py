@@ -53,7 +53,7 @@ def dry_run(config: Config, speed: Speed) -> list[PhaseEstimate]:
 def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
     """One phase from shapes, the partition and drawn cohorts; no parameter is loaded."""
     config, dataset, parts = phase.config, problem.dataset, problem.partition
-    model = build.split_model(config, dataset)
+    model = build.split_model(config, dataset, problem.speed)
     passes = Passes(config.epochs, config.steps, config.batch_size)
     devices = problem.speed.devices or jax.local_device_count()
     cached = build.use_cache(problem.speed, model, dataset.x, config)
