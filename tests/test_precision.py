@@ -16,9 +16,7 @@ from fedsim import build, peft, precision
 from fedsim.config import Config, Speed
 from fedsim.flops import equations
 
-CASES = [
-    ("vit_tiny", (16, 16, 3), kind) for kind in ("bias", "lora", "adapter", "prompt", "prefix", "ia3", "full")
-] + [
+CASES = [("vit_tiny", (16, 16, 3), kind) for kind in ("bias", "lora", "adapter", "prompt", "prefix", "ia3", "full")] + [
     ("bert_tiny", (8,), "lora+bias"),
     ("cnn", (8, 8), "full"),
     ("resnet18_gn", (32, 32, 3), "norm"),

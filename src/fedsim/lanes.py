@@ -11,7 +11,6 @@ device its own block, its own trip count, and no collective inside. The sums ove
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,11 +24,12 @@ from jax.sharding import PartitionSpec as P
 from fedsim import plan as planning
 from fedsim import wire
 from fedsim.core import Local, Passes, Reduce, Tree
+from fedsim.device_memory import Need, device_memory, free_memory, refuse_too_large
 from fedsim.programs import Clock, Programs, Slots, make_programs, reply_bytes, reply_shapes, split_message
 
 PREFETCH_BYTES = 256 * 2**20  # of batches that a segment may hold on a device at once
 RESIDENT_SHARE = 0.4  # of a device's memory that the examples may take; larger sets stay on the host
-MEMORY_SHARE = 0.8  # of a device's memory that the program may need; the rest is for evaluation and fragments
+MEMORY_SHARE = 0.8  # of a device's free memory that "auto" lets the program take; the rest is for fragments
 CPU_LANES, ACCELERATOR_LANES = 6, 256  # at most; chosen, not measured to be best
 
 
@@ -143,6 +143,9 @@ class Lanes:
 
         Where "auto" is to choose the lanes, it halves what the cohort keeps busy until the compiled program fits into
         the memory of the device, and stays with that for the exchanges that follow.
+
+        Raises:
+            ValueError: the program does not fit, by its own analysis; nothing has run.
         """
         known = (local, reduce, init_memory, _structure(message), len(sizes))
         if known not in self._programs:
@@ -155,16 +158,18 @@ class Lanes:
                     self._spread, shardings, local, reduce, init_memory, message, reply, names, members, lanes, steps
                 )
 
-            if self.lanes == "auto":
-                lanes = choose_lanes(sizes, local.passes, len(self.devices), self.devices[0].platform)
-                programs, fits = self._compiled(made(lanes), local, init_memory, message, len(sizes))
-                while lanes > 1 and not fits:
-                    lanes //= 2
-                    programs, fits = self._compiled(made(lanes), local, init_memory, message, len(sizes))
-                self.lanes = lanes
-            else:
-                programs = made(int(self.lanes))
-            self._programs[known] = programs
+            free, asked = free_memory(self.devices[0], len(self.devices)), self.lanes
+            lanes = (
+                choose_lanes(sizes, local.passes, len(self.devices), self.devices[0].platform)
+                if asked == "auto"
+                else int(asked)
+            )
+            programs, need = self._compiled(made(lanes), local, init_memory, message, len(sizes))
+            while asked == "auto" and lanes > 1 and need.lanes > MEMORY_SHARE * free:
+                lanes //= 2
+                programs, need = self._compiled(made(lanes), local, init_memory, message, len(sizes))
+            refuse_too_large(need, free, lanes, local.passes.batch_size, len(self.devices))
+            self.lanes, self._programs[known] = lanes, programs
         return self._programs[known]
 
     def reply_bytes(self, local: Local, init_memory: Any, message: Tree) -> int:
@@ -176,8 +181,8 @@ class Lanes:
 
     def _compiled(
         self, programs: Programs, local: Local, init_memory: Any, message: Tree, members: int
-    ) -> tuple[Programs, bool]:
-        """Compiles the segment ahead of its first call; whether it fits beside the examples, by XLA's own analysis."""
+    ) -> tuple[Programs, Need]:
+        """Compiles the segment ahead of its first call; what it takes on a device, by XLA's own analysis."""
 
         def apart(tree: Tree) -> Tree:
             return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.apart), tree)
@@ -202,9 +207,10 @@ class Lanes:
         state = apart(jax.eval_shape(programs.begin, *common, x, y, at))
         segment = programs.segment.lower(*common, state, x, y, at, trip).compile()
         use = segment.memory_analysis()
-        needed = use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes
-        needed += self.resident * self.row_bytes * len(self.y) - use.alias_size_in_bytes
-        return programs._replace(segment=segment), needed <= MEMORY_SHARE * device_memory(self.devices[0])
+        held = sum(wire.array_bytes(leaf) for leaf in jax.tree.leaves(self.held))
+        lanes = use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes
+        need = Need(lanes - use.alias_size_in_bytes - held, held + self.resident * self.row_bytes * len(self.y))
+        return programs._replace(segment=segment), need
 
     def reuse(self, lanes: int | str, segment_steps: int | str) -> None:
         """Takes what "auto" chose in an earlier process, so that a resumed run sums in the same order."""
@@ -239,11 +245,3 @@ def choose_lanes(sizes: np.ndarray, passes: Passes, devices: int, platform: str)
         return int((begin + steps).max(initial=1))
 
     return min(sorted({-(-most * k // 8) for k in range(4, 9)}, reverse=True), key=lambda lanes: lanes * length(lanes))
-
-
-def device_memory(device: jax.Device) -> int:
-    """Bytes of the device's memory; on a CPU, all devices share the machine's."""
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
