@@ -394,7 +394,8 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
     texts = lengths.entering(problem.texts, model, model.cut if cached else 0)
     for_algorithm = task(config, model, trained, cached, phase.first)
     algorithm = algorithms.find(config.algorithm)(for_algorithm)
-    frozen = precision.held(frozen, speed.precision, written(algorithm, frozen))
+    if speed.precision != "float32":
+        frozen = precision.held(frozen, speed.precision, written(algorithm, frozen))
     if cached:
         x = features(problem, model, frozen)
         frozen = {name: leaf for name, leaf in frozen.items() if name not in model.below}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 
@@ -76,3 +78,41 @@ def refuse_too_large(need: Need, free: int, lanes: int, batch_size: int, devices
         f"needs {size(need.lanes)} beside the {size(need.there)} of backbone and examples, and {size(max(free, 0))} are "
         f"free: {lower} take --remat blocks or --precision bfloat16."
     )
+
+
+class OutOfMemoryError(Exception):
+    """A round did not fit into the device's memory; `lanes` were running."""
+
+    def __init__(self, round: int, lanes: int) -> None:
+        super().__init__(f"round {round} ran out of the device's memory with lanes={lanes}")
+        self.lanes = lanes
+
+
+class Engine(Protocol):
+    """What is asked of an engine here."""
+
+    lanes: int | str
+
+
+@contextmanager
+def out_of_memory(round: int, engine: Engine, batch_size: int) -> Iterator[None]:
+    """Says which lanes ran out of memory; inputs were donated, so nothing of the round can be used again.
+
+    Raises:
+        OutOfMemoryError: more than one lane did.
+        ValueError: a single one did.
+    """
+    try:
+        yield
+        return
+    except jax.errors.JaxRuntimeError as error:
+        # Of several processes, the others would wait for this one.
+        if "RESOURCE_EXHAUSTED" not in str(error) or engine.lanes == "auto" or jax.process_count() > 1:
+            raise
+        why = str(error).partition("\n")[0]
+    if engine.lanes == 1:
+        raise ValueError(
+            f"Expected one lane with batch_size={batch_size} to fit into the device's memory in round {round} ({why}); "
+            "lower batch_size, or take --remat blocks or --precision bfloat16."
+        )
+    raise OutOfMemoryError(round, int(engine.lanes))

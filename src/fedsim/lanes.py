@@ -168,7 +168,8 @@ class Lanes:
             while asked == "auto" and lanes > 1 and need.lanes > MEMORY_SHARE * free:
                 lanes //= 2
                 programs, need = self._compiled(made(lanes), local, init_memory, message, len(sizes))
-            refuse_too_large(need, free, lanes, local.passes.batch_size, len(self.devices))
+            if not self._programs:  # later ones, as of a test at the end, do not stop a run that has gone so far
+                refuse_too_large(need, free, lanes, local.passes.batch_size, len(self.devices))
             self.lanes, self._programs[known] = lanes, programs
         return self._programs[known]
 

@@ -55,7 +55,11 @@ def computed(model: Model, precision: str = "float32", remat: str = "none") -> M
 
 def cast(tree: Any, dtype: Any) -> Any:
     """Floating-point leaves of a tree in that type; integers and flags as they are."""
-    return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+
+    def one(a: Any) -> Any:
+        return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) and a.dtype != dtype else a
+
+    return jax.tree.map(one, tree)
 
 
 def held(frozen: Mapping[str, np.ndarray], precision: str, written: Collection[str] = ()) -> dict[str, np.ndarray]:

@@ -32,7 +32,7 @@ from fedsim.data import require_given
 from fedsim.data.assets import cache_dir
 from fedsim.data.dataset import Source, stream
 from fedsim.data.show import draw as draw_partition
-from fedsim.lanes import Lanes
+from fedsim.device_memory import OutOfMemoryError, out_of_memory
 from fedsim.memory import Memory
 from fedsim.programs import key_for
 from fedsim.progress import Progress
@@ -196,7 +196,7 @@ def simulate(
             conditions = network.conditions(fleet, ids, round)
             cohort = Cohort(engine, ids, round, memory, conditions, met=met, lr=trainer.lr(round))
             key = key_for(engine.root, "server", round)
-            with out_of_memory(round, engine, phase.config):
+            with out_of_memory(round, engine, phase.config.batch_size):
                 server, metrics = exchange_round(key, algorithm, server, cohort)
                 jax.block_until_ready(server)
             down, up = cohort.traffic()
@@ -317,38 +317,6 @@ def exchange_round(key: jax.Array, algorithm: Algorithm, server: Any, cohort: Co
     if cohort.reports.any() or algorithm.runs_empty:
         return new, cohort.fetch(metrics)
     return server, {}
-
-
-class OutOfMemoryError(Exception):
-    """A round did not fit into the device's memory; `lanes` were running."""
-
-    def __init__(self, round: int, lanes: int) -> None:
-        super().__init__(f"round {round} ran out of the device's memory with lanes={lanes}")
-        self.lanes = lanes
-
-
-@contextmanager
-def out_of_memory(round: int, engine: Lanes, config: Config) -> Iterator[None]:
-    """Says which lanes ran out of memory; inputs were donated, so nothing of the round can be used again.
-
-    Raises:
-        ValueError: a single lane did.
-    """
-    try:
-        yield
-        return
-    except jax.errors.JaxRuntimeError as error:
-        # Of several processes, the others would wait for this one.
-        if "RESOURCE_EXHAUSTED" not in str(error) or engine.lanes == "auto" or jax.process_count() > 1:
-            raise
-        why = str(error).partition("\n")[0]
-    # Outside of the handler: the error's frames hold what lies on the device.
-    if engine.lanes == 1:
-        raise ValueError(
-            f"Expected one lane with batch_size={config.batch_size} to fit into the device's memory in round {round} "
-            f"({why}); lower batch_size, or take --remat blocks or --precision bfloat16."
-        )
-    raise OutOfMemoryError(round, int(engine.lanes))
 
 
 def release(problem: Problem, speed: Speed) -> Problem:
