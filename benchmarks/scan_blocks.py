@@ -50,13 +50,14 @@ class Options:
     """Two blocks; no figure worth reporting."""
 
 
-def unrolled(model: peft.Model, remat: str) -> Callable[..., Any]:
+def unrolled(model: peft.Model, kind: str, remat: str) -> Callable[..., Any]:
     """The forward pass as fedsim has it."""
-    return precision.computed(model, "float32", remat).apply
+    return precision.computed(model, kind, remat).apply
 
 
-def scanned(model: peft.Model, remat: str) -> Callable[..., Any]:
+def scanned(model: peft.Model, kind: str, remat: str) -> Callable[..., Any]:
     """The same function over the same leaves: those of the blocks are stacked, one traced block runs over them."""
+    model = precision.computed(model, kind)
     blocks = model.stages - 3  # beside embeddings, norm and head
 
     def apply(trained: Any, frozen: Any, x: Any) -> Any:
@@ -81,7 +82,7 @@ def main(o: Options) -> None:
         o = dataclasses.replace(o, backbone="vit_tiny", image=16, lanes=2, batch_size=2, repeats=2)
     tune_host(report.speed())
     shape, rng = (o.image, o.image, 3), np.random.default_rng(0)
-    model = precision.computed(peft.build(o.backbone, CLASSES, input_shape=shape, peft=o.peft), o.precision)
+    model = peft.build(o.backbone, CLASSES, input_shape=shape, peft=o.peft)
     trained, frozen = peft.start(model, "random", 0)
     frozen = precision.held(frozen, o.precision)
     lanes = {path: np.stack([leaf] * o.lanes) for path, leaf in trained.items()}
@@ -91,7 +92,7 @@ def main(o: Options) -> None:
     compiled, about, results = {}, {}, {}
     for name, make in (("unrolled", unrolled), ("scanned", scanned)):
         for remat in ("none", "blocks"):
-            apply = make(model, remat)
+            apply = make(model, o.precision, remat)
 
             def loss(trained: Any, frozen: Any, x: Any, apply: Any = apply) -> Any:
                 return -jax.nn.log_softmax(apply(trained, frozen, x))[:, 0].mean()
