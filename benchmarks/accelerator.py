@@ -29,12 +29,13 @@ import report
 import tyro
 
 from fedsim import peft, precision
-from fedsim.cohort import Cohort, Memory
+from fedsim.cohort import Cohort
 from fedsim.core import Passes, mean
 from fedsim.evaluate import classification_loss
 from fedsim.flops import training_flops
 from fedsim.lanes import Lanes
 from fedsim.local import fit
+from fedsim.memory import Memory
 from fedsim.simulate import tune_host
 
 CLASSES, LR, ROUND, EXAMPLES = 100, 0.01, 1, 1024
