@@ -11,7 +11,6 @@ device its own block, its own trip count, and no collective inside. The sums ove
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from fedsim import packing, wire
 from fedsim.core import Local, Passes, Reduce, Tree
+from fedsim.device_memory import Need, device_memory, free_memory, refuse_too_large
 from fedsim.programs import (
     Clock,
     Programs,
@@ -37,7 +37,7 @@ from fedsim.programs import (
 
 PREFETCH_BYTES = 256 * 2**20  # of batches that a segment may hold on a device at once
 RESIDENT_SHARE = 0.4  # of a device's memory that the examples may take; larger sets stay on the host
-MEMORY_SHARE = 0.8  # of a device's memory that the program may need; the rest is for evaluation and fragments
+MEMORY_SHARE = 0.8  # of a device's free memory that "auto" lets the program take; the rest is for fragments
 CPU_LANES, ACCELERATOR_LANES = 8, 256  # at most; on a CPU measured (docs/lanes.md), on an accelerator not yet
 CONVOLUTION_LANES = 1  # at most on a CPU, where clients train whole kernels of a convolution
 FLAT = 0.02  # of a plan's cost that fewer lanes may cost more
@@ -157,6 +157,9 @@ class Lanes:
 
         Where "auto" is to choose the lanes, it halves what the cohort keeps busy until the compiled program fits into
         the memory of the device, and stays with that for the exchanges that follow.
+
+        Raises:
+            ValueError: the program does not fit, by its own analysis; nothing has run.
         """
         known = (local, reduce, init_memory, _structure(message), len(sizes))
         if known not in self._programs:
@@ -169,17 +172,20 @@ class Lanes:
                 shapes = (reply, names, members, lanes, steps, widths)
                 return make_programs(self._spread, shardings, local, reduce, init_memory, message, *shapes)
 
-            if self.lanes == "auto":
-                platform, own = self.devices[0].platform, own_convolutions(wire.unwrap(reply))
-                lanes = choose_lanes(sizes, local.passes, len(self.devices), platform, widths, convolutions=own)
-                programs, fits = self._compiled(made(lanes), local, init_memory, message, len(sizes))
-                while lanes > 1 and not fits:
-                    lanes //= 2
-                    programs, fits = self._compiled(made(lanes), local, init_memory, message, len(sizes))
-                self.lanes = lanes
-            else:
-                programs = made(int(self.lanes))
-            self._programs[known] = programs
+            free, asked = free_memory(self.devices[0], len(self.devices)), self.lanes
+            platform, own = self.devices[0].platform, own_convolutions(wire.unwrap(reply))
+            lanes = (
+                choose_lanes(sizes, local.passes, len(self.devices), platform, widths, convolutions=own)
+                if asked == "auto"
+                else int(asked)
+            )
+            programs, need = self._compiled(made(lanes), local, init_memory, message, len(sizes))
+            while asked == "auto" and lanes > 1 and need.lanes > MEMORY_SHARE * free:
+                lanes //= 2
+                programs, need = self._compiled(made(lanes), local, init_memory, message, len(sizes))
+            if not self._programs:  # later ones, as of a test at the end, do not stop a run that has gone so far
+                refuse_too_large(need, free, lanes, local.passes.batch_size, len(self.devices))
+            self.lanes, self._programs[known] = lanes, programs
         return self._programs[known]
 
     def _widths_for(self, local: Local, init_memory: Any, message: Tree) -> tuple[int, ...]:
@@ -199,8 +205,8 @@ class Lanes:
 
     def _compiled(
         self, programs: Programs, local: Local, init_memory: Any, message: Tree, members: int
-    ) -> tuple[Programs, bool]:
-        """Compiles the segment ahead of its first call; whether it fits beside the examples, by XLA's own analysis."""
+    ) -> tuple[Programs, Need]:
+        """Compiles the segment ahead of its first call; what it takes on a device, by XLA's own analysis."""
 
         def apart(tree: Tree) -> Tree:
             return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.apart), tree)
@@ -226,9 +232,10 @@ class Lanes:
         state = apart(jax.eval_shape(programs.begin, *common, x, y, at))
         segment = programs.segment.lower(*common, state, x, y, at, trip).compile()
         use = segment.memory_analysis()
-        needed = use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes
-        needed += self.resident * self.row_bytes * len(self.y) - use.alias_size_in_bytes
-        return programs._replace(segment=segment), needed <= MEMORY_SHARE * device_memory(self.devices[0])
+        held = sum(wire.array_bytes(leaf) for leaf in jax.tree.leaves(self.held))
+        lanes = use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes
+        need = Need(lanes - use.alias_size_in_bytes - held, held + self.resident * self.row_bytes * len(self.y))
+        return programs._replace(segment=segment), need
 
     def reuse(self, lanes: int | str, segment_steps: int | str) -> None:
         """Takes what "auto" chose in an earlier process, so that a resumed run sums in the same order."""
@@ -283,11 +290,3 @@ def choose_lanes(
     if cpu:
         return min(lanes for lanes in tried if costs[lanes] <= (1 + FLAT) * min(costs.values()))
     return min(tried, key=lambda lanes: costs[lanes])
-
-
-def device_memory(device: jax.Device) -> int:
-    """Bytes of the device's memory; on a CPU, all devices share the machine's."""
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
