@@ -23,7 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fedsim import plan as planning
-from fedsim import wire
+from fedsim import processes, wire
 from fedsim.core import Local, Passes, Reduce, Tree
 from fedsim.programs import Clock, Programs, Slots, make_programs, reply_bytes, reply_shapes, split_message
 
@@ -55,8 +55,8 @@ class Lanes:
         x, y: the examples, leading axis n. `x` may be a pytree.
         rows, offsets: the partition: client i owns rows[offsets[i]:offsets[i + 1]].
         lanes: lanes a device, or "auto".
-        devices: how many local devices; None for all.
-        parallel: "shard_map" or "pmap".
+        devices: how many local devices, of every process; None for all.
+        parallel: "shard_map", or "pmap" within one process.
         segment_steps: steps of the plan in one call, or "auto".
         resident: "on" copies the examples to every device, "off" leaves them on the host and sends batches, "auto"
             takes the first where they fit. The same programs run, so the results are equal bit for bit.
@@ -77,10 +77,10 @@ class Lanes:
         segment_steps: int | str = "auto",
         resident: str = "auto",
     ) -> None:
-        available = jax.local_devices()
-        if devices is not None and devices > len(available):
-            raise ValueError(f"Expected devices={devices} <= {len(available)}, the devices of this process; lower it.")
-        self.devices = available[:devices]
+        self.devices = processes.devices(devices)
+        self.own = [d for d in self.devices if d.process_index == jax.process_index()]
+        if parallel == "pmap" and len(self.own) < len(self.devices):
+            raise ValueError("Expected parallel='pmap' with one process only; several take shard_map, the default.")
         self.mesh = Mesh(np.array(self.devices), ("clients",), axis_types=(AxisType.Auto,))
         self.everywhere = NamedSharding(self.mesh, P())
         self.apart = NamedSharding(self.mesh, P("clients"))
@@ -92,7 +92,7 @@ class Lanes:
         size = sum(wire.array_bytes(leaf) for leaf in jax.tree.leaves(x))
         self.row_bytes = size // max(len(self.y), 1)
         self.resident = resident == "on" or (
-            resident == "auto" and size <= RESIDENT_SHARE * device_memory(self.devices[0])
+            resident == "auto" and processes.all_true(size <= RESIDENT_SHARE * device_memory(self.own[0]))
         )
         if self.resident:
             self.x, self.y = self.put((self.x, self.y))
@@ -105,8 +105,8 @@ class Lanes:
     def gather(self, rows: np.ndarray) -> tuple[Tree, Array]:
         """Examples on the devices, split by the leading axis: rows (D, ...) -> x (D, ..., *), y (D, ...)."""
         if self.resident:
-            return self._gather(self.x, self.y, jax.device_put(rows, self.apart))
-        return jax.device_put((jax.tree.map(lambda leaf: leaf[rows], self.x), self.y[rows]), self.apart)
+            return self._gather(self.x, self.y, self.split(rows))
+        return processes.put_rows((self.x, self.y), rows, self.apart)
 
     @property
     def shapes(self) -> tuple[Tree, Any]:
@@ -121,7 +121,11 @@ class Lanes:
 
     def put(self, tree: Tree) -> Tree:
         """Copies a tree to every device."""
-        return jax.device_put(tree, self.everywhere)
+        return processes.put(tree, self.everywhere)
+
+    def split(self, tree: Tree) -> Tree:
+        """Gives every device its block of arrays (D, ...)."""
+        return processes.put(tree, self.apart)
 
     def _spread(self, fn: Callable[..., Any], mapped: Sequence[bool], donate: Sequence[int] = ()) -> Callable[..., Any]:
         """Runs `fn` on every device: mapped arguments lose their leading device axis, results gain one."""
@@ -204,7 +208,8 @@ class Lanes:
         use = segment.memory_analysis()
         needed = use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes
         needed += self.resident * self.row_bytes * len(self.y) - use.alias_size_in_bytes
-        return programs._replace(segment=segment), needed <= MEMORY_SHARE * device_memory(self.devices[0])
+        fits = needed <= MEMORY_SHARE * device_memory(self.own[0])
+        return programs._replace(segment=segment), processes.all_true(fits)
 
     def reuse(self, lanes: int | str, segment_steps: int | str) -> None:
         """Takes what "auto" chose in an earlier process, so that a resumed run sums in the same order."""

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedsim import build, network, personal, plots, record, report, wire
+from fedsim import build, network, personal, plots, processes, record, report, wire
 from fedsim.backbones.own import file_of, identity
 from fedsim.build import Phase, Problem, Trainer
-from fedsim.checkpoint import KEEP, Checkpoints
+from fedsim.checkpoint import KEEP
 from fedsim.cohort import Cohort
 from fedsim.config import Config, Speed, invited, main_job
 from fedsim.core import Algorithm, Population
@@ -33,6 +33,7 @@ from fedsim.data.show import draw as draw_partition
 from fedsim.memory import Memory
 from fedsim.programs import key_for
 from fedsim.progress import Progress
+from fedsim.shared_checkpoints import SharedCheckpoints
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -59,36 +60,39 @@ def run(
     Raises:
         ValueError: an impossible option, data or weights that cannot be used, a folder that holds another run.
     """
+    by_first = processes.by_first  # of several processes, the first one reads and writes the folder
+    processes.agree("what fedsim.run is given", (config, speed, out, resume))
     if resume is not None:
         if config is not None or speed is not None or out is not None:
             raise ValueError(
                 "Expected resume alone; a resumed run takes config, speed and folder from what it resumes."
             )
-        stopped = record.load(resume)
+        stopped = by_first(lambda: record.load(resume))
         config, speed, directory = stopped.config, stopped.speed, stopped.directory
     else:
         config, speed = config or main_job(), speed or Speed()
         build.check(config, speed)
         if problem is None:
             require_given(config, data)
-        record.refuse_used(out)
-        build.fetch_missing(config)
+        by_first(lambda: record.refuse_used(out))
+        build.fetch_in_turn(config)
         directory = None  # made when there is something to write, so that bad data leave no empty folder behind
     tune_host(speed)
     build.warn_idle_accelerator()
     with ExitStack() as stack:
+        quiet = quiet or not processes.is_first()
         progress = stack.enter_context(
             Progress(config.rounds, head_rounds=config.head_rounds * (config.peft != "head"), quiet=quiet)
         )
         if problem is None:
             progress.message("reading the data")
-            problem = build.problem(config, speed, data)
+            problem = processes.each(lambda: build.problem(config, speed, data))
         problem = problem._replace(speed=speed)  # a shared one may have been made for another
-        directory = directory or record.folder(out, config)
-        stack.enter_context(record.lock(directory))
-        checkpoints = stack.enter_context(Checkpoints(directory / record.CHECKPOINTS))
+        directory = directory or by_first(lambda: record.folder(out, config))
+        by_first(lambda: stack.enter_context(record.lock(directory)))
+        checkpoints = stack.enter_context(SharedCheckpoints(directory / record.CHECKPOINTS))
         simulate(config, speed, problem, directory, checkpoints, progress, fresh=resume is None)
-    return record.load(directory)
+    return by_first(lambda: record.load(directory))
 
 
 def simulate(
@@ -96,7 +100,7 @@ def simulate(
     speed: Speed,
     problem: Problem,
     directory: Path,
-    checkpoints: Checkpoints,
+    checkpoints: SharedCheckpoints,
     progress: Progress,
     *,
     fresh: bool,
@@ -108,9 +112,11 @@ def simulate(
         shape = list(jax.tree.leaves(problem.dataset.x)[0].shape[1:])
         facts = {"classes": list(problem.dataset.classes), "input_shape": shape}
         own = identity(config.backbone)
-        record.start(directory, config, speed, facts | ({"backbone_hash": own} if own else {}))
+        facts |= {"backbone_hash": own} if own else {}
+        processes.by_first(lambda: record.start(directory, config, speed, facts))
 
     inputs = fingerprint(config, problem)
+    processes.agree("the data", inputs)
     fleet = network.fleet(config)
 
     # --- where to start: round 0, or after the last good checkpoint
@@ -147,7 +153,7 @@ def simulate(
             met = np.array(state["met"])
             totals, best, stale = extra["totals"], extra["best"], extra["stale"]
             start_scores, stopped, elapsed = extra["start"], extra["stopped"], extra["elapsed"]
-    lines = [] if fresh else record.truncate(directory, round)
+    lines = [] if fresh else processes.by_first(lambda: record.truncate(directory, round))
 
     # --- the rounds
     with interruptible() as interrupted:
@@ -221,13 +227,13 @@ def simulate(
                 "row_occupancy": float(np.mean([e.occupancy[1] for e in cohort.done] or [0.0])),
                 "simulated": None if config.reliable else simulated,
             }
-            record.append(directory, line)
+            processes.by_first(lambda: record.append(directory, line))
             lines.append(line)
             progress.update(line)
             if not line["reported"]:
                 kept = "" if algorithm.runs_empty else "; the server stays as it was"
                 progress.message(f"round {round}: nobody reported{kept}")
-            asked = interrupted()
+            asked = processes.any_true(interrupted())
             if asked or stopped != "rounds" or round == config.rounds or round % speed.checkpoint_every == 0:
                 state = {"server": server, "memory": memory.seal(), "met": met}
                 extra = {
@@ -271,9 +277,14 @@ def simulate(
         stopped=stopped,
     )
     checkpoints.wait()
-    record.finish(directory, summary, now.parameters(), None if clients is None else clients.rows())
-    plots.save([record.load(directory)], directory)
-    draw_partition(config, problem.dataset, problem.partition, directory / "partition.png")
+    trained, rows = now.parameters(), None if clients is None else clients.rows()
+
+    def written() -> None:
+        record.finish(directory, summary, trained, rows)
+        plots.save([record.load(directory)], directory)
+        draw_partition(config, problem.dataset, problem.partition, directory / "partition.png")
+
+    processes.by_first(written)
     progress.message("done")
 
 
@@ -297,7 +308,7 @@ class Current(NamedTuple):
 
     def parameters(self) -> dict[str, np.ndarray]:
         """The trained part, on the host."""
-        return {k: np.asarray(v) for k, v in self.trainer.algorithm.params(self.server).items()}
+        return processes.fetch(self.trainer.algorithm.params(self.server))
 
 
 def prepare(
@@ -323,7 +334,7 @@ def expected(config: Config, trainer: Trainer, inputs: str) -> dict[str, Any]:
         "config": config.hash(),
         "inputs": inputs,
         "parallel": engine.parallel,
-        "devices": len(engine.devices),
+        "devices": [len(engine.own)] * jax.process_count() if processes.several() else len(engine.devices),
         "device": engine.devices[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
         "lanes": engine.lanes,
