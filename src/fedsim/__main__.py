@@ -348,15 +348,24 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"Expected command {argv[0]!r} to be one of {', '.join(COMMANDS)}{nearest(argv[0], COMMANDS)}."
             )
         return COMMANDS[argv[0]](argv[1:]) or 0
-    except (ValueError, OSError) as error:
-        print(f"fedsim: {error}", file=sys.stderr)
-        return 2
-    finally:
-        if "fedsim.processes" in sys.modules and sys.exc_info()[0] is not None:
-            pass
+    except Exception as error:
+        processes = sys.modules.get("fedsim.processes")  # not imported here: it imports JAX
+        if processes and processes.lost(error):
+            print(
+                f"fedsim: another process has ended; its output says why ({str(error).partition(chr(10))[0]})",
+                file=sys.stderr,
+            )
+        elif isinstance(error, (ValueError, OSError)):
+            print(f"fedsim: {error}", file=sys.stderr)
+        else:
+            raise
+        return processes.failed(2) if processes else 2
     except KeyboardInterrupt as stop:
         print(f"\n{stop}" if str(stop) else "\nStopped.", file=sys.stderr)
-        return 130
+        processes = sys.modules.get("fedsim.processes")
+        return (
+            processes.failed(130) if processes and not str(stop) else 130
+        )  # a stop after a round is one of all processes
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ class Checkpoints:
         for left in self.directory.glob("*.orbax-checkpoint-tmp*"):  # of a process killed while it saved
             shutil.rmtree(left, ignore_errors=True)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep, enable_async_checkpointing=True, multiprocessing_options=alone()
+            max_to_keep=self._keep, enable_async_checkpointing=True, create=False, multiprocessing_options=alone()
         )
         return ocp.CheckpointManager(self.directory, options=options, item_names=("arrays", "meta"))
 
@@ -237,7 +237,8 @@ class Checkpoints:
             try:
                 names = [str(i) for i, leaf in enumerate(body["leaves"]) if "sha256" in leaf]
                 wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-                with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone()), multiprocessing_options=alone()) as reader:
+                handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone())
+                with ocp.Checkpointer(handler, multiprocessing_options=alone()) as reader:
                     stored = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=wanted))
             except (MemoryError, PermissionError):
                 raise

@@ -110,8 +110,8 @@ def _comparison(
     try:
         ran = simulate.run(config, speed, out=folder, quiet=quiet or name.startswith("head"), problem=shared)
     except Exception as error:
-        if processes.several() and not isinstance(error, (ValueError, OSError)):
-            raise  # of one process alone: the others wait for it
+        if processes.several():
+            raise  # it may have failed here alone, and the others wait
         print(f"The comparison {name} failed and is left out: {error}", file=sys.stderr)
         return []
     return [_row(name, ran)]

@@ -14,8 +14,10 @@ import hashlib
 import os
 import pickle
 import sys
+import time
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from types import TracebackType
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -28,6 +30,7 @@ from fedsim.core import Tree
 
 T = TypeVar("T")
 
+GRACE = 2.0  # seconds
 SHORT = 1024  # bytes that a message between processes takes in one turn; longer ones take a second
 REMEDY = "give --coordinator HOST:PORT, --processes N and --process-id I to each process"
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -76,6 +79,7 @@ def distributed(
             f"Expected {processes or 'all'} processes to meet at {coordinator or 'the coordinator'} within {timeout} s "
             f"({first_line(error)}); start all of them, with a port that is free and reachable."
         ) from None
+    sys.excepthook = uncaught
     counts = [sum(d.process_index == i for d in jax.devices()) for i in range(jax.process_count())]
     if len(set(counts)) > 1 or counts[0] == 0:
         raise ValueError(
@@ -283,11 +287,31 @@ def share(value: T) -> T:
     return value if is_first() else pickle.loads(head[8:].tobytes() + tail[:rest].tobytes())
 
 
-def leave(status: int) -> NoReturn:
-    """Ends this process at once, without waiting for the others, which would wait for it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+# --- the end
+
+
+def failed(status: int) -> int:
+    """Ends a process that failed at once: at an orderly end it waits for the others, which wait for it. Alone, returns.
+
+    Process 0 leaves a little later: with it goes the service without which JAX kills the others in mid-sentence.
+    """
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(GRACE if is_first() else 0.0)
+        os._exit(status)
+    return status
+
+
+def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """`sys.excepthook` of one of several processes."""
+    sys.__excepthook__(kind, error, trace)
+    failed(1)
+
+
+def lost(error: Exception) -> bool:
+    """Whether an error says that another process has gone."""
+    return jax.distributed.is_initialized() and any(word in str(error) for word in ("Gloo", "oordination service"))
 
 
 def first_line(error: Exception) -> str:

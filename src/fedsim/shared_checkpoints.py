@@ -97,7 +97,9 @@ def follow(template: Template) -> tuple[int, Tree, dict[str, Any]] | None:
 def sendable(tree: Tree) -> list[Any]:
     """The leaves of a restored tree as `pickle` has them."""
     return [
-        (str(jax.random.key_impl(leaf)), np.asarray(jax.random.key_data(leaf))) if processes.is_key(leaf) else jax.device_get(leaf)
+        (str(jax.random.key_impl(leaf)), np.asarray(jax.random.key_data(leaf)))
+        if processes.is_key(leaf)
+        else jax.device_get(leaf)
         for leaf in jax.tree.leaves(tree)
     ]
 

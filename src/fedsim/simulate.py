@@ -227,7 +227,7 @@ def simulate(
                 "row_occupancy": float(np.mean([e.occupancy[1] for e in cohort.done] or [0.0])),
                 "simulated": None if config.reliable else simulated,
             }
-            processes.by_first(lambda: record.append(directory, line))
+            processes.by_first(functools.partial(record.append, directory, line))
             lines.append(line)
             progress.update(line)
             if not line["reported"]:
