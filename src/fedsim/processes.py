@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import os
 import pickle
 import sys
@@ -86,6 +87,9 @@ def distributed(
             f"Expected every process to have the same number of devices >= 1, not {counts}; give each its own, by "
             "JAX_LOCAL_DEVICE_IDS on accelerators, XLA_FLAGS=--xla_force_host_platform_device_count=N on CPUs."
         )
+    agree(
+        "the versions of fedsim and JAX", [importlib.metadata.version(name) for name in ("fedsim-jax", "jax", "jaxlib")]
+    )
 
 
 def several() -> bool:

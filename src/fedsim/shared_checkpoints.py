@@ -80,7 +80,8 @@ def follow(template: Template) -> tuple[int, Tree, dict[str, Any]] | None:
     """What process 0 restores; the template is built for each checkpoint that it tries."""
     like: Tree = None
     while True:
-        what, value = processes.share(("", None))
+        said: tuple[str, Any] = ("", None)  # of process 0
+        what, value = processes.share(said)
         if what == "try":
             like = jax.tree.map(shape_of, template(*value))
         elif what == "failed":
