@@ -19,32 +19,25 @@ from fedsim import processes
 ROUNDS = 4
 OPTIONS: dict[str, Any] = {
     "dataset": "blobs.npz", "backbone": "mlp", "peft": "full", "clients": 12, "clients_per_round": 4, "min_size": 3,
-    "rounds": ROUNDS, "optimizer": "sgd", "lr": 0.05, "local_test": 0.2, "algorithm": "mine.py:fed_remembers",
+    "rounds": ROUNDS, "optimizer": "sgd", "lr": 0.05, "algorithm": "mine.py:fed_remembers",
 }  # fmt: skip
 
 
-def contract(devices: int | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Two rounds of the contract's tiny task with clients that remember, examples on the devices and on the host."""
+def contract(devices: int | None) -> tuple[dict[str, np.ndarray], list[Any]]:
+    """Two rounds of the contract's tiny task with clients that remember; the bytes of each."""
     import optax
 
     from fedsim import algorithms, testing
 
     task = testing.tiny_task(optimizer=optax.sgd)
     make = algorithms.find("mine.py:fed_remembers")
-    arrays: dict[str, np.ndarray] = {}
-    about: dict[str, Any] = {}
-    for where in ("on", "off"):
-        cohorts = (testing.COHORT, (2, 0, 3, 7, 5, 8))
-        server, memory, done = testing.run(
-            make, testing.tiny_problem(), cohorts, task=task, devices=devices, resident=where, lanes="auto"
-        )
-        arrays |= {f"{where} {k}": v for k, v in processes.fetch(server.params).items()}
-        rows, ids = memory.state()
-        arrays |= {f"{where} memory {k}": v for k, v in rows["last"].items()}
-        arrays |= {f"{where} visits": rows["visits"], f"{where} ids": ids}
-        about[where] = [cohort.traffic() for cohort in done]
-        arrays[f"{where} loss"] = done[-1].fetch(done[-1].done[0].info.metrics["loss"])
-    return arrays, about
+    cohorts = (testing.COHORT, (2, 0, 3, 7, 5, 8))
+    server, memory, done = testing.run(make, testing.tiny_problem(), cohorts, task=task, devices=devices)
+    rows, ids = memory.state()
+    loss = done[-1].fetch(done[-1].done[0].info.metrics["loss"])
+    arrays = {**processes.fetch(server.params), "visits": rows["visits"], "ids": ids, "loss": loss}
+    arrays |= {f"memory {name}": kept for name, kept in rows["last"].items()}
+    return arrays, [cohort.traffic() for cohort in done]
 
 
 def refused() -> dict[str, str]:
@@ -73,11 +66,11 @@ def refused() -> dict[str, str]:
 
 
 def runs(folder: Path) -> dict[str, Any]:
-    """An uninterrupted run, and one that Ctrl-C in process 1 alone stops, with its end."""
+    """An uninterrupted run, examples streamed from the host, and one that Ctrl-C in process 1 alone stops, with its end."""
     import fedsim
     from fedsim import simulate
 
-    config, speed = fedsim.Config(**OPTIONS), fedsim.Speed(checkpoint_every=2)
+    config, speed = fedsim.Config(**OPTIONS), fedsim.Speed(checkpoint_every=2, lanes=2, resident="off")
     whole = fedsim.run(config, speed, out=folder / "whole")
     if processes.jax.process_index() == 1:
         exchange = simulate.exchange_round
@@ -105,8 +98,8 @@ def runs(folder: Path) -> dict[str, Any]:
 def main(coordinator: str, number: int, folder: Path) -> None:
     """Both parts; standard output stays with process 0."""
     processes.distributed(coordinator, 2, number)
-    arrays, about = contract(None)
-    told = {"contract": about, "refused": refused(), "runs": runs(folder)}
+    arrays, traffic = contract(None)
+    told = {"contract": traffic, "refused": refused(), "runs": runs(folder)}
     np.savez(folder / f"{number}.npz", **arrays)
     (folder / f"{number}.json").write_text(json.dumps(told))
 

@@ -59,7 +59,7 @@ def distributed(
     host, _, port = (coordinator or "").rpartition(":")
     if coordinator is not None and not (host and port.isdigit()):
         raise ValueError(f"Expected coordinator={coordinator!r} to be HOST:PORT, as in 10.0.0.1:9876.")
-    if jax.config.jax_cpu_collectives_implementation is None:
+    if getattr(jax.config, "jax_cpu_collectives_implementation", None) is None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     try:
@@ -144,7 +144,7 @@ def put_rows(tree: Tree, rows: np.ndarray, sharding: NamedSharding) -> Tree:
 
     def one(leaf: np.ndarray) -> Array:
         shape = rows.shape + leaf.shape[1:]
-        return jax.make_array_from_callback(shape, sharding, lambda index: leaf[rows[index[0]]])
+        return jax.make_array_from_callback(shape, sharding, lambda index: leaf[rows[index[:1]]])
 
     return jax.tree.map(one, tree)
 
@@ -224,14 +224,15 @@ def by_first(action: Callable[[], T]) -> T:
     """
     if not several():
         return action()
-    outcome: tuple[str, Any] = ("", None)
+    outcome: tuple[str, Any] = ("", None)  # of process 0
     raised: Exception | None = None
     if is_first():
         try:
             outcome = ("value", action())
         except Exception as error:
             raised, outcome = error, outcome_of(error)
-    kind, value = share(outcome)
+    told: tuple[str, Any] = share(outcome)
+    kind, value = told
     if raised is not None:
         raise raised
     if kind == "value":
