@@ -143,8 +143,10 @@ def put_rows(tree: Tree, rows: np.ndarray, sharding: NamedSharding) -> Tree:
         return jax.device_put(jax.tree.map(lambda leaf: leaf[rows], tree), sharding)
 
     def one(leaf: np.ndarray) -> Array:
-        shape = rows.shape + leaf.shape[1:]
-        return jax.make_array_from_callback(shape, sharding, lambda index: leaf[rows[index[:1]]])
+        def block(index: Any) -> np.ndarray:
+            return leaf[rows[index[0]]]
+
+        return jax.make_array_from_callback(rows.shape + leaf.shape[1:], sharding, block)
 
     return jax.tree.map(one, tree)
 
