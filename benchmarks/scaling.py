@@ -1,6 +1,6 @@
 """The engine's own cost of several devices and processes: the same work on 1 to 8 host devices, in one process and two.
 
-    python benchmarks/scaling.py                    # ViT-Tiny with LoRA, 5 interleaved repeats
+    python benchmarks/scaling.py                    # ViT-Ti/16 with LoRA at 64 px, 5 interleaved repeats
     python benchmarks/scaling.py --small            # to see that it works
 
 Host devices share the machine's cores, so nothing here can become faster: what N devices take beyond the time of one is
@@ -38,7 +38,7 @@ HOW = {"shard_map": "shard_map", "pmap": "pmap", "gloo": "shard_map, two process
 class Options:
     """What is measured."""
 
-    backbone: str = "vit_tiny"
+    backbone: str = "vit_ti16"
     """Its weights are random: their values do not matter here."""
     peft: str = "lora"
     """What is trained beside the head."""
@@ -131,7 +131,7 @@ def prepared(setting: Setting, kind: str, o: Options) -> tuple[Callable[[], Any]
     total = o.clients * o.size
     x = rng.integers(0, 256, (total, o.image, o.image, 3)).astype(np.uint8)
     y = rng.integers(0, CLASSES, total).astype(np.int32)
-    model = peft.build(o.backbone, CLASSES, input_shape=x.shape[1:], peft=o.peft)
+    model = peft.build(o.backbone, CLASSES, input_shape=x.shape[1:], peft=o.peft, image_size=o.image)
     params, frozen = peft.start(model, "random", 0)
     engine = Lanes(
         frozen, x, y, np.arange(total), np.arange(0, total + 1, o.size), lanes=lanes,
@@ -289,7 +289,9 @@ def main(o: Options) -> None:
     import report
 
     if o.small:
-        o = dataclasses.replace(o, image=16, clients=8, size=4, batch_size=2, lanes=2, devices=(1, 2), repeats=2)
+        o = dataclasses.replace(
+            o, backbone="vit_tiny", image=16, clients=8, size=4, batch_size=2, lanes=2, devices=(1, 2), repeats=2
+        )
     if any(o.lanes % n or o.clients % n for n in o.devices) or min(o.devices) != 1:
         raise SystemExit(
             f"Expected devices={o.devices} to hold 1 and to divide lanes={o.lanes} and clients={o.clients}."

@@ -29,11 +29,17 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def started(commands: Sequence[Sequence[str]], folder: Path, environment: dict[str, str]) -> list[tuple[int, str, str]]:
-    """Status, output and errors of processes that run side by side."""
-    kept = environment | {"JAX_PLATFORMS": "cpu"}
+def started(
+    commands: Sequence[Sequence[str]], folder: Path, environment: dict[str, str], devices: Sequence[int] = (1, 1)
+) -> list[tuple[int, str, str]]:
+    """Status, output and errors of processes that run side by side, each with so many devices."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    pair = [subprocess.Popen([sys.executable, *c], cwd=folder, env=kept, **pipes) for c in commands]
+
+    def start(command: Sequence[str], count: int) -> subprocess.Popen[str]:
+        kept = environment | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+        return subprocess.Popen([sys.executable, *command], cwd=folder, env=kept, **pipes)
+
+    pair = [start(command, count) for command, count in zip(commands, devices, strict=False)]
     try:
         ended = [process.communicate(timeout=LIMIT) for process in pair]
     finally:
@@ -144,6 +150,15 @@ def test_other_options_in_another_process_are_refused(folder, environment):
     for status, _, error in ended:
         assert status == 2 and "Traceback" not in error
         assert "Expected the command line to be the same in all processes, but process 1 of 2 has another" in error
+
+
+@pytest.mark.slow
+def test_other_numbers_of_devices_are_refused(folder, environment):
+    at = f"127.0.0.1:{free_port()}"
+    ended = started([command(folder, i, at) for i in range(2)], folder, environment, devices=(1, 2))
+    for status, _, error in ended:
+        assert status == 2 and "Traceback" not in error
+        assert "Expected every process to have the same number of devices >= 1, not [1, 2]" in error
 
 
 @pytest.mark.slow
