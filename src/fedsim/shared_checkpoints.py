@@ -46,13 +46,15 @@ class SharedCheckpoints:
         """As `Checkpoints.wait`."""
         processes.by_first(lambda: self.own.wait())
 
-    def restore(self, template: Template, expect: Expect) -> tuple[int, Tree, dict[str, Any]] | None:
+    def restore(
+        self, template: Template, expect: Expect, damage: Callable[[Tree], str | None] = lambda arrays: None
+    ) -> tuple[int, Tree, dict[str, Any]] | None:
         """As `Checkpoints.restore`; with several processes, arrays come back as values of the host.
 
         Building a template may take all processes: process 0 tells the others which checkpoint it tries.
         """
         if not processes.several():
-            return self.own.restore(template, expect)
+            return self.own.restore(template, expect, damage)
         if not processes.is_first():
             return follow(template)
 
@@ -61,7 +63,7 @@ class SharedCheckpoints:
             return jax.tree.map(shape_of, template(round, extra))
 
         try:
-            found = self.own.restore(tried, expect)
+            found = self.own.restore(tried, expect, damage)
         except Exception as error:
             processes.share(("failed", processes.outcome_of(error)))
             raise

@@ -30,7 +30,7 @@ from fedsim.data import require_given
 from fedsim.data.assets import cache_dir
 from fedsim.data.dataset import Source, stream
 from fedsim.data.show import draw as draw_partition
-from fedsim.memory import Memory
+from fedsim.memory import Memory, Table
 from fedsim.programs import key_for
 from fedsim.progress import Progress
 from fedsim.shared_checkpoints import SharedCheckpoints
@@ -149,7 +149,7 @@ def simulate(
             round, state, extra = found
             now = tried["now"]
             now = now._replace(server=now.trainer.engine.put(state["server"]))
-            now.memory.restore(state["memory"])
+            restore_memory(now.memory, state["memory"])
             met = np.array(state["met"])
             totals, best, stale = extra["totals"], extra["best"], extra["stale"]
             start_scores, stopped, elapsed = extra["start"], extra["stopped"], extra["elapsed"]
@@ -235,7 +235,7 @@ def simulate(
                 progress.message(f"round {round}: nobody reported{kept}")
             asked = processes.any_true(interrupted())
             if asked or stopped != "rounds" or round == config.rounds or round % speed.checkpoint_every == 0:
-                state = {"server": server, "memory": memory.seal(), "met": met}
+                state = {"server": server, "memory": processes.by_first(memory.seal), "met": met}
                 extra = {
                     **expected(config, trainer, inputs),
                     "totals": totals,
@@ -318,8 +318,19 @@ def prepare(
     trainer = build.trainer(problem, phase, overlay)
     engine = trainer.engine
     server = engine.put(trainer.algorithm.init(key_for(engine.root, "init"), engine.held))
-    file = None if directory is None else directory / f"memory-{phase.name}.rows"
+    # Of several processes the first one has the folder; the others keep the same rows in main memory.
+    file = directory / f"memory-{phase.name}.rows" if directory is not None and processes.is_first() else None
     return Current(phase, trainer, server, Memory(trainer.algorithm.memory, engine.held, file, KEEP))
+
+
+def restore_memory(memory: Memory, table: Table) -> None:
+    """Goes on from a checkpoint's table; the rows are in process 0's file, and the other processes get them from it."""
+    if processes.is_first():
+        memory.restore(table)
+    if processes.several():
+        rows, ids = processes.by_first(memory.state)
+        if not processes.is_first():
+            memory.scatter(ids, rows)
 
 
 def setup_price(trainer: Trainer) -> int:
