@@ -33,9 +33,11 @@ def contract(devices: int | None) -> tuple[dict[str, np.ndarray], list[Any]]:
     make = algorithms.find("mine.py:fed_remembers")
     cohorts = (testing.COHORT, (2, 0, 3, 7, 5, 8))
     server, memory, done = testing.run(make, testing.tiny_problem(), cohorts, task=task, devices=devices)
-    rows, ids = memory.state()
+    clients = np.sort(memory.state()[1])  # the order of first visits is that of the devices
+    rows, seen = memory.gather(clients)
+    assert seen.all()
     loss = done[-1].fetch(done[-1].done[0].info.metrics["loss"])
-    arrays = {**processes.fetch(server.params), "visits": rows["visits"], "ids": ids, "loss": loss}
+    arrays = {**processes.fetch(server.params), "visits": rows["visits"], "clients": clients, "loss": loss}
     arrays |= {f"memory {name}": kept for name, kept in rows["last"].items()}
     return arrays, [cohort.traffic() for cohort in done]
 
