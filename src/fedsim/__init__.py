@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fedsim.core import stack as stack
     from fedsim.data.arrays import arrays as arrays
     from fedsim.local import fit as fit
+    from fedsim.processes import distributed as distributed
     from fedsim.record import load as load
     from fedsim.report import compare as compare
     from fedsim.simulate import run as run
@@ -41,6 +42,7 @@ _HOME = {
     "fedsim.core": ("Algorithm", "Batch", "Client", "Info", "Local", "Passes", "Reduce", "Task", "mean", "stack"),
     "fedsim.data.arrays": ("arrays",),
     "fedsim.local": ("fit",),
+    "fedsim.processes": ("distributed",),
     "fedsim.record": ("load",),
     "fedsim.report": ("compare",),
     "fedsim.simulate": ("run",),

@@ -55,6 +55,32 @@ class RunOptions(Options):
     """Run it with one client that holds everything, in as many local steps a round: what federation costs shows beside it."""
     quiet: bool = False
     """Show no progress."""
+    distributed: bool = False
+    """Be one of several processes that simulate together (docs/distributed.md); start each with the same options."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, for --distributed (default: from Slurm, Open MPI, Kubernetes or a TPU pod)."""
+    processes: int | None = None
+    """How many processes there are, for --distributed (default: as above)."""
+    process_id: int | None = None
+    """Number of this process, from 0, for --distributed (default: as above)."""
+
+    def join(self) -> None:
+        """Meets the other processes, and refuses to go on unless all were given the same; nothing without --distributed.
+
+        Raises:
+            ValueError: as `fedsim.distributed`; options that say nothing without --distributed, or that it excludes.
+        """
+        if not self.distributed:
+            given = [name for name in ("coordinator", "processes", "process_id") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"Expected --{given[0].replace('_', '-')} with --distributed; add it.")
+            return
+        if self.dry_run:
+            raise ValueError("Expected --dry-run without --distributed; it estimates what one process would do.")
+        from fedsim import processes
+
+        processes.distributed(self.coordinator, self.processes, self.process_id)
+        processes.agree("the command line", dataclasses.replace(self, coordinator=None, process_id=None, quiet=False))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,10 +174,10 @@ def grouped(kind: type[Any], config: Config, speed: Speed) -> Any:
 def run(argv: Sequence[str]) -> int:
     """Simulate federated fine-tuning."""
     options = parse(RunOptions, argv, "fedsim run")
+    options.join()
     if options.resume is not None:
-        extra = [
-            a for a in argv if a.endswith(".py") or (a.startswith("--") and not a.startswith(("--resume", "--quiet")))
-        ]
+        allowed = ("--resume", "--quiet", "--distributed", "--coordinator", "--process")
+        extra = [a for a in argv if a.endswith(".py") or (a.startswith("--") and not a.startswith(allowed))]
         if extra:
             raise ValueError(f"Expected --resume without {extra[0]}; options and folder are those of the resumed run.")
         from fedsim.job import resume_job
@@ -322,12 +348,24 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"Expected command {argv[0]!r} to be one of {', '.join(COMMANDS)}{nearest(argv[0], COMMANDS)}."
             )
         return COMMANDS[argv[0]](argv[1:]) or 0
-    except (ValueError, OSError) as error:
-        print(f"fedsim: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        processes = sys.modules.get("fedsim.processes")  # not imported here: it imports JAX
+        if processes and processes.lost(error):
+            print(
+                f"fedsim: another process has ended; its output says why ({str(error).partition(chr(10))[0]})",
+                file=sys.stderr,
+            )
+        elif isinstance(error, (ValueError, OSError)):
+            print(f"fedsim: {error}", file=sys.stderr)
+        else:
+            raise
+        return processes.failed(2) if processes else 2
     except KeyboardInterrupt as stop:
         print(f"\n{stop}" if str(stop) else "\nStopped.", file=sys.stderr)
-        return 130
+        processes = sys.modules.get("fedsim.processes")
+        return (
+            processes.failed(130) if processes and not str(stop) else 130
+        )  # a stop after a round is one of all processes
 
 
 if __name__ == "__main__":

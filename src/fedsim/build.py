@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from fedsim import algorithms, augment, lengths, network, peft, precision, wire
+from fedsim import algorithms, augment, lengths, network, peft, precision, processes, wire
 from fedsim.backbones import Backbone, backbone, load
 from fedsim.config import Config, Speed, nearest, parse_call
 from fedsim.core import Algorithm, Passes, Task, by_examples, uniform
@@ -165,6 +165,10 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
             f"Expected devices={speed.devices} <= {available}, the devices that JAX sees; lower --devices, or on a CPU set "
             "XLA_FLAGS=--xla_force_host_platform_device_count=N."
         )
+    if speed is not None and speed.parallel == "pmap" and processes.several():
+        raise ValueError(
+            f"Expected parallel={speed.parallel!r} to be shard_map with {jax.process_count()} processes; leave it out."
+        )
     network.fleet(config)
     row = backbone(config.backbone, image_size=config.image_size, interpolation=config.interpolation)
     if weights(config) is None and row.asset is None and not isinstance(row, Backbone):
@@ -247,6 +251,12 @@ def fetch_missing(config: Config) -> None:
     missing = [name for name in needed if not assets.is_fetched(name)]
     if missing:
         assets.fetch(missing, accepted=config.accept_licence)
+
+
+def fetch_in_turn(config: Config) -> None:
+    """`fetch_missing` in process 0, then in the others, which may share its cache or have one of their own."""
+    processes.by_first(lambda: fetch_missing(config))
+    processes.each(lambda: fetch_missing(config))
 
 
 def problem(config: Config, speed: Speed, given: data_sets.Source | None = None) -> Problem:

@@ -77,7 +77,9 @@ class Checkpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         for left in self.directory.glob("*.orbax-checkpoint-tmp*"):  # of a process killed while it saved
             shutil.rmtree(left, ignore_errors=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, enable_async_checkpointing=True, create=False, multiprocessing_options=alone()
+        )
         return ocp.CheckpointManager(self.directory, options=options, item_names=("arrays", "meta"))
 
     def rounds(self) -> list[int]:
@@ -235,7 +237,8 @@ class Checkpoints:
             try:
                 names = [str(i) for i, leaf in enumerate(body["leaves"]) if "sha256" in leaf]
                 wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-                with ocp.PyTreeCheckpointer() as reader:
+                handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone())
+                with ocp.Checkpointer(handler, multiprocessing_options=alone()) as reader:
                     stored = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=wanted))
             except (MemoryError, PermissionError):
                 raise
@@ -264,6 +267,14 @@ class Checkpoints:
         warnings.warn(
             f"The checkpoint of round {round} is damaged ({why}); it was moved to {kept.name}, {then}.", stacklevel=3
         )
+
+
+def alone() -> ocp.options.MultiprocessingOptions:
+    """Of several processes, the one that holds the folder writes and reads it and waits for no other one."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix="fedsim")
 
 
 def pack(tree: Any) -> Packed:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fedsim import network, wire
+from fedsim import network, processes, wire
 from fedsim import plan as planning
 from fedsim.core import Info, Local, Reduce, Tree, mean
 from fedsim.lanes import Lanes, message_bytes
@@ -68,8 +68,8 @@ class Cohort:
         self.done: list[Exchanged] = []
 
     def fetch(self, tree: Tree) -> Tree:
-        """Device values as NumPy."""
-        return jax.device_get(tree)
+        """Device values as NumPy, the same in every process."""
+        return processes.fetch(tree)
 
     def exchange(self, message: Tree, local: Local, reduce: Reduce | None = None, args: Tree = ()) -> tuple[Tree, Info]:
         """Sends `message` to every client still in the round, runs `local` there, folds the replies (default: mean by examples).
@@ -113,7 +113,7 @@ class Cohort:
         clock = engine.put(Clock(jnp.int32(self.round), jnp.int32(len(self.done)), jnp.float32(self.lr)))
         shared, own, _ = split_message(message)
         shared = engine.put(shared)
-        own = jax.device_put(jax.tree.map(lambda a: self._by_slot(plan, jnp.asarray(a)), own), engine.apart)
+        own = engine.split(jax.tree.map(lambda a: self._by_slot(plan, jnp.asarray(a)), own))
 
         state = None
         for start in range(0, plan.rows.shape[1], programs.steps):
@@ -123,7 +123,7 @@ class Cohort:
             elif not engine.resident:
                 jax.block_until_ready(state)  # so that batches of two segments at most lie on the devices
             state = programs.segment(engine.held, shared, own, slots, clock, engine.root, state, x, y, at, trip)
-        member = jax.device_put(plan.member, engine.apart)
+        member = engine.split(plan.member)
         key = key_for(engine.root, "reduce", self.round, len(self.done))
         result, info, rows, nbytes = programs.end(state, member, engine.put(args), key)
         self._keep(plan, rows)
@@ -183,7 +183,7 @@ class Cohort:
             seen,
             stored,
         )
-        return Slots(*jax.device_put(host, self.engine.apart))
+        return Slots(*self.engine.split(host))
 
     def _by_slot(self, plan: planning.Plan, leaf: Any) -> Any:
         return leaf[np.minimum(plan.member, len(self.ids) - 1)]
@@ -202,7 +202,7 @@ class Cohort:
         at["slot"] = cut(plan.slot, plan.member.shape[1])
         at["width"] = np.searchsorted(programs.widths, cut(plan.width)).astype(np.int32)  # which of the widths
         trip = np.clip(plan.length - start, 0, steps).astype(np.int32)
-        at, trip = jax.device_put((at, trip), engine.apart)
+        at, trip = engine.split((at, trip))
         x, y = engine.gather(cut(plan.rows))
         return x, y, at, trip
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from fedsim import lengths, metrics
+from fedsim import lengths, metrics, processes
 from fedsim.core import Batch, Metrics, Params, Tree
 from fedsim.lanes import Lanes
 from fedsim.lengths import Lengths
@@ -84,7 +84,7 @@ def evaluator(
     size = -(-min(batch, max(len(rows), 1)) // devices) * devices
     batches = lengths.batches(np.asarray(rows, np.int32), size, texts)
     index = [np.pad(part, (0, size - len(part))).reshape(devices, size // devices) for part, _ in batches]
-    masks = jax.device_put([(np.arange(size) < len(part)).astype(np.float32) for part, _ in batches], engine.everywhere)
+    masks = engine.put([(np.arange(size) < len(part)).astype(np.float32) for part, _ in batches])
 
     @partial(jax.jit, static_argnames="length")
     def step(held: Tree, server: Tree, before: Counts, x: Tree, y: Array, mask: Array, length: int | None) -> Any:
@@ -115,7 +115,7 @@ def evaluator(
                 jax.block_until_ready(parts[-1])  # so that two batches at most lie on the devices
             counts, sums = step(engine.held, server, counts, x, y, mask, length=length)
             parts.append(sums)
-        found, host = jax.device_get((counts, parts))
+        found, host = processes.fetch((counts, parts))
         total = sum(len(part) for part, _ in batches)
         scores = {
             "loss": float(np.sum([np.float64(p["loss"]) for p in host])) / total,

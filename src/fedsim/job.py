@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fedsim import record, report
+from fedsim import processes, record, report
 from fedsim.config import RELIABLE, Config, Speed, nearest
 
 HEAD_ROUNDS, HEAD_PATIENCE = 500, 100  # the head run ends when its validation accuracy stands still
@@ -78,9 +78,9 @@ def run_job(
             "Expected --centralized or --baselines, not both; --baselines has a centralised run of its own."
         )
     build.check(config, speed)
-    record.refuse_used(out)
-    build.fetch_missing(config)
-    problem = build.problem(config, speed)
+    processes.by_first(lambda: record.refuse_used(out))
+    build.fetch_in_turn(config)
+    problem = processes.each(lambda: build.problem(config, speed))
     if central:
         config = centralised(config, len(problem.partition.rows))
         problem = owned_by(problem, config)
@@ -103,13 +103,15 @@ def _comparison(
     """One run for the closing table on the same data and features; nothing if it fails, which is said."""
     from fedsim import simulate
 
-    if not quiet:
+    if not quiet and processes.is_first():
         print(f"for comparison: {name}", flush=True)
     shared = owned_by(problem, config)  # the centralised run's client owns everything
     folder = directory / "baselines" / name.replace(" ", "-")
     try:
         ran = simulate.run(config, speed, out=folder, quiet=quiet or name.startswith("head"), problem=shared)
     except Exception as error:
+        if processes.several():
+            raise  # it may have failed here alone, and the others wait
         print(f"The comparison {name} failed and is left out: {error}", file=sys.stderr)
         return []
     return [_row(name, ran)]
@@ -119,13 +121,18 @@ def resume_job(directory: Path, *, quiet: bool = False) -> record.Run:
     """Goes on with a stopped run and prints its closing table; the head's run is made if it is missing."""
     from fedsim import build, simulate
 
-    stopped = record.load(directory)
-    build.fetch_missing(stopped.config)
-    problem = build.problem(stopped.config, stopped.speed)
+    stopped = processes.by_first(lambda: record.load(directory))
+    build.fetch_in_turn(stopped.config)
+    problem = processes.each(lambda: build.problem(stopped.config, stopped.speed))
     done = simulate.run(resume=directory, quiet=quiet, problem=problem)
-    others = sorted(p for p in (directory / "baselines").glob("*") if (p / record.SUMMARY).is_file())
-    rows = [_row(p.name.replace("-", " "), record.load(p)) for p in others]
-    if done.config.peft != "head" and not (directory / "baselines" / "head-to-convergence").exists():
+
+    def compared() -> tuple[list[report.Row], bool]:
+        others = sorted(p for p in (directory / "baselines").glob("*") if (p / record.SUMMARY).is_file())
+        rows = [_row(p.name.replace("-", " "), record.load(p)) for p in others]
+        return rows, (directory / "baselines" / "head-to-convergence").exists()
+
+    rows, has_head = processes.by_first(compared)
+    if done.config.peft != "head" and not has_head:
         rows += _comparison(problem, done.speed, directory, "head to convergence", head_config(done.config), quiet)
     close(done, rows)
     return done
@@ -141,7 +148,9 @@ def _row(name: str, run: record.Run) -> report.Row:
 
 
 def close(run: record.Run, rows: list[report.Row]) -> None:
-    """Prints the closing table, the gap to the head, and where everything is."""
+    """Prints the closing table, the gap to the head, and where everything is; process 0 does."""
+    if not processes.is_first():
+        return
     if run.summary is None:
         raise ValueError(f"Expected {run.directory} to hold a finished run; go on with it by --resume.")
     report.print_summary(run.summary, more=rows, name=f"{run.config.peft} (this run)")

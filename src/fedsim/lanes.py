@@ -21,7 +21,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedsim import packing, wire
+from fedsim import packing, processes, wire
 from fedsim.core import Local, Passes, Reduce, Tree
 from fedsim.device_memory import Need, device_memory, free_memory, refuse_too_large
 from fedsim.programs import (
@@ -65,8 +65,8 @@ class Lanes:
         x, y: the examples, leading axis n. `x` may be a pytree.
         rows, offsets: the partition: client i owns rows[offsets[i]:offsets[i + 1]].
         lanes: lanes a device, or "auto".
-        devices: how many local devices; None for all.
-        parallel: "shard_map" or "pmap".
+        devices: how many local devices, of every process; None for all.
+        parallel: "shard_map", or "pmap" within one process.
         segment_steps: steps of the plan in one call, or "auto".
         resident: "on" copies the examples to every device, "off" leaves them on the host and sends batches, "auto"
             takes the first where they fit. The same programs run, so the results are equal bit for bit.
@@ -90,10 +90,10 @@ class Lanes:
         resident: str = "auto",
         widths: tuple[int, ...] | None = None,
     ) -> None:
-        available = jax.local_devices()
-        if devices is not None and devices > len(available):
-            raise ValueError(f"Expected devices={devices} <= {len(available)}, the devices of this process; lower it.")
-        self.devices = available[:devices]
+        self.devices = processes.devices(devices)
+        self.own = [d for d in self.devices if d.process_index == jax.process_index()]
+        if parallel == "pmap" and len(self.own) < len(self.devices):
+            raise ValueError("Expected parallel='pmap' with one process only; several take shard_map, the default.")
         self.mesh = Mesh(np.array(self.devices), ("clients",), axis_types=(AxisType.Auto,))
         self.everywhere = NamedSharding(self.mesh, P())
         self.apart = NamedSharding(self.mesh, P("clients"))
@@ -105,7 +105,7 @@ class Lanes:
         size = sum(wire.array_bytes(leaf) for leaf in jax.tree.leaves(x))
         self.row_bytes = size // max(len(self.y), 1)
         self.resident = resident == "on" or (
-            resident == "auto" and size <= RESIDENT_SHARE * device_memory(self.devices[0])
+            resident == "auto" and processes.all_true(size <= RESIDENT_SHARE * device_memory(self.own[0]))
         )
         if self.resident:
             self.x, self.y = self.put((self.x, self.y))
@@ -119,8 +119,8 @@ class Lanes:
     def gather(self, rows: np.ndarray) -> tuple[Tree, Array]:
         """Examples on the devices, split by the leading axis: rows (D, ...) -> x (D, ..., *), y (D, ...)."""
         if self.resident:
-            return self._gather(self.x, self.y, jax.device_put(rows, self.apart))
-        return jax.device_put((jax.tree.map(lambda leaf: leaf[rows], self.x), self.y[rows]), self.apart)
+            return self._gather(self.x, self.y, self.split(rows))
+        return processes.put_rows((self.x, self.y), rows, self.apart)
 
     @property
     def shapes(self) -> tuple[Tree, Any]:
@@ -135,7 +135,11 @@ class Lanes:
 
     def put(self, tree: Tree) -> Tree:
         """Copies a tree to every device."""
-        return jax.device_put(tree, self.everywhere)
+        return processes.put(tree, self.everywhere)
+
+    def split(self, tree: Tree) -> Tree:
+        """Gives every device its block of arrays (D, ...)."""
+        return processes.put(tree, self.apart)
 
     def _spread(self, fn: Callable[..., Any], mapped: Sequence[bool], donate: Sequence[int] = ()) -> Callable[..., Any]:
         """Runs `fn` on every device: mapped arguments lose their leading device axis, results gain one."""
@@ -172,7 +176,7 @@ class Lanes:
                 shapes = (reply, names, members, lanes, steps, widths)
                 return make_programs(self._spread, shardings, local, reduce, init_memory, message, *shapes)
 
-            free, asked = free_memory(self.devices[0], len(self.devices)), self.lanes
+            free, asked = free_memory(self.own[0], len(self.own)), self.lanes
             platform, own = self.devices[0].platform, own_convolutions(wire.unwrap(reply))
             lanes = (
                 choose_lanes(sizes, local.passes, len(self.devices), platform, widths, convolutions=own)
@@ -180,11 +184,11 @@ class Lanes:
                 else int(asked)
             )
             programs, need = self._compiled(made(lanes), local, init_memory, message, len(sizes))
-            while asked == "auto" and lanes > 1 and need.lanes > MEMORY_SHARE * free:
+            while asked == "auto" and lanes > 1 and processes.any_true(need.lanes > MEMORY_SHARE * free):
                 lanes //= 2
                 programs, need = self._compiled(made(lanes), local, init_memory, message, len(sizes))
             if not self._programs:  # later ones, as of a test at the end, do not stop a run that has gone so far
-                refuse_too_large(need, free, lanes, local.passes.batch_size, len(self.devices))
+                refuse_too_large(need, free, lanes, local.passes.batch_size, len(self.own))
             self.lanes, self._programs[known] = lanes, programs
         return self._programs[known]
 

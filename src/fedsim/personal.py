@@ -98,7 +98,7 @@ def run(
     """Sums (K,) of these clients over the rows that they own in `owned`; `x` are other inputs than the trainer's."""
     e = trainer.engine
     engine = Lanes(
-        e.held, e.x if x is None else x, e.y, owned.rows, owned.offsets, seed=e.seed, devices=len(e.devices), parallel=e.parallel,
+        e.held, e.x if x is None else x, e.y, owned.rows, owned.offsets, seed=e.seed, devices=len(e.own), parallel=e.parallel,
         resident="on" if e.resident else "off",
     )  # fmt: skip
     cohort = Cohort(engine, ids, 1, memory)

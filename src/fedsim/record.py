@@ -198,6 +198,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": {"platform": jax.default_backend(), "kind": ", ".join(kinds), "count": jax.device_count()},
+        "processes": jax.process_count(),
     }
 
 

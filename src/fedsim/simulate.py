@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedsim import build, network, personal, plots, record, report, wire
+from fedsim import build, network, personal, plots, processes, record, report, wire
 from fedsim.backbones.own import file_of, identity
 from fedsim.build import Phase, Problem, Trainer
-from fedsim.checkpoint import KEEP, Checkpoints
+from fedsim.checkpoint import KEEP
 from fedsim.cohort import Cohort
 from fedsim.config import Config, Speed, invited, main_job
 from fedsim.core import Algorithm, Population
@@ -33,9 +33,10 @@ from fedsim.data.assets import cache_dir
 from fedsim.data.dataset import Source, stream
 from fedsim.data.show import draw as draw_partition
 from fedsim.device_memory import OutOfMemoryError, out_of_memory
-from fedsim.memory import Memory
+from fedsim.memory import Memory, Table
 from fedsim.programs import key_for
 from fedsim.progress import Progress
+from fedsim.shared_checkpoints import SharedCheckpoints
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -62,34 +63,37 @@ def run(
     Raises:
         ValueError: an impossible option, data or weights that cannot be used, a folder that holds another run.
     """
+    by_first = processes.by_first  # of several processes, the first one reads and writes the folder
+    processes.agree("what fedsim.run is given", (config, speed, out, resume))
     if resume is not None:
         if config is not None or speed is not None or out is not None:
             raise ValueError(
                 "Expected resume alone; a resumed run takes config, speed and folder from what it resumes."
             )
-        stopped = record.load(resume)
+        stopped = by_first(lambda: record.load(resume))
         config, speed, directory = stopped.config, stopped.speed, stopped.directory
     else:
         config, speed = config or main_job(), speed or Speed()
         build.check(config, speed)
         if problem is None:
             require_given(config, data)
-        record.refuse_used(out)
-        build.fetch_missing(config)
+        by_first(lambda: record.refuse_used(out))
+        build.fetch_in_turn(config)
         directory = None  # made when there is something to write, so that bad data leave no empty folder behind
     tune_host(speed)
     build.warn_idle_accelerator()
     with ExitStack() as stack:
+        quiet = quiet or not processes.is_first()
         progress = stack.enter_context(
             Progress(config.rounds, head_rounds=config.head_rounds * (config.peft != "head"), quiet=quiet)
         )
         if problem is None:
             progress.message("reading the data")
-            problem = build.problem(config, speed, data)
+            problem = processes.each(lambda: build.problem(config, speed, data))
         problem = problem._replace(speed=speed)  # a shared one may have been made for another
-        directory = directory or record.folder(out, config)
-        stack.enter_context(record.lock(directory))
-        checkpoints = stack.enter_context(Checkpoints(directory / record.CHECKPOINTS))
+        directory = directory or by_first(lambda: record.folder(out, config))
+        by_first(lambda: stack.enter_context(record.lock(directory)))
+        checkpoints = stack.enter_context(SharedCheckpoints(directory / record.CHECKPOINTS))
         fresh, fewer = resume is None, None
         while True:
             if fewer is not None:  # in a fresh program, of which nothing but the last checkpoint is known
@@ -103,7 +107,7 @@ def run(
             except OutOfMemoryError as error:
                 fewer = error.lanes // 2
                 progress.message(f"{error}; going on from the last checkpoint with lanes={fewer}")
-    return record.load(directory)
+    return by_first(lambda: record.load(directory))
 
 
 def simulate(
@@ -111,7 +115,7 @@ def simulate(
     speed: Speed,
     problem: Problem,
     directory: Path,
-    checkpoints: Checkpoints,
+    checkpoints: SharedCheckpoints,
     progress: Progress,
     *,
     fresh: bool,
@@ -132,9 +136,11 @@ def simulate(
         shape = list(jax.tree.leaves(problem.dataset.x)[0].shape[1:])
         facts = {"classes": list(problem.dataset.classes), "input_shape": shape}
         own = identity(config.backbone)
-        record.start(directory, config, speed, facts | ({"backbone_hash": own} if own else {}))
+        facts |= {"backbone_hash": own} if own else {}
+        processes.by_first(lambda: record.start(directory, config, speed, facts))
 
     inputs = fingerprint(config, problem)
+    processes.agree("the data", inputs)
     fleet = network.fleet(config)
 
     # --- where to start: round 0, or after the last good checkpoint
@@ -171,12 +177,12 @@ def simulate(
             round, state, extra = found
             now = tried["now"]
             now = now._replace(server=now.trainer.engine.put(state["server"]))
-            now.memory.restore(state["memory"])
+            restore_memory(now.memory, state["memory"])
             met = np.array(state["met"])
             totals, best, stale = extra["totals"], extra["best"], extra["stale"]
             start_scores, stopped, elapsed = extra["start"], extra["stopped"], extra["elapsed"]
             bitwise = bitwise and extra.get("bitwise", True)
-    lines = [] if fresh else record.truncate(directory, round)
+    lines = [] if fresh else processes.by_first(lambda: record.truncate(directory, round))
 
     # --- the rounds
     with interruptible() as interrupted:
@@ -252,15 +258,15 @@ def simulate(
                 "simulated": None if config.reliable else simulated,
                 "bitwise": bitwise,
             }
-            record.append(directory, line)
+            processes.by_first(functools.partial(record.append, directory, line))
             lines.append(line)
             progress.update(line)
             if not line["reported"]:
                 kept = "" if algorithm.runs_empty else "; the server stays as it was"
                 progress.message(f"round {round}: nobody reported{kept}")
-            asked = interrupted()
+            asked = processes.any_true(interrupted())
             if asked or stopped != "rounds" or round == config.rounds or round % speed.checkpoint_every == 0:
-                state = {"server": server, "memory": memory.seal(), "met": met}
+                state = {"server": server, "memory": processes.by_first(memory.seal), "met": met}
                 extra = {
                     **expected(config, speed, trainer, inputs),
                     "bitwise": bitwise,
@@ -303,9 +309,14 @@ def simulate(
         stopped=stopped,
     )
     checkpoints.wait()
-    record.finish(directory, summary, now.parameters(), None if clients is None else clients.rows())
-    plots.save([record.load(directory)], directory)
-    draw_partition(config, problem.dataset, problem.partition, directory / "partition.png")
+    trained, rows = now.parameters(), None if clients is None else clients.rows()
+
+    def written() -> None:
+        record.finish(directory, summary, trained, rows)
+        plots.save([record.load(directory)], directory)
+        draw_partition(config, problem.dataset, problem.partition, directory / "partition.png")
+
+    processes.by_first(written)
     progress.message("done")
 
 
@@ -337,7 +348,7 @@ class Current(NamedTuple):
 
     def parameters(self) -> dict[str, np.ndarray]:
         """The trained part, on the host."""
-        return {k: np.asarray(v) for k, v in self.trainer.algorithm.params(self.server).items()}
+        return processes.fetch(self.trainer.algorithm.params(self.server))
 
 
 def prepare(
@@ -347,8 +358,19 @@ def prepare(
     trainer = build.trainer(problem, phase, overlay)
     engine = trainer.engine
     server = engine.put(trainer.algorithm.init(key_for(engine.root, "init"), engine.held))
-    file = None if directory is None else directory / f"memory-{phase.name}.rows"
+    # Of several processes the first one has the folder; the others keep the same rows in main memory.
+    file = directory / f"memory-{phase.name}.rows" if directory is not None and processes.is_first() else None
     return Current(phase, trainer, server, Memory(trainer.algorithm.memory, engine.held, file, KEEP))
+
+
+def restore_memory(memory: Memory, table: Table) -> None:
+    """Goes on from a checkpoint's table; the rows are in process 0's file, and the other processes get them from it."""
+    if processes.is_first():
+        memory.restore(table)
+    if processes.several():
+        rows, ids = processes.by_first(memory.state)
+        if not processes.is_first():
+            memory.scatter(ids, rows)
 
 
 def setup_price(trainer: Trainer) -> int:
@@ -365,7 +387,7 @@ def expected(config: Config, speed: Speed, trainer: Trainer, inputs: str) -> dic
         "parallel": engine.parallel,
         "precision": speed.precision,
         "remat": speed.remat,
-        "devices": len(engine.devices),
+        "devices": [len(engine.own)] * jax.process_count() if processes.several() else len(engine.devices),
         "device": engine.devices[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
         "lanes": engine.lanes,
