@@ -79,11 +79,13 @@ def show(revision: str, path: str) -> str:
     file = Path(path).absolute()
     folder = next(p for p in file.parents if p.is_dir())
     tried = [(f"{revision}:./{file.relative_to(folder)}", folder), (f"{revision}:{path}", Path.cwd())]
+    reason = ""
     for name, place in tried:
         done = subprocess.run(["git", "show", name], capture_output=True, text=True, cwd=place, check=False)
         if done.returncode == 0:
             return done.stdout
-    raise ValueError(f"Expected commit {revision!r} to have {path}; {done.stderr.strip()}.")
+        reason = done.stderr.strip()
+    raise ValueError(f"Expected commit {revision!r} to have {path}; {reason}.")
 
 
 def figures(tree: Any, name: str = "") -> Iterator[tuple[str, list[float]]]:
@@ -178,7 +180,7 @@ def main(o: Options) -> None:
         raise ValueError(f"Expected two files, or one with --against REV, not {len(o.files)}; see --help.")
     old, new = read(f"{o.against}:{o.files[0]}" if o.against else o.files[0]), read(o.files[-1])
     rows, notes = compare(old, new)
-    shown = [row for row in rows if o.all or row.ratio != 1.0]
+    shown = [row for row in rows if o.all or row.old != row.new]
     table = Table("figure", box=None, pad_edge=False)
     for title in ("old", "new", "new/old", ""):
         table.add_column(title, justify="right" if title else "left")
