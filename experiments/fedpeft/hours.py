@@ -4,8 +4,8 @@
     FLOPs = rounds * examples a round * F_train + evaluations * validation examples * F + test examples * F
 
 An example in training costs its forward pass, the gradients of activations down to the first trained leaf, and the
-gradients of trained weights; all three are counted by XLA in the lowered program of the loss's gradient, which does not
-compute what nobody needs. A head alone costs F once for every example (its features are kept), then next to nothing.
+gradients of trained weights; `fedsim.flops` counts all three. A head alone costs F once for every example (its features
+are kept), then next to nothing.
 The peak and the share of it that a run reaches are assumptions: say better ones where you know them.
 """
 
@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from rows import header
 from running import Experiment, method_config
 
 from fedsim import build, peft
 from fedsim.config import Config
+from fedsim.flops import forward_flops, training_flops
 
 DEVICE, PEAK, UTILISATION = "A100", 312e12, 0.30  # bfloat16 without sparsity, NVIDIA's data sheet; the share is assumed
 
@@ -56,25 +56,12 @@ def flops(config: Config, facts: Facts) -> Flops:
 @functools.cache
 def _flops(options: peft.Options, classes: int, shape: tuple[int, ...]) -> Flops:
     model = peft.from_config(options, classes, shape, jnp.uint8)
-    x = jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
     kept = model.cut == model.stages - 1 and model.cut > 0
-    inner = jax.eval_shape(model.prefix, model.frozen, x) if kept else x
-    apply = model.suffix if kept else model.apply
-
-    def loss(trained: Any, frozen: Any, x: Any) -> Any:
-        return -jax.nn.log_softmax(apply(trained, frozen, x))[0, 0]
-
     return Flops(
-        counted(model.apply, model.trained, model.frozen, x),
-        counted(jax.value_and_grad(loss), model.trained, model.frozen, inner),
-        counted(model.prefix, model.frozen, x) if kept else 0.0,
+        forward_flops(model, shape),
+        training_flops(model, shape, cached=kept).total,
+        forward_flops(model, shape, stop=model.cut) if kept else 0.0,
     )
-
-
-def counted(fn: Any, *shapes: Any) -> float:
-    """FLOPs of one call as XLA counts them before optimisation; nothing is compiled."""
-    with jax.numpy_dtype_promotion("standard"):
-        return float((jax.jit(fn).lower(*shapes).cost_analysis() or {}).get("flops", 0.0))
 
 
 def hours(config: Config, facts: Facts) -> float:
