@@ -13,12 +13,18 @@ lowering, XLA), and the rest. Frozen features are arithmetic, not start-up, so t
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+import tyro
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,39 +39,32 @@ class Options:
     """Little, to see that it works; no timing worth reporting."""
 
 
-def processor_seconds() -> float:
-    """Processor time of this process, all threads; says more than seconds on a machine with other work."""
-    used = os.times()
-    return used.user + used.system
-
-
 def child(cache: str, examples: int | None) -> dict[str, Any]:
-    """In a process of its own: imports, then the main job until the first LoRA round is recorded."""
+    """In a process of its own: imports, then the main job until the first round of LoRA is recorded."""
     start = time.perf_counter()
+    import jax
+
     from fedsim import build, checkpoint, record, simulate
     from fedsim.config import Speed, main_job
 
     imported = time.perf_counter()
-    import jax
-
     seconds: Counter[str] = Counter()
     compiling: Counter[str] = Counter()
-    hits: Counter[str] = Counter()
-    inside: list[str] = []
+    programs: Counter[str] = Counter()
 
-    def timed(module: Any, name: str, what: str) -> None:
-        """Adds the seconds of a function of a module to `what`, but for those of other timed ones that it calls."""
-        whole = getattr(module, name)
+    def timed(place: Any, name: str, what: str) -> None:
+        """Adds a function's seconds to `what`, less those of other timed ones that it calls, and less its compiling."""
+        whole = getattr(place, name)
 
         def call(*args: Any, **options: Any) -> Any:
-            before, began = sum(seconds.values()), time.perf_counter()
+            before, began = seconds.total() + compiling.total(), time.perf_counter()
             try:
                 return whole(*args, **options)
             finally:
-                nested = sum(seconds.values()) - before
-                seconds[what] += time.perf_counter() - began - nested
+                inside = seconds.total() + compiling.total() - before
+                seconds[what] += time.perf_counter() - began - inside
 
-        setattr(module, name, call)
+        setattr(place, name, call)
 
     timed(build, "problem", "data")
     timed(build, "features", "features")
@@ -73,51 +72,104 @@ def child(cache: str, examples: int | None) -> dict[str, Any]:
     timed(simulate, "prepare", "weights")
     timed(simulate, "fingerprint", "fingerprint")
     timed(checkpoint.Checkpoints, "save", "checkpoint")
-    timed(record, "start", "record")
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/"):
             name = event.removeprefix("/jax/core/compile/").removesuffix("_duration")
             compiling[name] += duration_secs
-            hits["programs"] += name.startswith("backend")
+            programs["compiled or read"] += name.startswith("backend")
 
-    def seen(event: str, **_: Any) -> None:
-        hits["from_cache"] += event == "/jax/compilation_cache/cache_hits"
+    def count(event: str, **_: Any) -> None:
+        programs["from the cache"] += event == "/jax/compilation_cache/cache_hits"
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    jax.monitoring.register_event_listener(seen)
-    jax.config.update("jax_compilation_cache_dir", cache)
-    tune = simulate.tune_host
+    jax.monitoring.register_event_listener(count)
+    tune, append = simulate.tune_host, record.append
 
     def tuned(speed: Speed) -> None:
         tune(speed)
         jax.config.update("jax_compilation_cache_dir", cache)
 
-    simulate.tune_host = tuned
     marks: list[dict[str, Any]] = []
-    append = record.append
-    used = processor_seconds()
+    began = time.process_time()
 
     def mark(directory: Path, line: Any) -> None:
         append(directory, line)
+        now = time.perf_counter() - imported
         marks.append(
             {
-                "phase": line["phase"],
-                "seconds": time.perf_counter() - imported,
-                "processor_seconds": processor_seconds() - used,
+                "seconds": now,
+                "without_features": now - seconds["features"],
+                "processor_seconds": time.process_time() - began,  # of all threads
                 "parts": dict(seconds),
                 "compiling": dict(compiling),
-                "programs": dict(hits),
-                "round": line["seconds"],
-                "round_compiling": line["compile_seconds"],
+                "programs": dict(programs),
+                "round": line["seconds"] - line["compile_seconds"],
             }
         )
 
-    record.append = mark
-    del inside
-    config = main_job(
-        head_rounds=1, rounds=2, **({} if examples is None else {"dataset": "/tmp/mini.jsonl", "clients": 20})
-    )
+    simulate.tune_host, record.append = tuned, mark
+    config = main_job(head_rounds=1, rounds=2, examples=examples)
     with tempfile.TemporaryDirectory() as folder:
         simulate.run(config, Speed(), out=Path(folder) / "run", quiet=True)
-    return {"imports": imported - start, "head": marks[0], "peft": marks[1]}
+    return {"imports": imported - start, "head": marks[0], "lora": marks[1]}
+
+
+def run_child(cache: str, examples: int | None) -> dict[str, Any]:
+    """`child` in a fresh process."""
+    code = f"import json, startup; print(json.dumps(startup.child({cache!r}, {examples!r})))"
+    where = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": where},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def help_seconds() -> float:
+    """Seconds of `fedsim --help` in a fresh process."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "fedsim", "--help"], stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - start
+
+
+def gathered(found: list[Any]) -> Any:
+    """Repeats of one structure as one structure of lists."""
+    if not isinstance(found[0], dict):
+        return found
+    names = dict.fromkeys(name for one in found for name in one)
+    return {name: gathered([one.get(name, 0) for one in found]) for name in names}
+
+
+def main(o: Options) -> None:
+    """Measures, prints medians, writes JSON."""
+    import report
+
+    if o.small:
+        o = dataclasses.replace(o, repeats=1, examples=200)
+    found: dict[str, list[Any]] = {"help": [], "cold": [], "warm": []}
+    for _ in range(o.repeats):
+        found["help"].append(help_seconds())
+        with tempfile.TemporaryDirectory() as cache:
+            for kind in ("cold", "warm"):
+                found[kind].append(run_child(cache, o.examples))
+    results = {name: gathered(each) for name, each in found.items()}
+    print(f"fedsim --help {median(results['help']):8.2f} s")
+    for kind in ("cold", "warm"):
+        of = results[kind]
+        print(f"\n{kind}: imports {median(of['imports']):.2f} s")
+        for phase in ("head", "lora"):
+            one = of[phase]
+            parts = ", ".join(f"{name} {median(v):.2f}" for name, v in (one["parts"] | one["compiling"]).items())
+            print(
+                f"  to the end of the first {phase} round {median(one['seconds']):7.2f} s, without frozen features "
+                f"{median(one['without_features']):7.2f} s\n    {parts}, round {median(one['round']):.2f}"
+            )
+    report.write("startup", o, results)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
