@@ -54,7 +54,7 @@ def show(result: Result, out: Path) -> None:
     console.print(
         f"{sum(counted.values()) / 1e6:,.1f} MFLOP an example (forward {counted['forward'] / 1e6:,.1f}, activations' "
         f"gradients {counted['activations'] / 1e6:,.1f}, weights' {counted['weights'] / 1e6:,.1f}); "
-        f"{base['flops_per_second'] / 1e9:,.1f} GFLOP/s, {base['mfu']:.1%} of {peak['name']} ({peak['source']})\n"
+        f"{speed(base['flops_per_second'] / 1e9)} GFLOP/s, {base['mfu']:.1%} of {peak['name']} ({peak['source']})\n"
     )
     for part in (time_table(result), apart_table(result), memory_table(result), sweep_table(result)):
         console.print(part)
@@ -70,7 +70,7 @@ def plain_table(title: str, *columns: str) -> Table:
     """A table without lines; the first column is text, the others are numbers."""
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i else "left")
     return table
@@ -117,8 +117,8 @@ def sweep_table(result: Result) -> Table:
         "examples/s",
         "GFLOP/s",
         "of peak",
-        "lanes full",
-        "rows full",
+        "lanes",
+        "rows",
         "compiling",
     )
     for row in ({"changes": {}, **result["base"]}, *result["sweep"]):
@@ -216,10 +216,10 @@ def draw_roofline(axes: Axes, result: Result) -> None:
     left = min([ridge, *(x for _, x, _ in points)]) / 8
     right = max([ridge, *(x for _, x, _ in points)]) * 8
     axes.plot([left, ridge, right], [left * bandwidth / 1e9, top / 1e9, top / 1e9], color=INK, linewidth=1.6)
-    axes.annotate(f"{top / 1e9:,.0f} GFLOP/s, {precision}", (right, top / 1e9), (0, 5), textcoords="offset points",
+    axes.annotate(f"{speed(top / 1e9)} GFLOP/s, {precision}", (right, top / 1e9), (0, 5), textcoords="offset points",
                   ha="right", fontsize=9, color=INK)  # fmt: skip
     middle = math.sqrt(left * ridge)
-    axes.annotate(f"{bandwidth / 1e9:,.0f} GB/s", (middle, middle * bandwidth / 1e9), (-6, 6), textcoords="offset points",
+    axes.annotate(f"{speed(bandwidth / 1e9)} GB/s", (middle, middle * bandwidth / 1e9), (-6, 6), textcoords="offset points",
                   ha="right", fontsize=9, color=INK)  # fmt: skip
     for i, (name, x, y) in enumerate(points):
         limit = min(top, x * bandwidth)
