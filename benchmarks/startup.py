@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -48,8 +48,8 @@ def child(cache: str, examples: int | None) -> dict[str, Any]:
     from fedsim.config import Speed, main_job
 
     imported = time.perf_counter()
-    seconds: Counter[str] = Counter()
-    compiling: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
+    compiling: dict[str, float] = defaultdict(float)
     programs: Counter[str] = Counter()
 
     def timed(place: Any, name: str, what: str) -> None:
@@ -57,11 +57,11 @@ def child(cache: str, examples: int | None) -> dict[str, Any]:
         whole = getattr(place, name)
 
         def call(*args: Any, **options: Any) -> Any:
-            before, began = seconds.total() + compiling.total(), time.perf_counter()
+            before, began = sum(seconds.values()) + sum(compiling.values()), time.perf_counter()
             try:
                 return whole(*args, **options)
             finally:
-                inside = seconds.total() + compiling.total() - before
+                inside = sum(seconds.values()) + sum(compiling.values()) - before
                 seconds[what] += time.perf_counter() - began - inside
 
         setattr(place, name, call)

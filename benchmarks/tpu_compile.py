@@ -85,11 +85,12 @@ def main(o: Options) -> None:
 
     from fedsim import peft
     from fedsim.backbones import backbone
-    from fedsim.cohort import Cohort, Memory
+    from fedsim.cohort import Cohort
     from fedsim.core import Passes, mean
     from fedsim.evaluate import classification_loss
     from fedsim.lanes import Lanes
     from fedsim.local import fit
+    from fedsim.memory import Memory
     from fedsim.report import size
 
     try:

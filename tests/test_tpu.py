@@ -14,11 +14,12 @@ from jax import export
 
 from fedsim import peft, testing
 from fedsim.algorithms import ALGORITHMS
-from fedsim.cohort import Cohort, Memory
+from fedsim.cohort import Cohort
 from fedsim.core import Passes, mean
 from fedsim.evaluate import classification_loss
 from fedsim.lanes import Lanes
 from fedsim.local import fit
+from fedsim.memory import Memory
 from fedsim.programs import key_for
 
 KINDS = ("head", "bias", "norm", "lora", "adapter", "prompt", "prefix", "ia3", "full")

@@ -15,7 +15,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -45,7 +45,7 @@ ERRORS = (ValueError, RuntimeError)  # what XLA raises where a setting does not 
 class Seen(NamedTuple):
     """What one timed round shows besides its seconds."""
 
-    spent: Counter[str]  # seconds by piece
+    spent: dict[str, float]  # seconds by piece
     plans: list[planning.Plan]  # of its exchanges
     segment: Any  # the program that ran, and shapes of its arguments
     shapes: tuple[Any, ...]
@@ -71,7 +71,7 @@ def run_round(now: Current) -> tuple[Cohort, float, float]:
 @contextmanager
 def stopwatch(engine: Any) -> Iterator[Seen]:
     """While it is open, every piece of an exchange is waited for and timed; `Seen` is complete when it closes."""
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = defaultdict(float)
     plans: list[planning.Plan] = []
     last: list[Any] = []
     make, seen = planning.make, Seen(spent, plans, last, ())
@@ -111,10 +111,16 @@ def _shape(a: Any) -> Any:
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
 
 
-def throughput(problem: Problem, phase: Phase, repeats: int) -> tuple[dict[str, Any], Current]:
-    """Steady rounds of one setting: clients and examples a second, occupancy, compile seconds apart."""
+def throughput(
+    problem: Problem, phase: Phase, repeats: int, folder: Path | None = None
+) -> tuple[dict[str, Any], Current]:
+    """Steady rounds of one setting: clients and examples a second, occupancy, compile seconds apart.
+
+    Args:
+        folder: for the clients' memory; kept in the process where there is none.
+    """
     clock = simulate.compile_clock()
-    now, before = simulate.prepare(problem, phase, None), clock.seconds
+    now, before = simulate.prepare(problem, phase, None, folder), clock.seconds
     run_round(now)
     compiled = clock.seconds - before
     rounds = [run_round(now) for _ in range(repeats)]
@@ -193,7 +199,7 @@ def step_programs(now: Current, plan: planning.Plan, repeats: int) -> list[dict[
         def lane_step(held: Any, params: Any, x: Any, y: Any, root: Any, fn: Any = fn) -> Any:
             return jax.vmap(partial(fn, held), in_axes=(0, 0, 0, None))(params, x, y, root)
 
-        program = engine._spread(lane_step, (False, True, True, True, False))
+        program: Any = engine._spread(lane_step, (False, True, True, True, False))
         args = (engine.held, params, x, y, engine.root)
         compiled = program.lower(*args).compile()
         jax.block_until_ready(compiled(*args))
@@ -216,10 +222,9 @@ def apart(problem: Problem, now: Current, repeats: int) -> dict[str, float]:
     found["evaluate"] = _median(lambda: trainer.validate(now.server), repeats)
     with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
         waited = []
-        rows, ids = now.memory.state()
         for number in range(1, repeats + 1):
             start = time.perf_counter()
-            checkpoints.save(number, {"server": now.server, "memory": rows, "memory_ids": ids}, {})
+            checkpoints.save(number, {"server": now.server, "memory": now.memory.seal()}, {})
             waited.append(time.perf_counter() - start)
             checkpoints.wait()
         found["checkpoint"] = statistics.median(waited)
@@ -403,28 +408,29 @@ def profile(
     problem = fill(problem._replace(speed=speed, trainers=None), phase)
     out.mkdir(parents=True, exist_ok=True)
 
-    base, now = throughput(problem, phase, repeats)
-    engine = now.trainer.engine
-    seconds, seen, halves = pieces(now, repeats)
-    limits = peaks.of(engine.devices[0])
-    if trace:
-        with jax.profiler.trace(str(out / "trace"), create_perfetto_trace=True):
-            run_round(now)
-    result = {
-        "schema": 1,
-        **record.machine(),
-        "config": dataclasses.asdict(phase.config),
-        "speed": dataclasses.asdict(speed),
-        "phase": phase.name,
-        "peak": limits._asdict(),
-        "base": base,
-        "flops": now.counted._asdict(),
-        "seconds": seconds,
-        "apart": apart(problem, now, repeats),
-        "memory": memory(now, seen),
-        "steps": halves,
-        "tiles": tile_notes(now.trainer.model, seen.plans[0].rows.shape[2] * phase.config.batch_size),
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        base, now = throughput(problem, phase, repeats, Path(folder))
+        engine = now.trainer.engine
+        seconds, seen, halves = pieces(now, repeats)
+        limits = peaks.of(engine.devices[0])
+        if trace:
+            with jax.profiler.trace(str(out / "trace"), create_perfetto_trace=True):
+                run_round(now)
+        result = {
+            "schema": 1,
+            **record.machine(),
+            "config": dataclasses.asdict(phase.config),
+            "speed": dataclasses.asdict(speed),
+            "phase": phase.name,
+            "peak": limits._asdict(),
+            "base": base,
+            "flops": now.counted._asdict(),
+            "seconds": seconds,
+            "apart": apart(problem, now, repeats),
+            "memory": memory(now, seen),
+            "steps": halves,
+            "tiles": tile_notes(now.trainer.model, seen.plans[0].rows.shape[2] * phase.config.batch_size),
+        }
     lanes = int(engine.lanes)
     del now, engine, seen  # the next engine needs the memory
     varied = asked or default_sweep(phase.config, lanes)

@@ -121,7 +121,8 @@ def sweep_table(result: Result) -> Table:
         "rows",
         "compiling",
     )
-    for row in ({"changes": {}, **result["base"]}, *result["sweep"]):
+    rows: list[dict[str, Any]] = [{"changes": {}, **result["base"]}, *result["sweep"]]
+    for row in rows:
         name = ", ".join(f"{k}={v}" for k, v in row["changes"].items()) or "as set"
         if "error" in row:
             table.add_row(name, row["error"])
