@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from fedsim import build, peaks, profile, profile_report, simulate
+from fedsim import build, peaks, profile, profile_report, profile_round, simulate
 from fedsim.config import Config, Speed
 
 
@@ -56,11 +56,11 @@ def test_a_profile_adds_up_and_is_written(config: Config, tmp_path: Path, capsys
 def test_a_profile_leaves_the_engine_as_it_was(config: Config) -> None:
     problem = build.problem(config, Speed(lanes=2, compilation_cache=False))
     now = simulate.prepare(problem, build.phases(config)[-1], None)
-    engine, make = now.trainer.engine, profile.planning.make
-    with profile.stopwatch(engine) as seen:
-        profile.run_round(now)
+    engine, make = now.trainer.engine, profile_round.planning.make
+    with profile_round.stopwatch(engine) as seen:
+        profile_round.run_round(now)
     assert set(seen.spent) == {"plan", "gather", "begin", "segments", "fold"}
-    assert "programs" not in vars(engine) and "gather" not in vars(engine) and profile.planning.make is make
+    assert "programs" not in vars(engine) and "gather" not in vars(engine) and profile_round.planning.make is make
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_shapes_that_a_tpu_pads_are_named() -> None:
     def model(width: int) -> SimpleNamespace:
         return SimpleNamespace(frozen={"w": np.zeros((3, width)), "b": np.zeros(5)})
 
-    assert profile.tile_notes(model(256), 16) == []
-    notes = profile.tile_notes(model(192), 12)
+    assert profile_round.tile_notes(model(256), 16) == []
+    notes = profile_round.tile_notes(model(192), 12)
     assert "12 rows" in notes[0] and "192" in notes[1]
 
 
