@@ -122,11 +122,11 @@ def test_live_display_shows_round_bytes_and_time_left() -> None:
 
 
 def test_live_display_says_what_the_machine_does() -> None:
-    for changes, shown in (({}, "45.7 GFLOP/s, lanes 90% full"), ({"mfu": 0.4123}, "MFU 41.2%, lanes 90% full")):
+    for changes, shown in (({}, "45.7 GFLOP/s"), ({"mfu": 0.4123}, "MFU 41.2%")):
         console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
         with Progress(20, console=console) as progress:
             progress.update(line(1, **changes))
-        assert shown in text(console)
+        assert shown in text(console) and "lanes 90% full" in text(console)
     assert plain_line(line(1, flops_per_second=None), 20, None).split()[-2:] == ["–", "–"]
 
 

@@ -112,7 +112,7 @@ class Progress:
         print(text, file=self._console.file, flush=True)
 
     def __rich__(self) -> RenderableType:
-        """The live display: a bar and two lines of figures."""
+        """The live display: a bar and three lines of figures."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -149,8 +149,8 @@ class Progress:
                 Text(f"accuracy {share(seen['accuracy'])}", style="bold green") if seen else "–",
                 Text("speed", style="dim"),
                 f"{speed(line['clients_per_second'])} clients/s",
-                f"{work(line)}, lanes {line['lane_occupancy']:.0%} full",
             )
+            figures.add_row(Text("engine", style="dim"), work(line), f"lanes {line['lane_occupancy']:.0%} full")
             parts.append(figures)
         if self._message:
             parts.append(Text(self._message, style="dim", no_wrap=True, overflow="ellipsis"))
