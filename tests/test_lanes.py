@@ -121,16 +121,23 @@ def test_examples_stay_on_the_host_where_they_do_not_fit(monkeypatch):
 def test_auto_halves_the_lanes_until_the_program_fits(monkeypatch):
     """The program's own analysis decides: with memory for little more than one lane, few remain, and nothing else changes."""
     problem, task = tiny_problem(), tiny_task(passes=Passes(1, 3, 4))
+    needs, refuse = [], lanes_module.refuse_too_large
+    monkeypatch.setattr(lanes_module, "refuse_too_large", lambda need, *more: (needs.append(need), refuse(need, *more)))
 
-    def lanes_and_result(memory):
-        monkeypatch.setattr(lanes_module, "device_memory", lambda device: memory)
-        server, _, cohorts = run(counting, problem, (COHORT,), task=task, lanes="auto")
+    def lanes_and_result(memory, lanes="auto"):
+        monkeypatch.setattr(lanes_module, "free_memory", lambda device, sharing: memory)
+        server, _, cohorts = run(counting, problem, (COHORT,), task=task, lanes=lanes)
         return cohorts[0].engine.lanes, server
 
     many, wide = lanes_and_result(2**40)
-    few, narrow = lanes_and_result(1)
+    lanes_and_result(2**40, lanes=1)
+    few, narrow = lanes_and_result(needs[-1].lanes)
     assert many > 1 and few == 1
     same(wide, narrow, "lanes", rtol=1e-5)
+    assert needs[0].lanes > needs[1].lanes and needs[0].there == needs[1].there >= problem.x.nbytes
+    for lanes in ("auto", many):
+        with pytest.raises(ValueError, match=r"Expected lanes=\d with batch_size=4 to fit .* lower "):
+            lanes_and_result(needs[1].lanes - 1, lanes)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +154,17 @@ def test_auto_halves_the_lanes_until_the_program_fits(monkeypatch):
 def test_auto_lanes_end_together(sizes, devices, platform, lanes):
     found = lanes_module.choose_lanes(np.array(sizes), Passes(1, None, 8), devices, platform)
     assert found == lanes
+
+
+def test_auto_lanes_of_convolutions_on_a_cpu():
+    """Clients' own kernels under vmap are a grouped convolution; LoRA's factors and dense kernels are not."""
+    few, many = (
+        lanes_module.choose_lanes(np.full(16, 32), Passes(1, None, 16), 1, "cpu", convolutions=own)
+        for own in (True, False)
+    )
+    assert (few, many) == (lanes_module.CONVOLUTION_LANES, 4)
+    assert lanes_module.own_convolutions({"kernel": jnp.zeros((3, 3, 1, 8)), "bias": jnp.zeros(8)})
+    assert not lanes_module.own_convolutions({"lora_a": jnp.zeros((192, 4)), "head": jnp.zeros((192, 10))})
 
 
 def test_keys_depend_on_round_and_client_only():

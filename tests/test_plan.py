@@ -36,10 +36,20 @@ def population(sizes: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def make(
-    sizes: list[int], passes: Passes, devices: int = 1, lanes: int = 3, seed: int = 0, round: int = 16
+    sizes: list[int],
+    passes: Passes,
+    devices: int = 1,
+    lanes: int = 3,
+    seed: int = 0,
+    round: int = 16,
+    widths: tuple[int, ...] | None = None,
 ) -> plan.Plan:
     ids, rows, offsets = population(sizes)
-    return plan.make(ids, rows, offsets, passes, seed, round, devices, lanes)
+    return plan.make(ids, rows, offsets, passes, seed, round, devices, lanes, widths=widths)
+
+
+def all_widths(passes: Passes) -> tuple[int, ...]:
+    return tuple(range(passes.batch_size + 1))
 
 
 def by_member(made: plan.Plan) -> dict[int, list[list[int]]]:
@@ -60,13 +70,13 @@ def by_member(made: plan.Plan) -> dict[int, list[list[int]]]:
     return {member: [steps[k] for k in range(len(steps))] for member, steps in found.items()}
 
 
-@given(SIZES, PASSES, DEVICES, LANES)
+@given(SIZES, PASSES, DEVICES, LANES, st.booleans())
 @LAW
 def test_every_row_is_visited_exactly_as_often_as_asked(
-    sizes: list[int], passes: Passes, devices: int, lanes: int
+    sizes: list[int], passes: Passes, devices: int, lanes: int, narrow: bool
 ) -> None:
     ids, _, _ = population(sizes)
-    batches = by_member(make(sizes, passes, devices, lanes))
+    batches = by_member(make(sizes, passes, devices, lanes, widths=all_widths(passes) if narrow else None))
     assert set(batches) == set(range(len(ids))), "every member is there, with or without examples"
     for member, client in enumerate(ids):
         n, own = sizes[client], batches[member]
@@ -89,12 +99,12 @@ def test_every_row_is_visited_exactly_as_often_as_asked(
             assert max(visits.values()) - min(visits[1000 * client + k] for k in range(n)) <= 1
 
 
-@given(SIZES, PASSES, DEVICES, LANES)
+@given(SIZES, PASSES, DEVICES, LANES, st.booleans())
 @LAW
 def test_each_member_starts_once_ends_once_and_owns_a_slot(
-    sizes: list[int], passes: Passes, devices: int, lanes: int
+    sizes: list[int], passes: Passes, devices: int, lanes: int, narrow: bool
 ) -> None:
-    made = make(sizes, passes, devices, lanes)
+    made = make(sizes, passes, devices, lanes, widths=all_widths(passes) if narrow else None)
     slots = -(-len(sizes) // devices)
     assert made.member.shape == (devices, slots)
     used = made.member[made.member < len(sizes)]
@@ -132,6 +142,7 @@ def test_the_order_does_not_depend_on_lanes_or_devices(sizes: list[int], passes:
     one = by_member(make(sizes, passes, 1, 1, seed, round))
     assert by_member(make(sizes, passes, 1, 7, seed, round)) == one
     assert by_member(make(sizes, passes, 4, 2, seed, round)) == one
+    assert by_member(make(sizes, passes, 2, 3, seed, round, all_widths(passes))) == one
 
 
 def test_the_order_does_not_depend_on_the_rest_of_the_cohort() -> None:
@@ -227,9 +238,9 @@ def test_occupancy() -> None:
     made = make([8, 8, 8, 8], Passes(batch_size=4), lanes=4)
     assert made.occupancy == (1.0, 1.0)
     made = make([8, 4], Passes(batch_size=4), lanes=2)
-    assert made.occupancy == (0.75, 1.0)
+    assert made.occupancy == (0.75, 0.75), "the row of an idle lane is computed, too"
     made = make([3], Passes(batch_size=4), lanes=2)
-    assert made.occupancy == (0.5, 0.75)
+    assert made.occupancy == (0.5, 0.375)
 
 
 @pytest.mark.parametrize("devices", [1, 3])

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from fedsim import algorithms, augment, flops, lengths, network, peft, wire
+from fedsim import algorithms, augment, flops, lengths, network, peft, precision, wire
 from fedsim.backbones import Backbone, backbone, load
 from fedsim.config import Config, Speed, nearest, parse_call
 from fedsim.core import Algorithm, Passes, Task, by_examples, uniform
@@ -51,7 +51,7 @@ class Problem(NamedTuple):
     dataset: data_sets.Dataset
     partition: partitions.Partition  # what the clients train on
     cuts: tuple[int, ...]  # stages whose input is worth caching, ascending
-    cache: dict[int, Any]  # stage -> its input for every example, host arrays (N, ...)
+    cache: dict[tuple[str, int], Any]  # (precision, stage) -> its input for every example, host arrays (N, ...)
     texts: Lengths | None = None  # of the examples, where they are texts whose padding is known
     local_test: partitions.Partition | None = None  # clients' own test sets, aligned with `partition`; None without
     trainers: dict[Any, Trainer] | None = None  # kept for runs that differ in `FREE` alone; None: each makes its own
@@ -269,7 +269,7 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
             f"Expected dataset={config.dataset!r} to hold images for augment={config.augment}, not {dataset.kind}; leave it "
             "out."
         )
-    models = [split_model(phase.config, dataset) for phase in phases(config)]
+    models = [split_model(phase.config, dataset, speed) for phase in phases(config)]
     for phase, model in zip(phases(config), models, strict=True):  # an algorithm that cannot run refuses here
         algorithms.find(config.algorithm)(task(phase.config, model, {}, cached=False))
     cuts = sorted({model.cut for model in models if use_cache(speed, model, dataset.x, config)})
@@ -281,10 +281,15 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
     return Problem(config, speed, dataset, trained, tuple(cuts), {}, texts, local_test)
 
 
-def split_model(config: Config, dataset: data_sets.Dataset) -> peft.Model:
-    """The backbone split by the config's PEFT kind, for the data set's inputs and classes; shapes only."""
-    x = jax.tree.leaves(dataset.x)[0]
-    return peft.from_config(config, len(dataset.classes), x.shape[1:], x.dtype)
+def split_model(config: Config, dataset: data_sets.Dataset, speed: Speed | None = None) -> peft.Model:
+    """The backbone split by the config's PEFT kind, for the data set's inputs and classes; shapes only.
+
+    Args:
+        speed: its precision and rematerialisation are those in which the model is computed (default: plain float32).
+    """
+    x, speed = jax.tree.leaves(dataset.x)[0], speed or Speed()
+    model = peft.from_config(config, len(dataset.classes), x.shape[1:], x.dtype)
+    return precision.computed(model, speed.precision, speed.remat)
 
 
 def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached: bool, first: int = 1) -> Task:
@@ -315,13 +320,14 @@ def features(problem: Problem, model: peft.Model, frozen: dict[str, np.ndarray])
 
     Computed once per example instead of once per epoch, client and round; exact, since nothing below is trained.
     """
+    kind, cache = problem.speed.precision, problem.cache
     for cut in (*(c for c in problem.cuts if c < model.cut), model.cut):
-        if cut in problem.cache:
+        if (kind, cut) in cache:
             continue
-        below = max((c for c in problem.cache if c < cut), default=0)
-        x = problem.cache.get(below, problem.dataset.x)
-        problem.cache[cut] = run_stages(model, frozen, x, below, cut, problem.texts)
-    return problem.cache[model.cut]
+        below = max((c for k, c in cache if k == kind and c < cut), default=0)
+        x = cache.get((kind, below), problem.dataset.x)
+        cache[kind, cut] = run_stages(model, frozen, x, below, cut, problem.texts)
+    return cache[kind, model.cut]
 
 
 def run_stages(
@@ -381,11 +387,15 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
     key = (shared_key(config), speed, phase.first, digest(overlay or {}))
     if problem.trainers is not None and key in problem.trainers:
         return problem.trainers[key]._replace(lr=lr, config=config)
-    model = split_model(config, dataset)
+    model = split_model(config, dataset, speed)
     trained, frozen = peft.start(model, weights(config), config.seed)
     trained |= {name: value for name, value in (overlay or {}).items() if name in trained}
     x, cached = dataset.x, use_cache(speed, model, dataset.x, config)
     texts = lengths.entering(problem.texts, model, model.cut if cached else 0)
+    for_algorithm = task(config, model, trained, cached, phase.first)
+    algorithm = algorithms.find(config.algorithm)(for_algorithm)
+    if speed.precision != "float32":
+        frozen = precision.held(frozen, speed.precision, written(algorithm, frozen))
     if cached:
         x = features(problem, model, frozen)
         frozen = {name: leaf for name, leaf in frozen.items() if name not in model.below}
@@ -404,8 +414,6 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         segment_steps=speed.segment_steps,
         resident=speed.resident,
     )
-    for_algorithm = task(config, model, trained, cached, phase.first)
-    algorithm = algorithms.find(config.algorithm)(for_algorithm)
     made = Trainer(
         config=config,
         model=model,
@@ -428,6 +436,12 @@ def example_flops(problem: Problem, trainer: Trainer) -> flops.Flops:
     x = jax.tree.leaves(problem.dataset.x)[0]
     shape = x.shape[1:] if problem.texts is None else (problem.texts.longest,)
     return flops.training_flops(trainer.model, shape, x.dtype, cached=trainer.cached)
+
+
+def written(algorithm: Algorithm, frozen: Mapping[str, Any]) -> set[str]:
+    """The frozen leaves that the algorithm writes into, as FLoRA does: it exports newer values of them."""
+    exported = jax.eval_shape(lambda key, held: algorithm.params(algorithm.init(key, held)), jax.random.key(0), frozen)
+    return set(exported) & set(frozen)
 
 
 def shared_key(config: Config) -> tuple[tuple[str, Any], ...]:

@@ -15,7 +15,7 @@ from fedsim import plan as planning
 from fedsim.core import Info, Local, Reduce, Tree, mean
 from fedsim.lanes import Lanes, message_bytes
 from fedsim.memory import Memory
-from fedsim.programs import Clock, Slots, key_for, split_message
+from fedsim.programs import Clock, Programs, Slots, key_for, split_message
 
 
 class Exchanged(NamedTuple):
@@ -26,7 +26,7 @@ class Exchanged(NamedTuple):
     up_packets: dict[str, Array]  # (D, S) each, uint32: packets' prices, by client; 0 where none replied
     outcome: network.Outcome  # who reported, and when
     steps: int  # of the plan
-    occupancy: tuple[float, float]  # of lanes, of rows
+    occupancy: tuple[float, float]  # of lanes, of rows computed
     examples: int
     info: Info
 
@@ -107,6 +107,7 @@ class Cohort:
             programs.lanes,
             exchange=len(self.done),
             limit=turn.steps,
+            widths=programs.widths,
         )
         slots = self._slots(plan, turn.reports)
         clock = engine.put(Clock(jnp.int32(self.round), jnp.int32(len(self.done)), jnp.float32(self.lr)))
@@ -116,7 +117,7 @@ class Cohort:
 
         state = None
         for start in range(0, plan.rows.shape[1], programs.steps):
-            x, y, at, trip = self._segment(plan, start, programs.steps)  # while the devices run the one before
+            x, y, at, trip = self._segment(plan, start, programs)  # while the devices run the one before
             if state is None:
                 state = programs.begin(engine.held, shared, own, slots, clock, engine.root, x, y, at)
             elif not engine.resident:
@@ -187,9 +188,11 @@ class Cohort:
     def _by_slot(self, plan: planning.Plan, leaf: Any) -> Any:
         return leaf[np.minimum(plan.member, len(self.ids) - 1)]
 
-    def _segment(self, plan: planning.Plan, start: int, steps: int) -> tuple[Tree, Array, dict[str, Array], Array]:
-        """The batches and plan of steps start..start + steps on the devices, padded to `steps`."""
-        engine = self.engine
+    def _segment(
+        self, plan: planning.Plan, start: int, programs: Programs
+    ) -> tuple[Tree, Array, dict[str, Array], Array]:
+        """The batches and plan of a segment from step `start` on the devices, padded to its length."""
+        engine, steps = self.engine, programs.steps
 
         def cut(a: np.ndarray, fill: int = 0) -> np.ndarray:
             part = a[:, start : start + steps]
@@ -197,6 +200,7 @@ class Cohort:
 
         at = {name: cut(getattr(plan, name)) for name in ("count", "step", "first", "last")}
         at["slot"] = cut(plan.slot, plan.member.shape[1])
+        at["width"] = np.searchsorted(programs.widths, cut(plan.width)).astype(np.int32)  # which of the widths
         trip = np.clip(plan.length - start, 0, steps).astype(np.int32)
         at, trip = jax.device_put((at, trip), engine.apart)
         x, y = engine.gather(cut(plan.rows))

@@ -238,7 +238,7 @@ class Config(Data, Model, Training, Network, Evaluation):
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """How fast it is simulated: no option here changes a result beyond float summation order."""
+    """How fast it is simulated: no option here but the precision changes a result beyond float summation order."""
 
     lanes: int | Literal["auto"] = "auto"
     """Clients that train side by side on one device."""
@@ -246,6 +246,10 @@ class Speed:
     """Local devices to use (default: all)."""
     parallel: Literal["shard_map", "pmap"] = "shard_map"
     """How lanes are spread over devices."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward and backward pass; trained parameters, optimizers, messages and losses are float32 in both."""
+    remat: Literal["none", "blocks", "dots"] = "none"
+    """What the backward pass computes again to save memory: nothing, all within a block, all but products with weights."""
     resident: Literal["auto", "on", "off"] = "auto"
     """Keep the examples on the device; off leaves them on the host, from which batches are sent ahead of their use."""
     cache: Literal["auto", "on", "off"] = "auto"
@@ -266,6 +270,8 @@ class Speed:
         positive(eval_batch=self.eval_batch, checkpoint_every=self.checkpoint_every, length_buckets=self.length_buckets)
         one_of(("shard_map", "pmap"), parallel=self.parallel)
         one_of(("auto", "on", "off"), cache=self.cache, resident=self.resident)
+        one_of(("float32", "bfloat16"), precision=self.precision)
+        one_of(("none", "blocks", "dots"), remat=self.remat)
 
 
 GROUPS: tuple[type, ...] = (Data, Model, Training, Network, Evaluation)

@@ -35,7 +35,10 @@ class Client(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One local step's examples; rows beyond the client's data are padding with mask 0."""
+    """One local step's examples; rows beyond the client's data are padding with mask 0.
+
+    B is the batch size, or less where no lane has so many rows: nothing may depend on how much padding there is.
+    """
 
     x: Tree  # (B, ...)
     y: Array  # (B,), int32

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedsim import build, plan, wire
+from fedsim import build, packing, plan, wire
 from fedsim.backbones.load import draw
 from fedsim.build import Phase, Problem
 from fedsim.config import Config, Speed
 from fedsim.core import Passes
 from fedsim.data.dataset import stream
-from fedsim.lanes import choose_lanes
+from fedsim.lanes import choose_lanes, own_convolutions
 from fedsim.report import duration, exact_size, size
 
 SAMPLED_ROUNDS = 5  # cohorts drawn to know what an average round does
@@ -46,14 +46,15 @@ def dry_run(config: Config, speed: Speed) -> list[PhaseEstimate]:
     """Estimates every phase and prints plan, bytes, memory and time."""
     problem = build.problem(config, speed)
     found = [estimate(problem, phase) for phase in build.phases(config)]
-    print_estimate(problem, found, matmul_speed())
+    print_estimate(problem, found, matmul_speed(speed.precision))
     return found
 
 
 def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
     """One phase from shapes, the partition and drawn cohorts; no parameter is loaded."""
     config, dataset, parts = phase.config, problem.dataset, problem.partition
-    model = build.split_model(config, dataset)
+    model = build.split_model(config, dataset, problem.speed)
+    plain = build.split_model(config, dataset)  # without what is computed twice to save memory
     passes = Passes(config.epochs, config.steps, config.batch_size)
     devices = problem.speed.devices or jax.local_device_count()
     cached = build.use_cache(problem.speed, model, dataset.x, config)
@@ -61,20 +62,25 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
         stream(config.seed, f"sample {round}").choice(parts.clients, config.clients_per_round, replace=False)
         for round in range(1, SAMPLED_ROUNDS + 1)
     ]
-    asked = problem.speed.lanes
-    lanes = choose_lanes(parts.sizes[cohorts[0]], passes, devices, jax.default_backend()) if asked == "auto" else asked
+    lanes, widths = problem.speed.lanes, packing.choose_widths(parts.sizes, passes)
+    if lanes == "auto":
+        first, own = parts.sizes[cohorts[0]], own_convolutions(model.trained)
+        lanes = choose_lanes(first, passes, devices, jax.default_backend(), widths, convolutions=own)
     plans = [
-        plan.make(ids, parts.rows, parts.offsets, passes, config.seed, round, devices, lanes)
+        plan.make(ids, parts.rows, parts.offsets, passes, config.seed, round, devices, lanes, widths=widths)
         for round, ids in enumerate(cohorts, 1)
     ]
     trained, frozen = _nbytes(model.trained), _nbytes(model.frozen)
     x = jax.tree.map(lambda a: jax.ShapeDtypeStruct((config.batch_size, *a.shape[1:]), a.dtype), dataset.x)
     inner = jax.eval_shape(model.prefix, model.frozen, x) if cached else x
-    apply = model.suffix if cached else model.apply
+    features, apply = (
+        jax.eval_shape(plain.prefix, plain.frozen, x) if cached else x,
+        plain.suffix if cached else plain.apply,
+    )
     grad = jax.jit(lambda t, f, x: jax.grad(lambda t: apply(t, f, x).sum())(t))
     adam = 3 if "adam" in config.optimizer else 1
     memory = {
-        "backbone": frozen,
+        "backbone": frozen * jnp.dtype(problem.speed.precision).itemsize // 4,
         "examples": _nbytes(dataset.x) if not cached else _rows(inner, config.batch_size, len(dataset.y)),
         f"{lanes} lanes of trained parameters, gradients and optimizer": lanes * trained * (2 + adam),
     }
@@ -91,17 +97,17 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
         lanes=lanes,
         occupancy=float(np.mean([p.occupancy[0] for p in plans])),
         row_occupancy=float(np.mean([p.occupancy[1] for p in plans])),
-        flops=_flops(grad, model.trained, model.frozen, inner) / config.batch_size,
-        prefix_flops=_flops(jax.jit(model.prefix), model.frozen, x) / config.batch_size if cached else 0.0,
+        flops=_flops(grad, plain.trained, plain.frozen, features) / config.batch_size,
+        prefix_flops=_flops(jax.jit(plain.prefix), plain.frozen, x) / config.batch_size if cached else 0.0,
         cached=cached,
         memory=memory,
     )
 
 
-def matmul_speed() -> float:
-    """FLOP/s of a float32 matrix product on this device, the median of a few; takes a fraction of a second."""
+def matmul_speed(precision: str = "float32") -> float:
+    """FLOP/s of a matrix product in that precision on this device, the median of a few; takes a fraction of a second."""
     a, b = (
-        draw(jax.random.key(0), {"kernel": jax.ShapeDtypeStruct(s, jnp.float32)})["kernel"]
+        draw(jax.random.key(0), {"kernel": jax.ShapeDtypeStruct(s, jnp.float32)})["kernel"].astype(precision)
         for s in ((2048, 384), (384, 1536))
     )
     product = jax.jit(jnp.matmul)

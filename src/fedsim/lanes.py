@@ -11,7 +11,6 @@ device its own block, its own trip count, and no collective inside. The sums ove
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,15 +21,26 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedsim import plan as planning
-from fedsim import wire
+from fedsim import packing, wire
 from fedsim.core import Local, Passes, Reduce, Tree
-from fedsim.programs import Clock, Programs, Slots, make_programs, reply_bytes, reply_shapes, split_message
+from fedsim.device_memory import Need, device_memory, free_memory, refuse_too_large
+from fedsim.programs import (
+    Clock,
+    Programs,
+    Slots,
+    make_programs,
+    reply_bytes,
+    reply_shapes,
+    split_message,
+    takes_rows,
+)
 
 PREFETCH_BYTES = 256 * 2**20  # of batches that a segment may hold on a device at once
 RESIDENT_SHARE = 0.4  # of a device's memory that the examples may take; larger sets stay on the host
-MEMORY_SHARE = 0.8  # of a device's memory that the program may need; the rest is for evaluation and fragments
-CPU_LANES, ACCELERATOR_LANES = 6, 256  # at most; chosen, not measured to be best
+MEMORY_SHARE = 0.8  # of a device's free memory that "auto" lets the program take; the rest is for fragments
+CPU_LANES, ACCELERATOR_LANES = 8, 256  # at most; on a CPU measured (docs/lanes.md), on an accelerator not yet
+CONVOLUTION_LANES = 1  # at most on a CPU, where clients train whole kernels of a convolution
+FLAT = 0.02  # of a plan's cost that fewer lanes may cost more
 
 
 def message_bytes(message: Tree, members: int) -> dict[str, np.ndarray]:
@@ -60,6 +70,8 @@ class Lanes:
         segment_steps: steps of the plan in one call, or "auto".
         resident: "on" copies the examples to every device, "off" leaves them on the host and sends batches, "auto"
             takes the first where they fit. The same programs run, so the results are equal bit for bit.
+        widths: columns of a batch that a step may compute, ascending up to the batch size; None for those that the
+            clients' sizes make worthwhile. Each further one compiles another step.
     """
 
     def __init__(
@@ -76,6 +88,7 @@ class Lanes:
         parallel: str = "shard_map",
         segment_steps: int | str = "auto",
         resident: str = "auto",
+        widths: tuple[int, ...] | None = None,
     ) -> None:
         available = jax.local_devices()
         if devices is not None and devices > len(available):
@@ -96,6 +109,7 @@ class Lanes:
         )
         if self.resident:
             self.x, self.y = self.put((self.x, self.y))
+        self.widths = widths
         self._programs: dict[Any, Programs] = {}
         self._reply_bytes: dict[Any, int] = {}
         self._gather = self._spread(
@@ -143,29 +157,44 @@ class Lanes:
 
         Where "auto" is to choose the lanes, it halves what the cohort keeps busy until the compiled program fits into
         the memory of the device, and stays with that for the exchanges that follow.
+
+        Raises:
+            ValueError: the program does not fit, by its own analysis; nothing has run.
         """
         known = (local, reduce, init_memory, _structure(message), len(sizes))
         if known not in self._programs:
             reply, names = reply_shapes(local, init_memory, message, self.held, *self.shapes, self.root)
+            widths = self._widths_for(local, init_memory, message)
 
             def made(lanes: int) -> Programs:
                 steps = self.resolve_segment(lanes, local.passes.batch_size)
                 shardings, members = (self.everywhere, self.apart), len(sizes)
-                return make_programs(
-                    self._spread, shardings, local, reduce, init_memory, message, reply, names, members, lanes, steps
-                )
+                shapes = (reply, names, members, lanes, steps, widths)
+                return make_programs(self._spread, shardings, local, reduce, init_memory, message, *shapes)
 
-            if self.lanes == "auto":
-                lanes = choose_lanes(sizes, local.passes, len(self.devices), self.devices[0].platform)
-                programs, fits = self._compiled(made(lanes), local, init_memory, message, len(sizes))
-                while lanes > 1 and not fits:
-                    lanes //= 2
-                    programs, fits = self._compiled(made(lanes), local, init_memory, message, len(sizes))
-                self.lanes = lanes
-            else:
-                programs = made(int(self.lanes))
-            self._programs[known] = programs
+            free, asked = free_memory(self.devices[0], len(self.devices)), self.lanes
+            platform, own = self.devices[0].platform, own_convolutions(wire.unwrap(reply))
+            lanes = (
+                choose_lanes(sizes, local.passes, len(self.devices), platform, widths, convolutions=own)
+                if asked == "auto"
+                else int(asked)
+            )
+            programs, need = self._compiled(made(lanes), local, init_memory, message, len(sizes))
+            while asked == "auto" and lanes > 1 and need.lanes > MEMORY_SHARE * free:
+                lanes //= 2
+                programs, need = self._compiled(made(lanes), local, init_memory, message, len(sizes))
+            if not self._programs:  # later ones, as of a test at the end, do not stop a run that has gone so far
+                refuse_too_large(need, free, lanes, local.passes.batch_size, len(self.devices))
+            self.lanes, self._programs[known] = lanes, programs
         return self._programs[known]
+
+    def _widths_for(self, local: Local, init_memory: Any, message: Tree) -> tuple[int, ...]:
+        """The widths of this local's steps; the whole batch where its carry depends on the number of rows."""
+        size = local.passes.batch_size
+        widths = self.widths or packing.choose_widths(np.diff(self.offsets), local.passes)
+        narrow = min(width or size for width in widths)
+        common = (local, init_memory, message, self.held, *self.shapes, self.root)
+        return widths if narrow == size or takes_rows(narrow, *common) else (size,)
 
     def reply_bytes(self, local: Local, init_memory: Any, message: Tree) -> int:
         """Bytes of one client's reply before there is one; see `programs.reply_bytes`."""
@@ -176,8 +205,8 @@ class Lanes:
 
     def _compiled(
         self, programs: Programs, local: Local, init_memory: Any, message: Tree, members: int
-    ) -> tuple[Programs, bool]:
-        """Compiles the segment ahead of its first call; whether it fits beside the examples, by XLA's own analysis."""
+    ) -> tuple[Programs, Need]:
+        """Compiles the segment ahead of its first call; what it takes on a device, by XLA's own analysis."""
 
         def apart(tree: Tree) -> Tree:
             return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.apart), tree)
@@ -196,15 +225,17 @@ class Lanes:
         rows = (len(self.devices), *grid, local.passes.batch_size)
         at = {name: array(jnp.int32, *grid) for name in ("count", "step", "slot")}
         at |= {name: array(jnp.bool_, *grid) for name in ("first", "last")}
+        at["width"] = array(jnp.int32, programs.steps)
         x, y = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*rows, *a.shape[1:]), a.dtype), (self.x, self.y))
         x, y, at, trip = apart((x, y, at, array(jnp.int32)))
         common = (self.held, shared, own, cohort, clock, self.root)
         state = apart(jax.eval_shape(programs.begin, *common, x, y, at))
         segment = programs.segment.lower(*common, state, x, y, at, trip).compile()
         use = segment.memory_analysis()
-        needed = use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes
-        needed += self.resident * self.row_bytes * len(self.y) - use.alias_size_in_bytes
-        return programs._replace(segment=segment), needed <= MEMORY_SHARE * device_memory(self.devices[0])
+        held = sum(wire.array_bytes(leaf) for leaf in jax.tree.leaves(self.held))
+        lanes = use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes
+        need = Need(lanes - use.alias_size_in_bytes - held, held + self.resident * self.row_bytes * len(self.y))
+        return programs._replace(segment=segment), need
 
     def reuse(self, lanes: int | str, segment_steps: int | str) -> None:
         """Takes what "auto" chose in an earlier process, so that a resumed run sums in the same order."""
@@ -223,27 +254,39 @@ def _structure(message: Tree) -> tuple[Any, Any]:
     return jax.tree.structure(message), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(message))
 
 
-def choose_lanes(sizes: np.ndarray, passes: Passes, devices: int, platform: str) -> int:
-    """Lanes a device for cohorts with sizes like these (M,): many, but such that they end together.
+def own_convolutions(trained: Tree) -> bool:
+    """Whether clients train whole kernels of a convolution: over lanes they make a grouped one, slow on a CPU."""
+    return any(len(leaf.shape) == 4 for leaf in jax.tree.leaves(trained))
 
-    Lanes beyond (total steps / steps of the longest client) stand idle at the end, so there are no more than that; of
-    the numbers from there down to half of it, the one whose plan is fullest.
+
+def choose_lanes(
+    sizes: np.ndarray,
+    passes: Passes,
+    devices: int,
+    platform: str,
+    widths: Sequence[int] | None = None,
+    *,
+    convolutions: bool = False,
+) -> int:
+    """Lanes a device for cohorts with sizes like these (M,): the number whose plan is cheapest by `packing.cost`.
+
+    Lanes beyond (total steps / steps of the longest client) stand idle at the end, so there are no more than that, and
+    no more than the platform's most. On a CPU fewer are taken where they cost hardly more: they need less memory. On an
+    accelerator no fewer than half of the most are looked at, and of equally cheap numbers the largest is taken.
+
+    Args:
+        widths: as `packing.choose_widths` gives them; None for whole batches.
+        convolutions: clients train whole kernels of a convolution.
     """
-    steps = np.maximum(planning.steps_of(sizes, passes), 1)
-    busy = int(steps.sum() // (steps.max(initial=1) * devices))
-    most = max(1, min(busy, CPU_LANES if platform == "cpu" else ACCELERATOR_LANES))
-    slots = -(-len(steps) // devices)
-
-    def length(lanes: int) -> int:
-        _, _, begin = planning.pack(steps, devices, lanes, slots)
-        return int((begin + steps).max(initial=1))
-
-    return min(sorted({-(-most * k // 8) for k in range(4, 9)}, reverse=True), key=lambda lanes: lanes * length(lanes))
-
-
-def device_memory(device: jax.Device) -> int:
-    """Bytes of the device's memory; on a CPU, all devices share the machine's."""
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+    work = packing.work_of(sizes, packing.steps_of(sizes, passes), passes)
+    busy = int(work.spans.sum() // (work.spans.max(initial=1) * devices))
+    cpu = platform == "cpu"
+    most = max(1, min(busy, (CONVOLUTION_LANES if convolutions else CPU_LANES) if cpu else ACCELERATOR_LANES))
+    tried = range(1, most + 1) if cpu else sorted({-(-most * k // 8) for k in range(4, 9)}, reverse=True)
+    costs = {
+        lanes: packing.cost(packing.pack(work, devices, lanes, widths or (passes.batch_size,))[1], lanes)
+        for lanes in tried
+    }
+    if cpu:
+        return min(lanes for lanes in tried if costs[lanes] <= (1 + FLAT) * min(costs.values()))
+    return min(tried, key=lambda lanes: costs[lanes])

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from fedsim.backbones.layers import ADDED, MLP, STATISTICS, Adapter, Attention, Linear, NoRngs, gelu, param
+from fedsim.backbones.kernels import gelu
+from fedsim.backbones.layers import ADDED, MLP, STATISTICS, Adapter, Attention, Linear, NoRngs, param
 from fedsim.config import Model as Options
 from fedsim.config import nearest, one_of
 

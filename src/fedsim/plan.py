@@ -1,18 +1,19 @@
 """The plan of a round: which lane runs which client's which batch at which step. NumPy only, cost in the cohort.
 
 Clients differ in size by orders of magnitude, so they are not padded to the longest one. A fixed number of lanes runs
-clients one after another; clients go to lanes by longest-first bin packing (LPT), so the plan is never longer than the
-mean load of a lane plus the longest client.
+clients one after another (`packing.py` says where), and a step computes no more columns of the batch than it needs.
 """
 
 from __future__ import annotations
 
-import heapq
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from fedsim import packing
 from fedsim.core import Passes
+from fedsim.packing import steps_of
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -26,15 +27,17 @@ class Plan(NamedTuple):
     step: np.ndarray  # (D, T, L), int32: the client's own step number
     first: np.ndarray  # (D, T, L), bool: the client starts here
     last: np.ndarray  # (D, T, L), bool: the client ends here
+    width: np.ndarray  # (D, T), int32: columns of the batch that the step computes, in all lanes; 0 beyond the length
     length: np.ndarray  # (D,), int32: steps that the device has to run
     member: np.ndarray  # (D, S), int32: the slot's place in the cohort; M for an unused slot
 
     @property
     def occupancy(self) -> tuple[float, float]:
-        """Share of lane-steps in use, and share of rows in use within them."""
+        """Share of lane-steps in use, and share of real rows among all that are computed."""
         used = self.slot < self.member.shape[1]
         lanes = self.slot.shape[2] * int(self.length.max(initial=1)) * self.slot.shape[0]
-        return float(used.sum() / max(lanes, 1)), float(self.count.sum() / max(used.sum() * self.rows.shape[3], 1))
+        computed = self.slot.shape[2] * int(self.width.sum())
+        return float(used.sum() / max(lanes, 1)), float(self.count.sum() / max(computed, 1))
 
 
 def mix(*words: np.ndarray | int) -> np.ndarray:
@@ -50,13 +53,6 @@ def mix(*words: np.ndarray | int) -> np.ndarray:
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             state = state ^ (state >> np.uint64(31))
     return state
-
-
-def steps_of(sizes: np.ndarray, passes: Passes) -> np.ndarray:
-    """Local steps of clients with these numbers of examples; (M,) int64. A client without examples takes none."""
-    if passes.steps is not None:
-        return np.where(sizes > 0, passes.steps, 0)
-    return -(-sizes // passes.batch_size) * passes.epochs
 
 
 def batches(
@@ -88,30 +84,6 @@ def batches(
     return member, step + epoch * per_epoch[member], column, example
 
 
-def pack(steps: np.ndarray, devices: int, lanes: int, slots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Longest-first packing of clients into lanes.
-
-    Args:
-        steps: (M,) steps of each client; every client takes at least one place, so that it can start and finish.
-        slots: clients that fit on one device.
-
-    Returns:
-        device, lane and starting step of each client; each (M,) int64.
-    """
-    device, lane, begin = (np.zeros(len(steps), np.int64) for _ in range(3))
-    used = np.zeros(devices, np.int64)
-    # Ties go to the device whose turn it is, so that equal clients spread over devices before they fill lanes.
-    heap = [(0, place, d) for place in range(lanes) for d in range(devices)]
-    for member in np.argsort(-steps, kind="stable"):
-        load, place, d = heapq.heappop(heap)
-        while used[d] == slots:  # a full device takes no more clients; its lanes leave the heap
-            load, place, d = heapq.heappop(heap)
-        device[member], lane[member], begin[member] = d, place, load
-        used[d] += 1
-        heapq.heappush(heap, (load + max(int(steps[member]), 1), place, d))
-    return device, lane, begin
-
-
 def make(
     ids: np.ndarray,
     rows: np.ndarray,
@@ -123,6 +95,7 @@ def make(
     lanes: int,
     exchange: int = 0,
     limit: np.ndarray | None = None,
+    widths: Sequence[int] | None = None,
 ) -> Plan:
     """The plan of one exchange.
 
@@ -131,6 +104,8 @@ def make(
         rows, offsets: the partition; client i owns rows[offsets[i]:offsets[i + 1]].
         exchange: which of the round's, from 0.
         limit: (M,) most steps of each client, for those that do not come to their end; None for no limit.
+        widths: columns that a step may compute, ascending, the last enough for every batch (`packing.choose_widths`);
+            None for whole batches only.
     """
     begin_row = offsets[ids].astype(np.int64)
     sizes = offsets[ids + 1].astype(np.int64) - begin_row
@@ -138,12 +113,12 @@ def make(
     if limit is not None:
         steps = np.minimum(steps, limit)
     slots = -(-max(len(ids), 1) // devices)
-    device, lane, begin = pack(steps, devices, lanes, slots)
-    spans = np.maximum(steps, 1)
+    work = packing.work_of(sizes, steps, passes)
+    (device, lane, begin), width = packing.pack(work, devices, lanes, widths or (passes.batch_size,))
+    spans = work.spans
     length = np.zeros(devices, np.int64)
     np.maximum.at(length, device, begin + spans)
-    T = int(length.max(initial=1))
-    shape = (devices, T, lanes)
+    shape = (devices, width.shape[1], lanes)
 
     # Slots are numbered per device in the cohort's order.
     by_device = np.argsort(device, kind="stable")
@@ -153,21 +128,18 @@ def make(
     member = np.full((devices, slots), len(ids), np.int32)
     member[device, slot_of] = np.arange(len(ids))
 
-    # Every place that a client holds: its slot and step number, first and last.
-    who = np.repeat(np.arange(len(ids)), spans)
-    step = np.arange(len(who)) - (np.cumsum(spans) - spans)[who]
+    # Every place that a client holds: its slot and step number, first and last, its real rows.
+    who, step = work.who, work.step
     at = (device[who], begin[who] + step, lane[who])
     slot_grid = np.full(shape, slots, np.int32)
     step_grid, count = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     first, last = np.zeros(shape, bool), np.zeros(shape, bool)
-    slot_grid[at], step_grid[at] = slot_of[who], step
+    slot_grid[at], step_grid[at], count[at] = slot_of[who], step, work.count
     first[at], last[at] = step == 0, step == spans[who] - 1
 
     # Every row that a client visits.
     grid = np.zeros((*shape, passes.batch_size), np.int32)
     visits = batches(ids, np.where(steps > 0, sizes, 0), passes, seed, round, exchange)
     who, step, column, example = (a[visits[1] < steps[visits[0]]] for a in visits)
-    at = (device[who], begin[who] + step, lane[who])
-    grid[(*at, column)] = rows[begin_row[who] + example]
-    np.add.at(count, at, 1)
-    return Plan(grid, count, slot_grid, step_grid, first, last, length.astype(np.int32), member)
+    grid[device[who], begin[who] + step, lane[who], column] = rows[begin_row[who] + example]
+    return Plan(grid, count, slot_grid, step_grid, first, last, width, length.astype(np.int32), member)

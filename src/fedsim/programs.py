@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding
 
 from fedsim import wire
-from fedsim.core import Batch, Client, Info, Local, Reduce, Tree
+from fedsim.core import Batch, Client, Info, Local, Metrics, Reduce, Tree
 
 
 class Slots(NamedTuple):
@@ -99,6 +99,31 @@ class Programs(NamedTuple):
     reply: Tree  # shapes of one reply, packets whole
     lanes: int  # a device
     steps: int  # of a segment
+    widths: tuple[int, ...]  # columns of a batch that a step may compute, ascending
+
+
+def first_step(local: Local, init_memory: Any, message: Tree, rows: int) -> Callable[..., Any]:
+    """A function of (held, shared, own, x, y, root), to be traced: a client's first step, on a batch of so many rows.
+
+    It returns the message and the client, the carry before and after, and the metrics.
+    """
+    _, _, (treedef, own_part) = split_message(message)
+
+    def traced(held: Tree, shared: list[Any], own: list[Any], x: Tree, y: Array, root: Array) -> Any:
+        own = [jax.tree.map(lambda a: a[0], o) for o in own]
+        msg = treedef.unflatten([o if is_own else s for s, o, is_own in zip(shared, own, own_part, strict=True)])
+        number = jnp.zeros((), jnp.int32)
+        client = Client(number, number, init_memory(root, held), root, number, jnp.zeros((), jnp.float32))
+
+        def batch(rows: int) -> Batch:
+            pick = jnp.zeros((rows,), jnp.int32)
+            some = jax.tree.map(lambda a: a[pick], x)
+            return Batch(some, y[pick], jnp.ones((rows,)), root, number, jnp.zeros((), bool))
+
+        carry = local.start(held, msg, client, batch(local.passes.batch_size))
+        return msg, client, carry, *local.step(held, msg, carry, batch(rows))
+
+    return traced
 
 
 def one_client(local: Local, init_memory: Any, message: Tree, finishing: Any) -> Callable[..., Any]:
@@ -107,21 +132,26 @@ def one_client(local: Local, init_memory: Any, message: Tree, finishing: Any) ->
     Args:
         finishing: makes a context to trace `local.finish` in.
     """
-    _, _, (treedef, own_part) = split_message(message)
+    step = first_step(local, init_memory, message, local.passes.batch_size)
 
-    def traced(held: Tree, shared: list[Any], own: list[Any], x: Tree, y: Array, root: Array) -> Any:
-        own = [jax.tree.map(lambda a: a[0], o) for o in own]
-        msg = treedef.unflatten([o if is_own else s for s, o, is_own in zip(shared, own, own_part, strict=True)])
-        size, number = local.passes.batch_size, jnp.zeros((), jnp.int32)
-        pick = jnp.zeros((size,), jnp.int32)
-        client = Client(number, number, init_memory(root, held), root, number, jnp.zeros((), jnp.float32))
-        batch = Batch(jax.tree.map(lambda a: a[pick], x), y[pick], jnp.ones((size,)), root, number, jnp.zeros((), bool))
-        carry, metrics = local.step(held, msg, local.start(held, msg, client, batch), batch)
+    def traced(held: Tree, *args: Any) -> Any:
+        msg, client, _, carry, metrics = step(held, *args)
         with finishing():
             reply, _, final = local.finish(held, msg, carry, client)
         return reply, metrics, final
 
     return traced
+
+
+def takes_rows(
+    rows: int, local: Local, init_memory: Any, message: Tree, held: Tree, x: Tree, y: Array, root: Array
+) -> bool:
+    """Whether a step on so many rows keeps the shapes of its carry; computes nothing."""
+    shared, own, _ = split_message(message)
+    step = first_step(local, init_memory, message, rows)
+    _, _, before, after, _ = jax.eval_shape(step, held, shared, own, x, y, root)
+    shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), carry) for carry in (before, after)]
+    return shapes[0] == shapes[1]
 
 
 def reply_shapes(
@@ -170,6 +200,7 @@ def make_programs(
     members: int,
     lanes: int,
     steps: int,
+    widths: tuple[int, ...],
 ) -> Programs:
     """Builds `begin`, `segment` and `end` for one `Local` and `Reduce`. Nothing is compiled before the first call.
 
@@ -178,6 +209,7 @@ def make_programs(
         one_reply, names: of `reply_shapes`.
         members: cohort size M.
         lanes, steps: a device's lanes, a segment's steps.
+        widths: columns of a batch that a step may compute, ascending; a step of width 0 computes nothing.
     """
     _, _, (treedef, own_part) = split_message(message)
     everywhere, apart = shardings
@@ -264,10 +296,19 @@ def make_programs(
                 return where_lane(at["first"], mapped(local.start, held)(msg, clients, batch), state.carry)
 
             carry = lax.cond(at["first"].any(), started, lambda: state.carry)
-            stepped, metrics = mapped(local.step, held)(msg, carry, batch)
             live = at["count"] > 0
-            # An empty step changes nothing, momentum and decay included: the whole carry is selected.
-            carry = where_lane(live, stepped, carry)
+
+            def stepped(width: int) -> tuple[Tree, Metrics]:
+                if width == 0:
+                    metrics = jax.eval_shape(mapped(local.step, held), msg, carry, batch)[1]
+                    return carry, jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics)
+                x, y, mask = jax.tree.map(lambda a: a[:, :width], (batch.x, batch.y, batch.mask))
+                new, metrics = mapped(local.step, held)(msg, carry, batch._replace(x=x, y=y, mask=mask))
+                # An empty step changes nothing, momentum and decay included: the whole carry is selected.
+                return where_lane(live, new, carry), metrics
+
+            # The width is one for all lanes of the device, so one branch runs.
+            carry, metrics = lax.switch(at["width"], [partial(stepped, width) for width in widths])
             rows = at["count"].astype(jnp.float32)
             fresh = lambda a: jnp.where(at["first"], 0.0, a)  # noqa: E731 - one expression, used twice
             sums = {name: fresh(state.sums[name]) + jnp.where(live, m * rows, 0.0) for name, m in metrics.items()}
@@ -330,6 +371,7 @@ def make_programs(
         reply=one_reply,
         lanes=lanes,
         steps=steps,
+        widths=widths,
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import math
@@ -30,6 +32,7 @@ from fedsim.data import require_given
 from fedsim.data.assets import cache_dir
 from fedsim.data.dataset import Source, stream
 from fedsim.data.show import draw as draw_partition
+from fedsim.device_memory import OutOfMemoryError, out_of_memory
 from fedsim.flops import Flops
 from fedsim.memory import Memory
 from fedsim.programs import key_for
@@ -88,7 +91,19 @@ def run(
         directory = directory or record.folder(out, config)
         stack.enter_context(record.lock(directory))
         checkpoints = stack.enter_context(Checkpoints(directory / record.CHECKPOINTS))
-        simulate(config, speed, problem, directory, checkpoints, progress, fresh=resume is None)
+        fresh, fewer = resume is None, None
+        while True:
+            if fewer is not None:  # in a fresh program, of which nothing but the last checkpoint is known
+                speed = dataclasses.replace(speed, lanes=fewer)
+                problem, fresh = release(problem, speed), False
+            try:
+                simulate(
+                    config, speed, problem, directory, checkpoints, progress, fresh=fresh, reduced=fewer is not None
+                )
+                break
+            except OutOfMemoryError as error:
+                fewer = error.lanes // 2
+                progress.message(f"{error}; going on from the last checkpoint with lanes={fewer}")
     return record.load(directory)
 
 
@@ -101,8 +116,17 @@ def simulate(
     progress: Progress,
     *,
     fresh: bool,
+    reduced: bool = False,
 ) -> None:
-    """The loop over rounds. Everything random derives from (seed, round), so a resumed run repeats what was lost."""
+    """The loop over rounds. Everything random derives from (seed, round), so a resumed run repeats what was lost.
+
+    Args:
+        fresh: start anew; else go on from the last checkpoint, or from round 0 where there is none.
+        reduced: memory ran out, and `speed` has fewer lanes than the checkpoint.
+
+    Raises:
+        OutOfMemoryError: more than one lane ran out of a device's memory.
+    """
     began = time.perf_counter()
     clock = compile_clock()
     if fresh:
@@ -121,6 +145,7 @@ def simulate(
     met = np.zeros(problem.partition.clients, np.int32)  # (N,): the last round in which a client was in the cohort
     start_scores: dict[str, Any] | None = None
     now: Current | None = None
+    bitwise = not reduced  # equal to a run that was never disturbed, bit for bit
 
     def ready(round: int, overlay: dict[str, np.ndarray] | None = None) -> Current:
         progress.message("loading the weights")
@@ -132,14 +157,17 @@ def simulate(
         def template(round: int, extra: dict[str, Any]) -> dict[str, Any]:
             # A damaged checkpoint makes `restore` go back to an older one, perhaps of the phase before.
             tried["now"] = ready(round)
-            tried["now"].trainer.engine.reuse(extra["lanes"], extra["segment_steps"])
+            engine = tried["now"].trainer.engine
+            engine.reuse(extra["lanes"], extra["segment_steps"])
+            if not (extra.get("bitwise", True) or reduced):  # what an earlier process found to fit
+                engine.lanes = extra["lanes"]
             return checkpoint_shapes(tried["now"], extra)
 
-        found = checkpoints.restore(
-            template,
-            lambda round, extra: expected(config, tried["now"].trainer, inputs),
-            lambda state: tried["now"].memory.damage(state["memory"]),
-        )
+        def wanted(round: int, extra: dict[str, Any]) -> dict[str, Any]:
+            ours = expected(config, speed, tried["now"].trainer, inputs)
+            return ours | ({"lanes": extra["lanes"]} if reduced else {})
+
+        found = checkpoints.restore(template, wanted, lambda state: tried["now"].memory.damage(state["memory"]))
         if found is not None:
             round, state, extra = found
             now = tried["now"]
@@ -148,6 +176,7 @@ def simulate(
             met = np.array(state["met"])
             totals, best, stale = extra["totals"], extra["best"], extra["stale"]
             start_scores, stopped, elapsed = extra["start"], extra["stopped"], extra["elapsed"]
+            bitwise = bitwise and extra.get("bitwise", True)
     lines = [] if fresh else record.truncate(directory, round)
 
     # --- the rounds
@@ -168,8 +197,9 @@ def simulate(
             conditions = network.conditions(fleet, ids, round)
             cohort = Cohort(engine, ids, round, memory, conditions, met=met, lr=trainer.lr(round))
             key = key_for(engine.root, "server", round)
-            server, metrics = exchange_round(key, algorithm, server, cohort)
-            jax.block_until_ready(server)
+            with out_of_memory(round, engine, phase.config.batch_size):
+                server, metrics = exchange_round(key, algorithm, server, cohort)
+                jax.block_until_ready(server)
             down, up = cohort.traffic()
             simulated = network.figures(conditions, [e.outcome for e in cohort.done], totals["simulated_seconds"])
             seconds = time.perf_counter() - tick
@@ -224,6 +254,7 @@ def simulate(
                 "lane_occupancy": float(np.mean([e.occupancy[0] for e in cohort.done] or [0.0])),
                 "row_occupancy": float(np.mean([e.occupancy[1] for e in cohort.done] or [0.0])),
                 "simulated": None if config.reliable else simulated,
+                "bitwise": bitwise,
             }
             record.append(directory, line)
             lines.append(line)
@@ -235,7 +266,8 @@ def simulate(
             if asked or stopped != "rounds" or round == config.rounds or round % speed.checkpoint_every == 0:
                 state = {"server": server, "memory": memory.seal(), "met": met}
                 extra = {
-                    **expected(config, trainer, inputs),
+                    **expected(config, speed, trainer, inputs),
+                    "bitwise": bitwise,
                     "totals": totals,
                     "best": best,
                     "stale": stale,
@@ -291,6 +323,14 @@ def exchange_round(key: jax.Array, algorithm: Algorithm, server: Any, cohort: Co
     return server, {}
 
 
+def release(problem: Problem, speed: Speed) -> Problem:
+    """The problem for another speed, and nothing of the programs before it left on the devices."""
+    if problem.trainers is not None:
+        problem.trainers.clear()
+    gc.collect()
+    return problem._replace(speed=speed)
+
+
 class Current(NamedTuple):
     """The phase that runs, and its state."""
 
@@ -331,13 +371,15 @@ def setup_price(trainer: Trainer) -> int:
     return sum(wire.price(jax.eval_shape(trainer.algorithm.setup, trainer.model.frozen)).values())
 
 
-def expected(config: Config, trainer: Trainer, inputs: str) -> dict[str, Any]:
+def expected(config: Config, speed: Speed, trainer: Trainer, inputs: str) -> dict[str, Any]:
     """What a checkpoint must agree with for the run to go on bit for bit: options, inputs, devices, what `auto` chose."""
     engine = trainer.engine
     return {
         "config": config.hash(),
         "inputs": inputs,
         "parallel": engine.parallel,
+        "precision": speed.precision,
+        "remat": speed.remat,
         "devices": len(engine.devices),
         "device": engine.devices[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fedsim.backbones.kernels import gelu
 from fedsim.backbones.layers import (
     MLP,
     Attention,
@@ -24,7 +25,6 @@ from fedsim.backbones.layers import (
     Stage,
     append,
     append_true,
-    gelu,
 )
 
 

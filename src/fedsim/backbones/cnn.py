@@ -26,7 +26,7 @@ class CnnConfig:
     resize: int | None = None
     interpolation: str = "bilinear"
     matmul: bool = True
-    """Convolutions as matmuls over patches: faster on CPUs where every client has its own kernels."""
+    """On a CPU, convolutions as matmuls over patches: faster there where every client has kernels of its own."""
 
 
 class Cnn(nnx.Module):
@@ -49,7 +49,7 @@ class Cnn(nnx.Module):
 
     def first(self, x: jax.Array) -> jax.Array:
         """Images -> the first convolution's features."""
-        return jax.nn.relu(self.layers[0](prepare(x, self.pixels)))
+        return jax.nn.relu(self.layers[0](prepare(x, self.pixels, self.layers[0].kernel.dtype)))
 
     def second(self, x: jax.Array) -> jax.Array:
         """The second convolution and the pooling, flattened: (B, features)."""

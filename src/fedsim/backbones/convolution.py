@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.custom_derivatives import SymbolicZero
 
 from fedsim.backbones.layers import param
 
 
 class Conv(nnx.Module):
-    """x (B, H, W, in) -> (B, H', W', out), by XLA's convolution or as one matmul over patches.
-
-    A convolution whose own kernels differ from client to client is a grouped one under `vmap`, three to five times
-    slower per client on CPUs; as a matmul over patches it is a batched matmul. A frozen kernel stays one convolution.
-    """
+    """x (B, H, W, in) -> (B, H', W', out), in the form that is fastest where it runs; see `convolve`."""
 
     def __init__(
         self,
@@ -37,30 +35,83 @@ class Conv(nnx.Module):
         self.stride, self.padding, self.groups, self.matmul = stride, padding, groups, matmul
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel, around = self.kernel[...], (self.padding, self.padding)
-        if self.matmul:
-            x = jnp.pad(x, ((0, 0), around, around, (0, 0)))
-            y = patches(x, kernel.shape[0], self.stride) @ kernel.reshape(-1, kernel.shape[-1])
-        else:
-            y = jax.lax.conv_general_dilated(
-                x,
-                kernel,
-                (self.stride, self.stride),
-                (around, around),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                feature_group_count=self.groups,
-            )
+        y = convolve(x, self.kernel[...], self.stride, self.padding, self.groups, matmul=self.matmul)
         return y if self.bias is None else y + self.bias[...]
 
 
-def patches(x: jax.Array, size: int, stride: int) -> jax.Array:
-    """x (B, H, W, C) -> (B, H', W', size * size * C): the pixels under each place of a kernel, row by row."""
-    height, width = ((n - size) // stride + 1 for n in x.shape[1:3])
+def convolve(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int = 1, *, matmul: bool = False
+) -> jax.Array:
+    """x (B, H, W, in), kernel (h, w, in / groups, out) -> (B, H', W', out); the form changes rounding only.
 
-    def shifted(i: int, j: int) -> jax.Array:
-        return x[:, i : i + (height - 1) * stride + 1 : stride, j : j + (width - 1) * stride + 1 : stride]
+    Accelerators get XLA's convolution. On a CPU its gradients are 5 to 100 times slower inside a compiled loop than
+    outside, and kernels of clients' own make it a grouped one under `vmap` (docs/kernels.md). So there, what has a form
+    that is faster in every pass takes it: a depthwise convolution as a sum of shifted products, one of 1x1 as a matmul.
+    The others keep XLA's forward pass and get the gradient of the kernel by a matmul over patches.
 
-    return jnp.concatenate([shifted(i, j) for i in range(size) for j in range(size)], axis=-1)
+    Args:
+        groups: 1, or the number of channels.
+        matmul: make it a matmul over patches on a CPU: for kernels that every client has of its own.
+    """
+
+    def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if groups == 1 and not matmul and kernel.shape[0] > 1:
+            return spatial(x, kernel, stride, padding)
+        return unfolded(x, kernel, stride, padding, groups)
+
+    def elsewhere(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return plain(x, kernel, stride, padding, groups)
+
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
+
+
+def plain(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int = 1) -> jax.Array:
+    """XLA's convolution."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        ((padding, padding), (padding, padding)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def unfolded(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int = 1) -> jax.Array:
+    """The same as one matmul over patches; a depthwise one as a sum of shifted products."""
+    around, size = (padding, padding), kernel.shape[0]
+    x = jnp.pad(x, ((0, 0), around, around, (0, 0)))
+    if groups == 1:
+        return jnp.concatenate(shifted(x, size, stride), axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+    taps = kernel.reshape(size * size, -1)  # (h * w, channels): each output reads one input
+    return sum((part * tap for part, tap in zip(shifted(x, size, stride), taps, strict=True)), jnp.float32(0))
+
+
+def shifted(x: jax.Array, size: int, stride: int) -> list[jax.Array]:
+    """x (B, H, W, C) -> for every tap of a kernel, row by row, the pixels under it: (B, H', W', C) each."""
+    height, width = (stride * ((n - size) // stride) + 1 for n in x.shape[1:3])
+    taps = [(i, j) for i in range(size) for j in range(size)]
+    return [x[:, i : i + height : stride, j : j + width : stride] for i, j in taps]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def spatial(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    """XLA's convolution, but linear in the kernel as a matmul over patches, so that its transpose is one too."""
+    return plain(x, kernel, stride, padding)
+
+
+def _spatial_jvp(stride: int, padding: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, kernel), (along_x, along_kernel) = primals, tangents
+    y = spatial(x, kernel, stride, padding)
+    along = jnp.zeros_like(y)
+    if not isinstance(along_x, SymbolicZero):
+        along += plain(along_x, kernel, stride, padding)
+    if not isinstance(along_kernel, SymbolicZero):  # of a frozen kernel it is: no patches
+        along += unfolded(x, along_kernel, stride, padding)
+    return y, along
+
+
+spatial.defjvp(_spatial_jvp, symbolic_zeros=True)
 
 
 class BatchNorm(nnx.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,8 @@ HALF_PIXELS = Pixels()
 IMAGENET_PIXELS = Pixels(*IMAGENET)
 
 
-def prepare(x: jax.Array, pixels: Pixels) -> jax.Array:
-    """Images (B, H, W) or (B, H, W, C) -> float32 (B, H', W', channels).
+def prepare(x: jax.Array, pixels: Pixels, dtype: Any = jnp.float32) -> jax.Array:
+    """Images (B, H, W) or (B, H, W, C) -> (B, H', W', channels), prepared in float32 and handed on as `dtype`.
 
     uint8 is divided by 255 and normalised by mean and standard deviation; float32 is taken as normalised already.
     A single channel is repeated where the backbone wants more. docs/preprocessing.md compares resizing with Pillow's
@@ -45,8 +45,9 @@ def prepare(x: jax.Array, pixels: Pixels) -> jax.Array:
     if x.shape[-1] == 1 and channels > 1:
         x = jnp.repeat(x, channels, axis=-1)
     if not raw:
-        return x
-    return (x - 255 * np.asarray(pixels.mean, np.float32)) / (255 * np.asarray(pixels.std, np.float32))
+        return x.astype(dtype)
+    x = (x - 255 * np.asarray(pixels.mean, np.float32)) / (255 * np.asarray(pixels.std, np.float32))
+    return x.astype(dtype)
 
 
 def prepared_shape(shape: Shape, pixels: Pixels) -> Shape:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fedsim.backbones.kernels import normalise, wide
+
 Shape = tuple[int, ...]
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -131,19 +133,23 @@ class Linear(nnx.Module):
         self.ia3_input = on_input
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        # One row axis: the weights' gradients sum over it. Over (B, T) XLA on a CPU would transpose a copy of x first.
+        rows = x.reshape(-1, x.shape[-1])
         if self.ia3 is not None and self.ia3_input:
-            x = x * self.ia3[...]
-        y = x @ self.kernel[...]  # under vmap over clients a frozen kernel stays unbatched: one shared matmul
+            rows = rows * self.ia3[...]
+        y = rows @ self.kernel[...]  # under vmap over clients a frozen kernel stays unbatched: one shared matmul
         if self.lora_a is not None and self.lora_b is not None:
             # Through the rank, never as kernel + A B: that would make one full matrix per client.
-            y = y + ((x @ self.lora_a[...]) * self.lora_scale) @ self.lora_b[...]
+            y = y + ((rows @ self.lora_a[...]) * self.lora_scale) @ self.lora_b[...]
             if self.magnitude is not None:
                 length = column_norms(self.kernel[...], self.lora_a[...], self.lora_b[...], self.lora_scale)
                 # DoRA's section 4.3: the length is a constant to the gradient.
                 y = y * (self.magnitude[...] / jax.lax.stop_gradient(length))
         if self.bias is not None:
             y = y + self.bias[...]
-        return y if self.ia3 is None or self.ia3_input else y * self.ia3[...]
+        if self.ia3 is not None and not self.ia3_input:
+            y = y * self.ia3[...]
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def column_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
@@ -185,7 +191,8 @@ class Embedding(nnx.Module):
 class LayerNorm(nnx.Module):
     """Normalises the last axis to mean 0 and variance 1, then scale and bias.
 
-    Our own, because nnx.LayerNorm promotes dtypes implicitly, which strict promotion refuses.
+    Our own, because nnx.LayerNorm promotes dtypes implicitly, which strict promotion refuses. Computed in at least
+    float32, returned in x's dtype.
     """
 
     def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs) -> None:
@@ -194,9 +201,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        centred = x - jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-        return centred * jax.lax.rsqrt(variance + self.eps) * self.scale[...] + self.bias[...]
+        return (normalise(x, self.eps) * wide(self.scale[...]) + wide(self.bias[...])).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -221,19 +226,26 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """x (B, T, D), mask (B, T) bool, true where a token may be looked at -> (B, T, D)."""
 
+        size, tokens, width = x.shape
+        heads, depth = self.heads, width // self.heads
+
         def split(y: jax.Array) -> jax.Array:
-            return y.reshape(*y.shape[:-1], self.heads, -1)  # (B, T, H, D/H)
+            """(B, T, D) -> (B H, T, D/H): one batch axis of small matrices, the cheapest form on a CPU."""
+            y = y.reshape(size, y.shape[1], heads, depth).transpose(0, 2, 1, 3)
+            return y.reshape(size * heads, y.shape[2], depth)
 
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.prefix_key is not None and self.prefix_value is not None:
             key, value = append(key, self.prefix_key[...]), append(value, self.prefix_value[...])
             mask = None if mask is None else append_true(mask, self.prefix_key.shape[0])
-        query, key, value = split(query), split(key), split(value)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
+        query, key, value = split(query * depth**-0.5), split(key), split(value)
+        scores = wide(jnp.einsum("nqd,nkd->nqk", query, key))
         if mask is not None:
             # Finite, so that a row without any token (an empty slot of a batch) has no NaN, nor its gradient.
-            scores = jnp.where(mask[:, None, None, :], scores, -1e9)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), value)
+            scores = jnp.where(jnp.repeat(mask, heads, axis=0)[:, None, :], scores, -1e9)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        mixed = jnp.einsum("nqk,nkd->nqd", weights, value)
+        mixed = mixed.reshape(size, heads, tokens, depth).transpose(0, 2, 1, 3)
         y = self.output(mixed.reshape(x.shape))
         return y if self.adapter is None else y + self.adapter(y)
 
@@ -266,8 +278,3 @@ class MLP(nnx.Module):
         if self.parallel:
             return y + self.adapter(x if residual is None else residual)
         return y + self.adapter(y)
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """x * Phi(x) with the exact error function, as BERT and ViT checkpoints were trained."""
-    return jax.nn.gelu(x, approximate=False)

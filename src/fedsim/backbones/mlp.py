@@ -42,10 +42,11 @@ class Mlp(nnx.Module):
         self.head = Linear(widths[-1], classes, rngs=rngs)
 
     def flat(self, x: jax.Array) -> jax.Array:
-        """(B, ...) -> float32 (B, values); bytes are scaled to [0, 1]."""
+        """(B, ...) -> (B, values) as the layers compute; bytes are scaled to [0, 1]."""
         x = x if self.pixels is None else prepare(x, self.pixels)
         x = x.reshape(x.shape[0], -1)
-        return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x.astype(jnp.float32)
+        x = x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x.astype(jnp.float32)
+        return x.astype((*self.layers, self.head)[0].kernel.dtype)
 
     def layer(self, i: int, x: jax.Array) -> jax.Array:
         """Hidden layer `i` with its ReLU; the first one reads the input."""

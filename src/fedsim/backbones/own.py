@@ -230,7 +230,7 @@ def skeleton(
         for p in parts[start:stop]:
             x = p.apply(p.tree({name: effective(leaves, name) for name in p.names}), x)
         if stop > len(parts):
-            x = x.astype(jnp.float32) @ leaves["head/kernel"] + leaves["head/bias"]
+            x = x.astype(leaves["head/kernel"].dtype) @ leaves["head/kernel"] + leaves["head/bias"]
         return x
 
     more = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in added.items()}

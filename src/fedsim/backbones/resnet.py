@@ -75,7 +75,9 @@ class Stem(nnx.Module):
         self.config = c
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return max_pool(jax.nn.relu(self.norm(self.conv(prepare(x, self.config.pixels)))), 3, 2, 1)
+        return max_pool(
+            jax.nn.relu(self.norm(self.conv(prepare(x, self.config.pixels, self.conv.kernel.dtype)))), 3, 2, 1
+        )
 
 
 class Resnet(nnx.Module):

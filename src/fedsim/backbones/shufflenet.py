@@ -104,7 +104,7 @@ class Shufflenet(nnx.Module):
 
     def embed(self, x: jax.Array) -> jax.Array:
         """Images -> a quarter of the height and width."""
-        return max_pool(self.stem(prepare(x, self.config.pixels)), 3, 2, 1)
+        return max_pool(self.stem(prepare(x, self.config.pixels, self.stem.conv.kernel.dtype)), 3, 2, 1)
 
     def stages(self) -> list[Stage]:
         """The forward pass in order; see `layers.Stage`."""

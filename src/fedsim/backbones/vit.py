@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fedsim.backbones.images import HALF_PIXELS, Pixels, bicubic, prepare, prepared_shape
-from fedsim.backbones.layers import MLP, Attention, LayerNorm, Linear, Shape, Stage, append, gelu, param
+from fedsim.backbones.kernels import gelu
+from fedsim.backbones.layers import MLP, Attention, LayerNorm, Linear, Shape, Stage, append, param
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Embeddings(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Images -> (B, 1 + patches, D)."""
         c = self.config
-        x = prepare(x, c.pixels)
+        x = prepare(x, c.pixels, self.patch.kernel.dtype)
         size, p = x.shape[0], c.patch
         grid = _grid(x.shape[1:], c)
         x = x.reshape(size, grid[0], p, grid[1], p, -1).transpose(0, 1, 3, 2, 4, 5)
@@ -141,7 +142,8 @@ def resampled(position: jax.Array, grid: tuple[int, int]) -> jax.Array:
     side = math.isqrt(position.shape[0] - 1)
     if grid == (side, side):
         return position
-    patches = position[1:].reshape(side, side, -1)
+    patches = position[1:].reshape(side, side, -1).astype(jnp.float32)
     patches = jnp.einsum("ij,jkd->ikd", bicubic(side, grid[0]), patches)
     patches = jnp.einsum("lk,ikd->ild", bicubic(side, grid[1]), patches)
-    return jnp.concatenate([position[:1], patches.reshape(grid[0] * grid[1], -1)])
+    patches = patches.reshape(grid[0] * grid[1], -1).astype(position.dtype)
+    return jnp.concatenate([position[:1], patches])

@@ -1,0 +1,183 @@
+"""Where a cohort's clients run: lane, first step, and how many columns of a batch each step computes. NumPy only.
+
+Lanes run side by side, and one step of all of them costs about lanes x width rows, its width being the largest number of
+real rows in any lane. So a short batch is cheap only where all lanes have a short one. Two packings are tried, and the
+cheaper one is taken: longest-first (LPT), which keeps every lane busy, and waves, in which clients of similar size start
+together, so that their short batches coincide.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fedsim.core import Passes
+
+STEP_ROWS = 2.0  # what a step costs beside its rows, in rows; measured on a CPU, docs/lanes.md
+WORTH = 0.04  # of all rows that a further width must save: it costs the compilation of another step
+MOST_WIDTHS = 4
+
+
+class Places(NamedTuple):
+    """Where M clients run."""
+
+    device: np.ndarray  # (M,), int64
+    lane: np.ndarray  # (M,), int64
+    begin: np.ndarray  # (M,), int64: step of the plan at which the client starts
+
+
+class Work(NamedTuple):
+    """What M clients have to do: K places in lanes, each a step of a client; those of a client stand together."""
+
+    spans: np.ndarray  # (M,), int64: places; at least one, so that a client without steps can start and finish
+    who: np.ndarray  # (K,), int64: the client
+    step: np.ndarray  # (K,), int64: its own step number
+    count: np.ndarray  # (K,), int64: real rows of the step's batch
+
+
+def steps_of(sizes: np.ndarray, passes: Passes) -> np.ndarray:
+    """Local steps of clients with these numbers of examples; (M,) int64. A client without examples takes none."""
+    if passes.steps is not None:
+        return np.where(sizes > 0, passes.steps, 0)
+    return -(-sizes // passes.batch_size) * passes.epochs
+
+
+def work_of(sizes: np.ndarray, steps: np.ndarray, passes: Passes) -> Work:
+    """The places of clients with these numbers of examples and of steps, (M,) each."""
+    spans = np.maximum(steps, 1)
+    who = np.repeat(np.arange(len(sizes)), spans)
+    step = np.arange(len(who)) - (np.cumsum(spans) - spans)[who]
+    if passes.steps is not None:
+        count = np.full(len(who), passes.batch_size)
+    else:
+        per_epoch = np.maximum(-(-sizes // passes.batch_size), 1)
+        count = np.minimum(sizes[who] - step % per_epoch[who] * passes.batch_size, passes.batch_size)
+    return Work(spans, who, step, np.where(steps[who] > 0, count, 0))
+
+
+def choose_widths(sizes: np.ndarray, passes: Passes) -> tuple[int, ...]:
+    """Numbers of columns that a step may compute, ascending: for clients of these sizes, the ones that save most rows.
+
+    (B,) where every batch is full. Else 0, for steps without any row, up to B, or less where no client fills a batch; each
+    further width saves at least `WORTH` of the rows, were each client computed by itself.
+    """
+    size, sizes = passes.batch_size, sizes[sizes > 0]
+    if passes.steps is not None or not len(sizes):
+        return (size,)
+    full, short = np.divmod(sizes, size)
+    often = np.bincount(short[short > 0], minlength=size + 1)  # (B + 1,): batches of that many rows
+    often[size] = full.sum()
+    top = int(np.flatnonzero(often)[-1])
+    upto = np.concatenate([[0], np.cumsum(often)])  # batches of fewer rows
+    # best[w]: fewest rows to compute all batches of up to w rows, if w is a width and k narrower ones are.
+    each = np.arange(size + 1)
+    best = each * upto[1:]
+    chosen = [(int(w),) for w in each]
+    found = (int(best[top]), (top,))
+    for _ in range(MOST_WIDTHS - 1):
+        cost = best[:, None] + each[None] * (upto[1:][None] - upto[1:][:, None])  # (narrower, w)
+        cost = np.where(each[:, None] < each[None], cost, np.iinfo(np.int64).max)
+        before = cost[1:].argmin(axis=0) + 1
+        before[:2] = 0
+        chosen = [(*chosen[before[w]], int(w)) if w > 1 else (int(w),) for w in each]
+        best = np.where(each > 1, cost[before, each], best)
+        if found[0] - best[top] < WORTH * found[0]:
+            break
+        found = (int(best[top]), chosen[top])
+    return (size,) if found[1] == (size,) else (0, *found[1])
+
+
+def longest_first(steps: np.ndarray, order: np.ndarray, devices: int, lanes: int, slots: int) -> Places:
+    """Each client in turn goes to the lane that is free first (LPT).
+
+    Args:
+        steps: (M,) places that each client takes, at least 1.
+        order: (M,) clients, those with most steps first.
+        slots: clients that fit on one device.
+    """
+    device, lane, begin = (np.zeros(len(steps), np.int64) for _ in range(3))
+    used = np.zeros(devices, np.int64)
+    # Ties go to the device whose turn it is, so that equal clients spread over devices before they fill lanes.
+    heap = [(0, place, d) for place in range(lanes) for d in range(devices)]
+    for member, span in zip(order.tolist(), steps[order].tolist(), strict=True):
+        load, place, d = heapq.heappop(heap)
+        while used[d] == slots:  # a full device takes no more clients; its lanes leave the heap
+            load, place, d = heapq.heappop(heap)
+        device[member], lane[member], begin[member] = d, place, load
+        used[d] += 1
+        heapq.heappush(heap, (load + span, place, d))
+    return Places(device, lane, begin)
+
+
+def waves(steps: np.ndarray, last: np.ndarray, order: np.ndarray, devices: int, lanes: int) -> Places:
+    """Clients of similar size start together, a wave after the other; who ends early is followed by a smaller one.
+
+    Args:
+        steps: (M,) places that each client takes, at least 1.
+        last: (M,) rows of each client's last batch.
+        order: (M,) clients, those with most steps first, of these those with most rows.
+    """
+    device, lane, begin = (np.zeros(len(steps), np.int64) for _ in range(3))
+    for d in range(devices):
+        own = order[d::devices]  # dealt out, so that devices have about the same work
+        device[own] = d
+        left: dict[int, list[tuple[int, int]]] = {}  # steps -> (rows of the last batch, client), fewest rows first
+        for member in own[::-1].tolist():
+            left.setdefault(int(steps[member]), []).append((int(last[member]), member))
+        counts = sorted(left)
+        start = 0
+        while counts:
+            span, widest = counts[-1], left[counts[-1]][-1][0]
+            for place in range(lanes):
+                free = span
+                while free and counts:
+                    at = bisect.bisect_right(counts, free) - 1
+                    if at < 0:
+                        break
+                    group = left[counts[at]]
+                    # What ends with the wave must not widen its last step.
+                    fits = len(group) if counts[at] < free else bisect.bisect_right(group, (widest, len(steps)))
+                    if not fits:
+                        break
+                    member = group.pop(fits - 1)[1]
+                    lane[member], begin[member] = place, start + span - free
+                    free -= counts[at]
+                    if not group:
+                        del left[counts.pop(at)]
+            start += span
+    return Places(device, lane, begin)
+
+
+def pack(work: Work, devices: int, lanes: int, widths: Sequence[int]) -> tuple[Places, np.ndarray]:
+    """The cheaper packing, and the columns that each step computes: the narrowest of `widths` that holds its rows.
+
+    Returns:
+        Places, and (D, T) int32; beyond a device's last step 0.
+    """
+    rows = np.bincount(work.who, work.count, minlength=len(work.spans))
+    order = np.lexsort((-rows, -work.spans))
+    slots = -(-max(len(order), 1) // devices)
+    tried = [longest_first(work.spans, order, devices, lanes, slots)]
+    if len(widths) > 1:
+        ends = work.count[np.cumsum(work.spans) - 1]
+        tried.append(waves(work.spans, ends, order, devices, lanes))
+    return min(
+        ((places, width_of(places, work, devices, widths)) for places in tried), key=lambda made: cost(made[1], lanes)
+    )
+
+
+def width_of(places: Places, work: Work, devices: int, widths: Sequence[int]) -> np.ndarray:
+    """The narrowest of `widths` that holds the real rows of all lanes, by device and step; (D, T), int32."""
+    at = places.device[work.who], places.begin[work.who] + work.step
+    rows = np.full((devices, int(at[1].max(initial=0)) + 1), -1, np.int64)
+    np.maximum.at(rows, at, work.count)
+    return np.where(rows < 0, 0, np.asarray(widths)[np.searchsorted(widths, rows)]).astype(np.int32)
+
+
+def cost(width: np.ndarray, lanes: int) -> float:
+    """What a plan costs on its slowest device, in rows; width (D, T)."""
+    return float((lanes * width + STEP_ROWS).sum(axis=1).max(initial=0.0))
