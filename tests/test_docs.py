@@ -20,7 +20,7 @@ import tyro
 
 import fedsim
 from fedsim import __main__ as cli
-from fedsim import algorithms, data
+from fedsim import algorithms, data, profile
 from fedsim.config import main_job
 from fedsim.record import Run
 
@@ -69,6 +69,10 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         config = options.config()
         if command == "run" and options.resume is None:
             algorithms.find(config.algorithm)
+    elif command == "profile":
+        options = cli.parse(cli.ProfileOptions, argv, "fedsim profile")
+        options.config()
+        profile.parse_sweep(options.sweep)
     elif command == "cost":
         tyro.cli(cli.CostOptions, args=argv).configs()
     elif command == "check" and argv:
@@ -114,6 +118,8 @@ def test_options_exist(document: Path) -> None:
         cli.parse(cli.RunOptions, ["--help"], "fedsim run")
     with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
         tyro.cli(cli.CostOptions, args=["--help"])
+    with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
+        cli.parse(cli.ProfileOptions, ["--help"], "fedsim profile")
     known = set(re.findall(r"--[a-z][a-z-]*", help_text.getvalue()))
     others = {"--help", "--exclude-editable"}
     said = {

@@ -21,6 +21,8 @@ def line(number: int, **changes) -> dict:
         "seconds": 3.0,
         "compile_seconds": 0.0,
         "clients_per_second": 12.345,
+        "flops_per_second": 45.67e9,
+        "mfu": None,
         "lane_occupancy": 0.9,
     }
     return made | changes
@@ -55,8 +57,8 @@ def test_plain_lines_one_a_round_aligned_and_without_control_characters() -> Non
     assert rows[1] == header(120)
     assert len(rows) == 5
     assert {len(row) for row in rows[1:]} == {len(header(120))}
-    assert len(header(999)) < 80
-    assert " ".join(rows[2].split()) == "1/120 peft 1.234 0.500 0.250 1.00 MiB 2.00 MiB 12.3 5:57 min"
+    assert len(header(999)) < 90
+    assert " ".join(rows[2].split()) == "1/120 peft 1.234 0.500 0.250 1.00 MiB 2.00 MiB 12.3 45.7 5:57 min"
     assert rows[3].split()[2:5] == ["–", "0.500", "–"]
     assert re.fullmatch(r"[^\x00-\x1f\x7f]*", "".join(rows))
 
@@ -117,6 +119,15 @@ def test_live_display_shows_round_bytes_and_time_left() -> None:
     assert "accuracy 0.250" in last  # the last evaluation stays
     assert "compiling" in last
     assert all(len(row) <= 90 for row in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last).splitlines())
+
+
+def test_live_display_says_what_the_machine_does() -> None:
+    for changes, shown in (({}, "45.7 GFLOP/s"), ({"mfu": 0.4123}, "MFU 41.2%")):
+        console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
+        with Progress(20, console=console) as progress:
+            progress.update(line(1, **changes))
+        assert shown in text(console) and "lanes 90% full" in text(console)
+    assert plain_line(line(1, flops_per_second=None), 20, None).split()[-2:] == ["–", "–"]
 
 
 def test_live_display_is_narrow_enough_for_80_columns() -> None:

@@ -19,7 +19,7 @@ import pytest
 from fedsim import record
 
 ROUNDS, EVERY = 30, 2
-TIMES = {"seconds", "compile_seconds", "clients_per_second", "examples_per_second"}
+TIMES = {"seconds", "compile_seconds", "clients_per_second", "examples_per_second", "flops_per_second", "mfu"}
 
 # Every client counts its visits and keeps its last change, which pulls at its next reply: a lost or doubled visit shows.
 REMEMBERS = """

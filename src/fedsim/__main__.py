@@ -1,4 +1,4 @@
-"""The command line: run, cost, compare, check, data, list. Options are `Config` and `Speed`; JAX comes in where needed."""
+"""The command line: run, profile, cost, compare, check, data, list. Options are `Config` and `Speed`; JAX comes in where needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from fedsim import own
-from fedsim.config import Config, Data, Evaluation, Model, Network, Speed, Training, main_job, nearest
+from fedsim.config import Config, Data, Evaluation, Model, Network, Speed, Training, main_job, nearest, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,25 @@ class RunOptions(Options):
 
         processes.distributed(self.coordinator, self.processes, self.process_id)
         processes.agree("the command line", dataclasses.replace(self, coordinator=None, process_id=None, quiet=False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions(Options):
+    """Measure a run's rounds: throughput by setting, where time and memory go, how near the device's limits.
+
+    The config is that of `fedsim run`, from a file too (`fedsim profile my.py`). Nothing of a run is written.
+    """
+
+    out: Path = Path("profile")
+    """Folder for profile.json, profile.png, roofline.png and the trace (TensorBoard, Perfetto)."""
+    sweep: tuple[str, ...] = ()
+    """Options to vary one at a time, as `lanes=1,2,4 batch_size=8,16` (default: lanes, batch, devices, precision)."""
+    head: bool = False
+    """Profile the rounds of the head alone instead of the last phase."""
+    repeats: int = 5
+    """Timed rounds of every setting, after one that compiles."""
+    trace: bool = True
+    """Record one round with JAX's profiler."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +228,28 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+def profile(argv: Sequence[str]) -> int:
+    """Measure throughput, where time and memory go, and how near the device's limits a run's rounds are."""
+    options = parse(ProfileOptions, argv, "fedsim profile")
+    config = options.config()
+    positive(repeats=options.repeats)
+    from fedsim import build
+    from fedsim import profile as profiling
+
+    build.check(config, options.speed)
+    build.fetch_missing(config)
+    profiling.profile(
+        config,
+        options.speed,
+        options.out,
+        sweep=options.sweep,
+        head=options.head,
+        repeats=options.repeats,
+        trace=options.trace,
+    )
+    return 0
+
+
 def cost(argv: Sequence[str]) -> int:
     """Print parameters and bytes of a backbone, a PEFT kind and a number of classes; needs no weights and no data."""
     for flag in ("--backbone", "--peft", "--classes"):  # the last one would win without a word
@@ -320,6 +361,7 @@ def list_(argv: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": run,
+    "profile": profile,
     "cost": cost,
     "compare": compare,
     "check": check,

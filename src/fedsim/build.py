@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from fedsim import algorithms, augment, lengths, network, peft, precision, processes, wire
+from fedsim import algorithms, augment, flops, lengths, network, peft, precision, processes, wire
 from fedsim.backbones import Backbone, backbone, load
 from fedsim.config import Config, Speed, nearest, parse_call
 from fedsim.core import Algorithm, Passes, Task, by_examples, uniform
@@ -439,6 +439,13 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
     if problem.trainers is not None:
         problem.trainers[key] = made
     return made
+
+
+def example_flops(problem: Problem, trainer: Trainer) -> flops.Flops:
+    """What one example costs in a training step of this phase, counted by `flops.training_flops`; traces, computes nothing."""
+    x = jax.tree.leaves(problem.dataset.x)[0]
+    shape = x.shape[1:] if problem.texts is None else (problem.texts.longest,)
+    return flops.training_flops(trainer.model, shape, x.dtype, cached=trainer.cached)
 
 
 def written(algorithm: Algorithm, frozen: Mapping[str, Any]) -> set[str]:

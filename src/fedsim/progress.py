@@ -112,7 +112,7 @@ class Progress:
         print(text, file=self._console.file, flush=True)
 
     def __rich__(self) -> RenderableType:
-        """The live display: a bar and two lines of figures."""
+        """The live display: a bar and three lines of figures."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -149,8 +149,8 @@ class Progress:
                 Text(f"accuracy {share(seen['accuracy'])}", style="bold green") if seen else "–",
                 Text("speed", style="dim"),
                 f"{speed(line['clients_per_second'])} clients/s",
-                f"lanes {line['lane_occupancy']:.0%} full",
             )
+            figures.add_row(Text("engine", style="dim"), work(line), f"lanes {line['lane_occupancy']:.0%} full")
             parts.append(figures)
         if self._message:
             parts.append(Text(self._message, style="dim", no_wrap=True, overflow="ellipsis"))
@@ -165,12 +165,13 @@ COLUMNS = (
     ("up", 8),
     ("down", 8),
     ("clients/s", 9),
+    ("GFLOP/s", 7),
     ("left", 10),
 )
 
 
 def aligned(first: str, cells: Sequence[str], rounds: int) -> str:
-    """Cells under their columns; 79 characters wide for runs of fewer than 1,000 rounds."""
+    """Cells under their columns; 88 characters wide for runs of fewer than 1,000 rounds."""
     width = max(len("round"), 2 * len(str(rounds)) + 1)
     return "  ".join([f"{first:>{width}}", *(f"{x:>{n}}" for x, (_, n) in zip(cells, COLUMNS, strict=True))])
 
@@ -191,9 +192,18 @@ def plain_line(line: Round, rounds: int, left: float | None) -> str:
         size(line["total_bytes_up"]),
         size(line["total_bytes_down"]),
         speed(rate),
+        "–" if line.get("flops_per_second") is None else speed(line["flops_per_second"] / 1e9),
         "–" if left is None else duration(left),
     )
     return aligned(f"{line['round']}/{rounds}", cells, rounds)
+
+
+def work(line: Round) -> str:
+    """MFU where the device's peak is known, else the counted FLOP/s; a dash where nothing was counted."""
+    if line.get("mfu") is not None:
+        return f"MFU {line['mfu']:.1%}"
+    rate = line.get("flops_per_second")
+    return "–" if rate is None else f"{speed(rate / 1e9)} GFLOP/s"
 
 
 def speed(rate: float | None) -> str:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedsim import build, network, personal, plots, processes, record, report, wire
+from fedsim import build, network, peaks, personal, plots, processes, record, report, wire
 from fedsim.backbones.own import file_of, identity
 from fedsim.build import Phase, Problem, Trainer
 from fedsim.checkpoint import KEEP
@@ -33,6 +33,7 @@ from fedsim.data.assets import cache_dir
 from fedsim.data.dataset import Source, stream
 from fedsim.data.show import draw as draw_partition
 from fedsim.device_memory import OutOfMemoryError, out_of_memory
+from fedsim.flops import Flops
 from fedsim.memory import Memory, Table
 from fedsim.programs import key_for
 from fedsim.progress import Progress
@@ -194,7 +195,7 @@ def simulate(
                 if start_scores is None:
                     start_scores = {"validation": now.trainer.validate(now.server)}
                 progress.message("compiling")
-            phase, trainer, server, memory = now
+            phase, trainer, server, memory, counted = now
             algorithm, engine = trainer.algorithm, trainer.engine
             tick, compiled = time.perf_counter(), clock.seconds
             population = Population(engine.population, invited(config), network.reachable(fleet, round))
@@ -253,6 +254,9 @@ def simulate(
                 "compile_seconds": compile_seconds,
                 "clients_per_second": int(cohort.present.sum()) / steady,
                 "examples_per_second": examples / steady,
+                "flops": examples * counted.total,
+                "flops_per_second": examples * counted.total / steady,
+                "mfu": utilisation(trainer, speed, examples * counted.total / steady),
                 "lane_occupancy": float(np.mean([e.occupancy[0] for e in cohort.done] or [0.0])),
                 "row_occupancy": float(np.mean([e.occupancy[1] for e in cohort.done] or [0.0])),
                 "simulated": None if config.reliable else simulated,
@@ -345,6 +349,7 @@ class Current(NamedTuple):
     trainer: Trainer
     server: Any
     memory: Memory
+    counted: Flops  # of one example in a training step
 
     def parameters(self) -> dict[str, np.ndarray]:
         """The trained part, on the host."""
@@ -358,9 +363,18 @@ def prepare(
     trainer = build.trainer(problem, phase, overlay)
     engine = trainer.engine
     server = engine.put(trainer.algorithm.init(key_for(engine.root, "init"), engine.held))
+    counted = build.example_flops(problem, trainer)
     # Of several processes the first one has the folder; the others keep the same rows in main memory.
     file = directory / f"memory-{phase.name}.rows" if directory is not None and processes.is_first() else None
-    return Current(phase, trainer, server, Memory(trainer.algorithm.memory, engine.held, file, KEEP))
+    memory = Memory(trainer.algorithm.memory, engine.held, file, KEEP)
+    return Current(phase, trainer, server, memory, counted)
+
+
+def utilisation(trainer: Trainer, speed: Speed, rate: float) -> float | None:
+    """Share of the devices' published peak that `rate` FLOP/s are; None where none is published, as of a CPU."""
+    devices = trainer.engine.devices
+    limit = peaks.known(devices[0].device_kind)
+    return None if limit is None else rate / (len(devices) * limit.flops(speed.precision))
 
 
 def restore_memory(memory: Memory, table: Table) -> None:
