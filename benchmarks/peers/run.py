@@ -82,7 +82,7 @@ class Options:
     patience: float = 900.0
     """Seconds after which a start or a round is given up."""
     small: bool = False
-    """A few clients and a ViT of two blocks; no timing worth reporting."""
+    """A few clients and a ViT of one block; no timing worth reporting."""
 
 
 class Measured:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from workloads import LORA_SCALE, RANK, Workload
 import fedsim
 from fedsim import build, simulate
 from fedsim.backbones import BACKBONES, vit_row
-from fedsim.cohort import Cohort
+from fedsim.cohort import Cohort, Memory
 from fedsim.config import Config, Speed
 from fedsim.data.partition import Partition
 from fedsim.programs import key_for
@@ -85,17 +86,14 @@ def trainer_of(w: Workload, d: workloads.Data, speed: Speed) -> build.Trainer:
     return made
 
 
-def main() -> None:
-    """Runs the rounds."""
-    o = driver.options()
-    w = workloads.find(o.workload, o.small)
-    d = workloads.data(w)
-    speed = Speed(lanes=o.lanes if o.lanes == "auto" else int(o.lanes), compilation_cache=False)
-    simulate.tune_host(speed)
+def prepare(
+    w: Workload, d: workloads.Data, speed: Speed
+) -> tuple[Callable[[int], None], Callable[[], workloads.Arrays]]:
+    """(a round by its number, the trained parameters under the workload's names)."""
     trainer = trainer_of(w, d, speed)
     algorithm, engine = trainer.algorithm, trainer.engine
     server = engine.put(algorithm.init(key_for(engine.root, "init"), engine.held))
-    memory = simulate.Memory(algorithm.memory, engine.held)
+    memory = Memory(algorithm.memory, engine.held)
 
     def round(number: int) -> None:
         nonlocal server
@@ -107,10 +105,18 @@ def main() -> None:
 
     def trained() -> workloads.Arrays:
         params = algorithm.params(server)
-        names = workloads.weights(w)[0]
-        return jax_models.published(w, {name: params[ours(name)] for name in names})
+        return jax_models.published(w, {name: params[ours(name)] for name in workloads.weights(w)[0]})
 
-    driver.loop(o, round, trained)
+    return round, trained
+
+
+def main() -> None:
+    """Runs the rounds."""
+    o = driver.options()
+    w = workloads.find(o.workload, o.small)
+    speed = Speed(lanes=o.lanes if o.lanes == "auto" else int(o.lanes), compilation_cache=False)
+    simulate.tune_host(speed)
+    driver.loop(o, *prepare(w, workloads.data(w), speed))
 
 
 if __name__ == "__main__":

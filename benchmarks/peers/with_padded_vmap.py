@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import driver
 import jax
 import jax.numpy as jnp
 import jax_models
 import numpy as np
 import workloads
+from workloads import Workload
 
 
-def main() -> None:
-    """Runs the rounds."""
-    o = driver.options()
-    w = workloads.find(o.workload, o.small)
-    d = workloads.data(w)
+def prepare(w: Workload, d: workloads.Data) -> tuple[Callable[[int], None], Callable[[], workloads.Arrays]]:
+    """(a round by its number, the trained parameters under the workload's names)."""
     data_x, data_y = jax.device_put((d.x, d.y))
     update = jax_models.client_update(w, jax_models.apply_of(w, jax_models.matmul_conv))
 
@@ -33,7 +33,14 @@ def main() -> None:
         weight = (d.sizes[ids] / d.sizes[ids].sum()).astype(np.float32)
         trained = jax.block_until_ready(run(trained, frozen, data_x, data_y, rows, mask, weight))
 
-    driver.loop(o, round, lambda: jax_models.published(w, trained))
+    return round, lambda: jax_models.published(w, trained)
+
+
+def main() -> None:
+    """Runs the rounds."""
+    o = driver.options()
+    w = workloads.find(o.workload, o.small)
+    driver.loop(o, *prepare(w, workloads.data(w)))
 
 
 if __name__ == "__main__":

@@ -77,8 +77,8 @@ class Data(NamedTuple):
 
 
 def small(w: Workload) -> Workload:
-    """The same work on a few clients and a ViT of two blocks: seconds, to see that a system works."""
-    return dataclasses.replace(w, clients=12, cohort=6, depth=2, probe=64)
+    """The same work on a few clients and a ViT of one block: seconds, to see that a system works."""
+    return dataclasses.replace(w, clients=12, cohort=6, depth=1, probe=64)
 
 
 def find(name: str, is_small: bool = False) -> Workload:
