@@ -23,7 +23,7 @@ TICK, CORES = os.sysconf("SC_CLK_TCK"), os.cpu_count() or 1
 PROC = Path("/proc")
 
 
-class Failure(Exception):
+class SystemFailedError(Exception):
     """A system ended or did not answer in time."""
 
 
@@ -115,7 +115,7 @@ class System:
         """The next message, which must be `event`; memory is sampled meanwhile.
 
         Raises:
-            Failure: it ended, said something else, or took longer than `patience` seconds.
+            SystemFailedError: it ended, said something else, or took longer than `patience` seconds.
         """
         until = time.perf_counter() + patience
         while True:
@@ -124,11 +124,14 @@ class System:
                 break
             except queue.Empty:
                 self._sample_memory()
+                if self._process.poll() is not None and self._messages.empty():  # a child may hold the pipe open
+                    message = None
+                    break
                 if time.perf_counter() > until:
-                    raise Failure(f"no {event!r} within {patience:.0f} s") from None
+                    raise SystemFailedError(f"no {event!r} within {patience:.0f} s") from None
         if message is None or message["event"] != event:
             last = self.log.read_text().strip().splitlines()[-1:] or [""]
-            raise Failure(f"{'ended' if message is None else message} instead of {event!r}: {last[0][:200]}")
+            raise SystemFailedError(f"{'ended' if message is None else message} instead of {event!r}: {last[0][:200]}")
         return message
 
     def ready(self, patience: float) -> float:

@@ -29,7 +29,7 @@ import tyro
 import verdicts
 import workloads
 from driver import JUDGED
-from processes import Failure, System
+from processes import SystemFailedError, System
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # for report.py
@@ -94,7 +94,16 @@ class Measured:
         self.out.unlink(missing_ok=True)
         python = sys.executable if kind.env is None else str(install.python_of(kind.env))
         rounds = max(2 + o.repeats * rounds_of(workload, o), JUDGED)
-        command = [python, str(HERE / kind.script), workload, "--rounds", str(rounds), "--out", str(self.out), *kind.more]
+        command = [
+            python,
+            str(HERE / kind.script),
+            workload,
+            "--rounds",
+            str(rounds),
+            "--out",
+            str(self.out),
+            *kind.more,
+        ]
         command += ["--small"] * o.small + (["--lanes", o.lanes] if name == "fedsim" else [])
         self.record: dict[str, Any] = {
             "workload": workload,
@@ -112,7 +121,7 @@ class Measured:
         try:
             self.record["startup"] = self.system.ready(o.patience)
             self.record["first"], self.record["warm"] = self.one()["seconds"], self.one()["seconds"]
-        except Failure as failure:
+        except SystemFailedError as failure:
             self.fail(failure)
         print(f"{workload} {name}: {self.record.get('first', 0):.1f} s, {self.record.get('warm', 0):.1f} s", flush=True)
 
@@ -130,13 +139,13 @@ class Measured:
             return
         try:
             figures = [self.one() for _ in range(rounds)]
-        except Failure as failure:
+        except SystemFailedError as failure:
             self.fail(failure)
             return
         for key, figure in (("repeats", "seconds"), ("others", "others"), ("cpu", "cpu")):
             self.record[key].append([f[figure] for f in figures])
 
-    def fail(self, failure: Failure) -> None:
+    def fail(self, failure: SystemFailedError) -> None:
         """Notes the error and ends the system."""
         self.record["error"] = str(failure)
         print(f"{self.record['workload']} {self.record['system']}: {failure}", flush=True)

@@ -90,15 +90,11 @@ def row(system: str, records: Sequence[Record], common: float, start_loss: float
     )
 
 
-def ratios(base: Row, other: Row) -> tuple[float, list[float]]:
-    """How many times longer `other` takes than `base`: of the medians, and in each repeat that both have."""
-    return other.median / base.median, [o / b for b, o in zip(base.repeats, other.repeats, strict=False)]
-
-
 def fastest(base: Row, others: Sequence[Row]) -> tuple[str, float, list[float]]:
-    """(its name, ratio of medians, ratio to the fastest of all in each repeat) of the fastest that counts."""
+    """(name, ratio of medians) of the fastest that counts, and in each repeat the ratio to the fastest of all that ran in it."""
     best = min(others, key=lambda r: r.median)
-    each = [min(o.repeats[i] for o in others if i < len(o.repeats)) / b for i, b in enumerate(base.repeats)]
+    shared = min(len(base.repeats), max(len(o.repeats) for o in others))
+    each = [min(o.repeats[i] for o in others if i < len(o.repeats)) / base.repeats[i] for i in range(shared)]
     return best.system, best.median / base.median, each
 
 

@@ -82,7 +82,9 @@ def trainer_of(w: Workload, d: workloads.Data, speed: Speed) -> build.Trainer:
         made = build.trainer(problem, build.phases(config)[0], start)
     missing = start.keys() ^ made.start.keys()
     if missing:
-        raise SystemExit(f"Expected the workload's trained parameters to be fedsim's; {sorted(missing)} are not in both.")
+        raise SystemExit(
+            f"Expected the workload's trained parameters to be fedsim's; {sorted(missing)} are not in both."
+        )
     return made
 
 

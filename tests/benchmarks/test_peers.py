@@ -173,7 +173,7 @@ def test_a_system_is_timed_round_by_round_and_ended_with_its_children(tmp_path: 
         system.wait("judged", 60)
         assert np.load(out)["w"].tolist() == [1, 1]
         assert system.peak_pss > 5 and "a line of its own" in (tmp_path / "log").read_text()
-        with pytest.raises(processes.Failure, match="ended"):
+        with pytest.raises(processes.SystemFailedError, match="ended"):
             system.round(60)
         assert len(system._pids()) >= 1  # the child that it left behind
     finally:
