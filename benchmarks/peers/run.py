@@ -29,7 +29,7 @@ import tyro
 import verdicts
 import workloads
 from driver import JUDGED
-from processes import SystemFailedError, System
+from processes import System, SystemFailedError
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # for report.py
