@@ -1,0 +1,110 @@
+"""The two models in torch, with the parameter names of `workloads.weights`, for the systems that train torch models."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import workloads
+from torch import Tensor, nn
+from workloads import EPS, HEADS, LORA_SCALE, PATCH, RANK, WIDTH, Workload
+
+
+class Cnn(nn.Module):
+    """Images (B, 28, 28, 1), bytes -> logits."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 32, 3), nn.Conv2d(32, 64, 3)
+        self.dense, self.head = nn.Linear(64 * 12 * 12, 128), nn.Linear(128, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2).float() / 255
+        x = F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(x)))), 2)
+        return self.head(F.relu(self.dense(x.flatten(1))))
+
+
+class Attention(nn.Module):
+    """Self-attention with LoRA on queries and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        for part in ("q", "v"):
+            self.register_parameter(f"{part}_a", nn.Parameter(torch.empty(WIDTH, RANK)))
+            self.register_parameter(f"{part}_b", nn.Parameter(torch.empty(RANK, WIDTH)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q = q + (x @ self.q_a * LORA_SCALE) @ self.q_b
+        v = v + (x @ self.v_a * LORA_SCALE) @ self.v_b
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """The feed-forward half of a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(WIDTH, eps=EPS), Attention()
+        self.norm2, self.mlp = nn.LayerNorm(WIDTH, eps=EPS), Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Patches(nn.Module):
+    """The patch embedding, under the name that checkpoints give it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, WIDTH, PATCH, PATCH)
+
+
+class Vit(nn.Module):
+    """Images (B, 64, 64, 3), bytes -> logits of the class token."""
+
+    def __init__(self, depth: int, classes: int) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.empty(1, 1, WIDTH))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (workloads.IMAGE // PATCH) ** 2, WIDTH))
+        self.patch_embed = Patches()
+        self.blocks = nn.Sequential(*(Block() for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(WIDTH, eps=EPS), nn.Linear(WIDTH, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed.proj(x.permute(0, 3, 1, 2).float() / 127.5 - 1).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+        return self.head(self.norm(self.blocks(x)[:, 0]))
+
+
+def model(w: Workload) -> nn.Module:
+    """The workload's model with its initial weights; only what is trained requires a gradient."""
+    trained, frozen = workloads.weights(w)
+    made = Cnn(w.classes) if w.model == "cnn" else Vit(w.depth, w.classes)
+    made.load_state_dict({name: torch.from_numpy(value) for name, value in {**trained, **frozen}.items()})
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return made
+
+
+def trained(made: nn.Module) -> dict[str, nn.Parameter]:
+    """What travels, by name."""
+    return {name: p for name, p in made.named_parameters() if p.requires_grad}
+
+
+def numpy(parameters: dict[str, Tensor]) -> workloads.Arrays:
+    """Copies for `driver.Stopwatch.finish`."""
+    return {name: p.detach().numpy().copy() for name, p in parameters.items()}

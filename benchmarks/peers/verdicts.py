@@ -1,0 +1,161 @@
+"""From measured rounds to a table and to what the targets say: pure functions of the records that `run.py` keeps.
+
+A record is one start of one system on one workload: `workload`, `system`, `startup` (s), `first` and `warm` (s, rounds 1
+and 2), `repeats` (lists of the seconds of its steady rounds), `others` (the share of the CPU that other processes took in
+each), `pss` (MB), `loss` (of the probe examples after the judged round), `error` (None where it ran).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+TOLERANCE = 0.05  # of how much the loss has fallen; cohorts are equal, the order within clients is not everywhere
+BASE = "fedsim"
+
+Record = Mapping[str, Any]
+
+
+class Row(NamedTuple):
+    """A system on a workload, all its starts together."""
+
+    system: str
+    repeats: list[float]
+    """Median seconds a round in each repeat, in order."""
+    median: float
+    """Of those."""
+    low: float
+    high: float
+    startup: float
+    first: float
+    pss: float
+    others: float
+    """Largest share of the CPU that other processes took in a steady round."""
+    loss: float
+    void: str
+    """Why this row does not count, or empty."""
+
+
+class Verdict(NamedTuple):
+    """A target and whether it was met."""
+
+    workload: str
+    target: str
+    found: str
+    verdict: str
+
+
+def rows(records: Iterable[Record], workload: str, start_loss: float) -> list[Row]:
+    """The rows of a workload, fastest first; those that failed or learned something else are void and last.
+
+    Args:
+        start_loss: loss of the probe examples before the first round.
+    """
+    by_system: dict[str, list[Record]] = {}
+    for record in records:
+        if record["workload"] == workload:
+            by_system.setdefault(record["system"], []).append(record)
+    losses = [r["loss"] for group in by_system.values() for r in group if not r["error"] and r["loss"] is not None]
+    common = median(losses) if losses else start_loss
+    made = [row(system, group, common, start_loss) for system, group in by_system.items()]
+    return sorted(made, key=lambda r: (bool(r.void), r.median))
+
+
+def row(system: str, records: Sequence[Record], common: float, start_loss: float) -> Row:
+    """One system's starts as a row; `common` is the loss that systems have in the median."""
+    good = [r for r in records if not r["error"] and r["repeats"]]
+    errors = [r["error"] for r in records if r["error"]]
+    if not good:
+        nothing = float("nan")
+        return Row(system, [], *(nothing,) * 7, nothing, errors[0] if errors else "no steady round")
+    repeats = [median(seconds) for r in good for seconds in r["repeats"]]
+    losses = [r["loss"] for r in good if r["loss"] is not None]
+    worst = max(losses, key=lambda loss: abs(loss - common), default=float("nan"))
+    void = errors[0] if errors else ""
+    if not abs(worst - common) <= TOLERANCE * (start_loss - common):  # NaN included
+        void = f"loss {worst:.4f}, others {common:.4f}"
+    return Row(
+        system,
+        repeats,
+        median(repeats),
+        min(repeats),
+        max(repeats),
+        median(r["startup"] for r in good),
+        median(r["first"] for r in good),
+        max(r["pss"] for r in good),
+        max(share for r in good for repeat in r["others"] for share in repeat),
+        worst,
+        void,
+    )
+
+
+def fastest(base: Row, others: Sequence[Row]) -> tuple[str, float, list[float]]:
+    """(name, ratio of medians) of the fastest that counts, and in each repeat the ratio to the fastest of all that ran in it."""
+    best = min(others, key=lambda r: r.median)
+    shared = min(len(base.repeats), max(len(o.repeats) for o in others))
+    each = [min(o.repeats[i] for o in others if i < len(o.repeats)) / base.repeats[i] for i in range(shared)]
+    return best.system, best.median / base.median, each
+
+
+def against(workload: str, base: Row, others: Sequence[Row], names: Sequence[str], least: float) -> Verdict:
+    """fedsim at least `least` times as fast as the fastest of `names`."""
+    label = " and ".join(names)
+    target = f"at least {least:.3g}x of {label}"
+    chosen = [r for r in others if r.system in names]
+    if not chosen:
+        return Verdict(workload, target, f"no counting row of {label}", "not measured")
+    name, ratio, each = fastest(base, chosen)
+    found = f"{ratio:.2f}x of {name}, {min(each):.2f}-{max(each):.2f} in each repeat"
+    return Verdict(workload, target, found, "met" if ratio >= least else "missed")
+
+
+def ahead(workload: str, base: Row, others: Sequence[Row], *, least_each: float) -> Verdict:
+    """At least 1.3x the fastest peer in the ratio of medians and `least_each` in every repeat; else a tie, or behind."""
+    name, ratio, each = fastest(base, others)
+    target = "at least 1.3x the fastest" + (f", {least_each}x in each repeat" if least_each else "")
+    found = f"{ratio:.2f}x of {name}, {min(each):.2f}-{max(each):.2f} in each repeat"
+    if ratio >= 1.3 and min(each) >= least_each:
+        return Verdict(workload, target, found, "met")
+    behind = ratio <= 1 / 1.3 and max(each) <= 1 / 1.15
+    return Verdict(workload, target, found, "missed, behind" if behind else "missed, a tie")
+
+
+def verdicts(workload: str, table: Sequence[Row]) -> list[Verdict]:
+    """What the targets say of a workload's rows."""
+    counting = {r.system: r for r in table if not r.void}
+    base = counting.pop(BASE, None)
+    if base is None or not counting:
+        return [Verdict(workload, "all", "fedsim's row or all others are void or missing", "not measured")]
+    others = list(counting.values())
+    if workload == "W1":
+        return [
+            against(workload, base, others, ["fedjax"], 1.0),
+            against(workload, base, others, ["pfl", "pfl-2"], 1 / 1.5),
+        ]
+    found = [ahead(workload, base, others, least_each=1.15 if workload == "W2" else 0.0)]
+    if workload.startswith("W3"):
+        found.append(against(workload, base, others, ["padded-vmap"], 3.0))
+    return [*found, against(workload, base, others, ["torch"], 1.0)]
+
+
+def markdown(tables: Mapping[str, Sequence[Row]]) -> str:
+    """One table for docs/peers.md."""
+    lines = [
+        "| work | system | s/round (min-max of repeats) | times fedsim's | start-up s | first round s | peak PSS MB | other "
+        "CPU, at most | probe loss |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for workload, table in tables.items():
+        base = next((r for r in table if r.system == BASE and not r.void), None)
+        for r in table:
+            if not r.repeats:
+                lines.append(f"| {workload} | {r.system} | void: {r.void} | | | | | | |")
+                continue
+            times = f"{r.median / base.median:.2f}" if base else ""
+            note = f" void: {r.void}" if r.void else ""
+            lines.append(
+                f"| {workload} | {r.system}{note} | {r.median:.2f} ({r.low:.2f}-{r.high:.2f}) | {times} | {r.startup:.1f} | "
+                f"{r.first:.1f} | {r.pss:.0f} | {r.others:.0%} | {r.loss:.4f} |"
+            )
+    return "\n".join(lines)

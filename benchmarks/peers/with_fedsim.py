@@ -1,0 +1,125 @@
+"""fedsim's own side: the trainer that `fedsim.run` would build from the same config, and its rounds, without evaluation.
+
+A round is what the loop of `simulate` does between selecting clients and evaluating: planning, training in lanes, the
+server's step, the count of bytes. `Speed` is the default but for `--lanes`; compiled programs are not kept between runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import driver
+import jax
+import jax_models
+import numpy as np
+import workloads
+from safetensors.numpy import save_file
+from workloads import LORA_SCALE, RANK, Workload
+
+import fedsim
+from fedsim import build, simulate
+from fedsim.backbones import BACKBONES, vit_row
+from fedsim.cohort import Cohort, Memory
+from fedsim.config import Config, Speed
+from fedsim.data.partition import Partition
+from fedsim.programs import key_for
+
+PATHS = {
+    "conv1": "layers/0",
+    "conv2": "layers/1",
+    "dense": "layers/2",
+    "q_a": "query/lora_a",
+    "q_b": "query/lora_b",
+    "v_a": "value/lora_a",
+    "v_b": "value/lora_b",
+    "attn": "attention",
+    "weight": "kernel",
+}
+
+
+def ours(name: str) -> str:
+    """`blocks.0.attn.q_a` -> `blocks/0/attention/query/lora_a`: a published name as fedsim's path."""
+    return "/".join(PATHS.get(part, part) for part in name.split("."))
+
+
+def config_of(w: Workload, folder: Path) -> Config:
+    """The workload as fedsim's options; the frozen weights go to a file in timm's layout."""
+    common: dict[str, Any] = {
+        "dataset": "arrays",
+        "clients": w.clients,
+        "clients_per_round": w.cohort,
+        "batch_size": w.batch_size,
+        "optimizer": "sgd",
+        "lr": w.lr,
+        "seed": workloads.SEED,
+    }
+    if w.model == "cnn":
+        return Config(backbone="cnn", weights="random", peft="full", **common)
+    # The table's ViT-Tiny has positions for 224 px and would resample them in every step; this one has W2's.
+    row = vit_row(workloads.WIDTH, w.depth, workloads.HEADS, workloads.PATCH)
+    BACKBONES["vit_ti16_64px"] = row._replace(config=dataclasses.replace(row.config, image=workloads.IMAGE))
+    file = folder / "model.safetensors"
+    save_file(workloads.weights(w)[1], file)
+    lora = {"peft": "lora", "rank": RANK, "lora_alpha": LORA_SCALE * RANK, "targets": ("query", "value")}
+    return Config(backbone="vit_ti16_64px", weights=str(file), **lora, **common)
+
+
+def trainer_of(w: Workload, d: workloads.Data, speed: Speed) -> build.Trainer:
+    """Data, weights, algorithm and engine, as a run makes them."""
+    n, probe = len(d.y), np.arange(len(d.probe_y))
+    splits = {"train": np.arange(n), "validation": n + probe[::2], "test": n + probe[1::2]}
+    x, y = np.concatenate([d.x, d.probe_x]), np.concatenate([d.y, d.probe_y])
+    source = fedsim.arrays(x, y, splits=splits, classes=[str(i) for i in range(w.classes)])
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_of(w, Path(folder))
+        problem = build.problem(config.replace(partition="iid", min_size=1), speed, source)
+        problem = problem._replace(partition=Partition(np.arange(n, dtype=np.int32), d.offsets))
+        start = {ours(n): v for n, v in jax_models.prepared(w, workloads.weights(w)[0]).items()}
+        made = build.trainer(problem, build.phases(config)[0], start)
+    missing = start.keys() ^ made.start.keys()
+    if missing:
+        raise SystemExit(
+            f"Expected the workload's trained parameters to be fedsim's; {sorted(missing)} are not in both."
+        )
+    return made
+
+
+def prepare(
+    w: Workload, d: workloads.Data, speed: Speed
+) -> tuple[Callable[[int], None], Callable[[], workloads.Arrays]]:
+    """(a round by its number, the trained parameters under the workload's names)."""
+    trainer = trainer_of(w, d, speed)
+    algorithm, engine = trainer.algorithm, trainer.engine
+    server = engine.put(algorithm.init(key_for(engine.root, "init"), engine.held))
+    memory = Memory(algorithm.memory, engine.held)
+
+    def round(number: int) -> None:
+        nonlocal server
+        cohort = Cohort(engine, workloads.cohort(w, number), number, memory, lr=trainer.lr(number))
+        key = key_for(engine.root, "server", number)
+        server, _ = simulate.exchange_round(key, algorithm, server, cohort)
+        jax.block_until_ready(server)
+        cohort.traffic()
+
+    def trained() -> workloads.Arrays:
+        params = algorithm.params(server)
+        return jax_models.published(w, {name: params[ours(name)] for name in workloads.weights(w)[0]})
+
+    return round, trained
+
+
+def main() -> None:
+    """Runs the rounds."""
+    o = driver.options()
+    w = workloads.find(o.workload, o.small)
+    speed = Speed(lanes=o.lanes if o.lanes == "auto" else int(o.lanes), compilation_cache=False)
+    simulate.tune_host(speed)
+    driver.loop(o, *prepare(w, workloads.data(w), speed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""The work that every system is given: W1, W2 and W3, as NumPy arrays that are the same in every environment.
+
+W1: the CNN of federated EMNIST, all 1,206,590 parameters trained; 500 clients of 20-100 examples, 32 a round, batch 20.
+W2: ViT-Tiny on 64 px images, 5,489,856 frozen parameters, LoRA r=4 on q and v and the head trained, 38,794 in all; 100
+    clients of 32 examples, 16 a round, batch 16.
+W3: W2's model and trained part across devices: 512 clients with log-normal sizes (median 9, sigma 0.9, clipped to 2-60),
+    128 a round, local batch 4 (W3-4) or 8 (W3-8).
+
+All: one epoch of SGD at each client, the mean of the clients' parameters weighted by their examples. Images are bytes, and a
+model's first operation scales them. Parameters have the names and layouts of a torch model; LoRA adds x A B with A (in, r)
+and B (r, out). Everything is drawn from `SEED`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+SEED = 5
+RANK, LORA_SCALE, EPS = 4, 2.0, 1e-6
+WIDTH, HEADS, PATCH, IMAGE = 192, 3, 16, 64
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One row of the definitions above."""
+
+    name: str
+    model: str
+    """`cnn` or `vit`."""
+    clients: int
+    cohort: int
+    """Clients in a round."""
+    batch_size: int
+    lr: float
+    """Of the clients' SGD; the server takes the mean as it is."""
+    classes: int
+    sizes: str
+    """Law of the clients' sizes: `uniform`, `equal` or `lognormal`."""
+    depth: int = 12
+    """Blocks of the ViT."""
+    probe: int = 256
+    """Examples that no client has, on which the trained parameters are judged."""
+
+
+WORKLOADS: dict[str, Workload] = {
+    "W1": Workload("W1", "cnn", 500, 32, 20, 0.1, 62, "uniform"),
+    "W2": Workload("W2", "vit", 100, 16, 16, 0.05, 10, "equal"),
+    "W3-4": Workload("W3-4", "vit", 512, 128, 4, 0.05, 10, "lognormal"),
+    "W3-8": Workload("W3-8", "vit", 512, 128, 8, 0.05, 10, "lognormal"),
+}
+
+
+class Data(NamedTuple):
+    """Client i owns the examples offsets[i]:offsets[i + 1]."""
+
+    x: np.ndarray  # (n, H, W, C) uint8
+    y: np.ndarray  # (n,) int32
+    offsets: np.ndarray  # (clients + 1,) int64
+    probe_x: np.ndarray  # (probe, H, W, C) uint8
+    probe_y: np.ndarray  # (probe,) int32
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Examples of each client, (clients,)."""
+        return np.diff(self.offsets)
+
+    def client(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """A client's examples in the order in which they lie."""
+        part = slice(self.offsets[i], self.offsets[i + 1])
+        return self.x[part], self.y[part]
+
+
+def small(w: Workload) -> Workload:
+    """The same work on a few clients and a ViT of one block: seconds, to see that a system works."""
+    return dataclasses.replace(w, clients=12, cohort=6, depth=1, probe=64)
+
+
+def find(name: str, is_small: bool = False) -> Workload:
+    """A workload by name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in WORKLOADS:
+        raise ValueError(f"Expected workload={name!r} to be one of {', '.join(WORKLOADS)}.")
+    return small(WORKLOADS[name]) if is_small else WORKLOADS[name]
+
+
+def client_sizes(w: Workload) -> np.ndarray:
+    """Examples of each client, (clients,) int64."""
+    rng = np.random.default_rng([SEED, 1])
+    if w.sizes == "uniform":
+        return rng.integers(20, 101, w.clients)
+    if w.sizes == "equal":
+        return np.full(w.clients, 32)
+    return np.clip(np.round(np.exp(rng.normal(math.log(9), 0.9, w.clients))), 2, 60).astype(np.int64)
+
+
+def data(w: Workload) -> Data:
+    """Noisy copies of one random pattern per class, labels drawn at random."""
+    rng = np.random.default_rng([SEED, 2])
+    side, channels, coarse = (28, 1, 4) if w.model == "cnn" else (IMAGE, 3, 8)
+    offsets = np.concatenate([[0], np.cumsum(client_sizes(w))])
+    count = int(offsets[-1]) + w.probe
+    pattern = rng.normal(0, 1, (w.classes, side // coarse, side // coarse, channels)).astype(np.float32)
+    pattern = pattern.repeat(coarse, axis=1).repeat(coarse, axis=2)
+    y = rng.integers(0, w.classes, count).astype(np.int32)
+    x = np.empty((count, side, side, channels), np.uint8)
+    for start in range(0, count, 1024):
+        part = y[start : start + 1024]
+        noise = rng.standard_normal((len(part), side, side, channels), np.float32)
+        x[start : start + 1024] = np.clip(128 + 30 * pattern[part] + 60 * noise, 0, 255)
+    n = int(offsets[-1])
+    return Data(x[:n], y[:n], offsets, x[n:], y[n:])
+
+
+def weights(w: Workload) -> tuple[Arrays, Arrays]:
+    """(trained, frozen) before the first round, float32, under a torch model's names."""
+    rng = np.random.default_rng([SEED, 3])
+
+    def normal(*shape: int, scale: float) -> np.ndarray:
+        return (scale * rng.standard_normal(shape)).astype(np.float32)
+
+    def linear(name: str, outputs: int, inputs: int) -> Arrays:
+        kernel = normal(outputs, inputs, scale=1 / math.sqrt(inputs))
+        return {f"{name}.weight": kernel, f"{name}.bias": np.zeros(outputs, np.float32)}
+
+    if w.model == "cnn":
+        kernels = {"conv1.weight": normal(32, 1, 3, 3, scale=1 / 3), "conv2.weight": normal(64, 32, 3, 3, scale=1 / 17)}
+        biases = {"conv1.bias": np.zeros(32, np.float32), "conv2.bias": np.zeros(64, np.float32)}
+        return kernels | biases | linear("dense", 128, 64 * 12 * 12) | linear("head", w.classes, 128), {}
+
+    def norm(name: str) -> Arrays:
+        return {f"{name}.weight": np.ones(WIDTH, np.float32), f"{name}.bias": np.zeros(WIDTH, np.float32)}
+
+    frozen = {
+        "cls_token": normal(1, 1, WIDTH, scale=0.02),
+        "pos_embed": normal(1, 1 + (IMAGE // PATCH) ** 2, WIDTH, scale=0.02),
+        "patch_embed.proj.weight": normal(WIDTH, 3, PATCH, PATCH, scale=1 / math.sqrt(3 * PATCH * PATCH)),
+        "patch_embed.proj.bias": np.zeros(WIDTH, np.float32),
+    }
+    for i in range(w.depth):
+        frozen |= norm(f"blocks.{i}.norm1") | linear(f"blocks.{i}.attn.qkv", 3 * WIDTH, WIDTH)
+        frozen |= linear(f"blocks.{i}.attn.proj", WIDTH, WIDTH) | norm(f"blocks.{i}.norm2")
+        frozen |= linear(f"blocks.{i}.mlp.fc1", 4 * WIDTH, WIDTH) | linear(f"blocks.{i}.mlp.fc2", WIDTH, 4 * WIDTH)
+    frozen |= norm("norm")
+    trained = {}
+    for i in range(w.depth):
+        for part in ("q", "v"):
+            bound = 1 / math.sqrt(WIDTH)
+            trained[f"blocks.{i}.attn.{part}_a"] = rng.uniform(-bound, bound, (WIDTH, RANK)).astype(np.float32)
+            trained[f"blocks.{i}.attn.{part}_b"] = np.zeros((RANK, WIDTH), np.float32)
+    return trained | linear("head", w.classes, WIDTH), frozen
+
+
+def cohort(w: Workload, round: int) -> np.ndarray:
+    """Clients of a round (from 1), without replacement; (cohort,) int64."""
+    return np.random.default_rng([SEED, 4, round]).choice(w.clients, w.cohort, replace=False)
+
+
+def batches(w: Workload, d: Data, round: int, client: int) -> list[np.ndarray]:
+    """A client's batches in a round, as rows of the data; each row once, the last batch may be short."""
+    start, stop = d.offsets[client : client + 2]
+    rows = start + np.random.default_rng([SEED, 5, round, client]).permutation(int(stop - start))
+    return [rows[at : at + w.batch_size] for at in range(0, len(rows), w.batch_size)]
+
+
+def most_steps(w: Workload, d: Data) -> int:
+    """Steps of the largest client."""
+    return -(-int(d.sizes.max()) // w.batch_size)
+
+
+def padded(w: Workload, d: Data, round: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The batches of clients padded to the largest client of all: rows (M, T, B), mask (M, T, B) float32."""
+    rows = np.zeros((len(ids), most_steps(w, d), w.batch_size), np.int64)
+    mask = np.zeros(rows.shape, np.float32)
+    for i, client in enumerate(ids):
+        for t, batch in enumerate(batches(w, d, round, int(client))):
+            rows[i, t, : len(batch)], mask[i, t, : len(batch)] = batch, 1
+    return rows, mask

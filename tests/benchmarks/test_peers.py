@@ -1,0 +1,181 @@
+"""`benchmarks/peers/`: the work is the same everywhere, fedsim and plain JAX learn the same from it, verdicts follow from repeats.
+
+The peers themselves are in environments of their own and are not run here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedsim.backbones import BACKBONES
+from fedsim.config import Speed
+
+PEERS = Path(__file__).parents[2] / "benchmarks" / "peers"
+sys.path.insert(0, str(PEERS))
+
+import jax_models
+import processes
+import run
+import verdicts
+import with_fedsim
+import with_padded_vmap
+import workloads
+
+
+@pytest.fixture(autouse=True)
+def keep_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fedsim's side adds a row to the table of backbones; it is taken away again."""
+    monkeypatch.setitem(BACKBONES, "vit_ti16_64px", BACKBONES["vit_ti16"])
+
+
+def count(arrays: workloads.Arrays) -> int:
+    return sum(value.size for value in arrays.values())
+
+
+@pytest.mark.parametrize("name", workloads.WORKLOADS)
+def test_work_is_as_defined_and_the_same_every_time(name: str) -> None:
+    w = workloads.WORKLOADS[name]
+    trained, frozen = workloads.weights(w)
+    assert (count(trained), count(frozen)) == ((1_206_590, 0) if name == "W1" else (38_794, 5_489_856))
+    sizes = workloads.client_sizes(w)
+    low, high = {"uniform": (20, 100), "equal": (32, 32), "lognormal": (2, 60)}[w.sizes]
+    assert len(sizes) == w.clients and sizes.min() >= low and sizes.max() <= high
+    if w.sizes == "lognormal":
+        assert 8 <= np.median(sizes) <= 10 and sizes.max() == 60
+    ids = workloads.cohort(w, 1)
+    assert len(set(ids.tolist())) == w.cohort and not np.array_equal(ids, workloads.cohort(w, 2))
+
+    tiny = workloads.small(w)
+    once, again = workloads.data(tiny), workloads.data(tiny)
+    assert all(np.array_equal(a, b) for a, b in zip(once, again, strict=True))
+    for client in range(tiny.clients):
+        batches = workloads.batches(tiny, once, 3, client)
+        assert all(len(b) == w.batch_size for b in batches[:-1])
+        assert sorted(np.concatenate(batches)) == list(range(*once.offsets[client : client + 2]))
+    rows, mask = workloads.padded(tiny, once, 3, np.arange(tiny.clients))
+    assert mask.sum() == once.sizes.sum() and rows.shape[1] == workloads.most_steps(tiny, once)
+
+
+@pytest.mark.parametrize("name", ["W1", "W2"])
+def test_layouts_return(name: str) -> None:
+    w = workloads.small(workloads.WORKLOADS[name])
+    trained = workloads.weights(w)[0]
+    back = jax_models.published(w, jax_models.prepared(w, trained))
+    assert all(np.array_equal(back[key], value) for key, value in trained.items())
+
+
+@pytest.mark.parametrize(("name", "clients"), [("W1", 3), ("W3-4", 6)])
+def test_fedsim_and_plain_jax_learn_the_same(name: str, clients: int) -> None:
+    """With one batch a client the order within a client does not matter, so the parameters are equal, not only the loss."""
+    w = dataclasses.replace(
+        workloads.WORKLOADS[name], clients=clients, cohort=clients - 1, batch_size=100, depth=1, probe=32
+    )
+    d, judge = workloads.data(w), run.Judge(w)
+    ours = with_fedsim.prepare(w, d, Speed(lanes=2, devices=1, compilation_cache=False))
+    plain = with_padded_vmap.prepare(w, d)
+    for round, _ in (ours, plain):
+        for number in (1, 2):
+            round(number)
+    start, (left, right) = workloads.weights(w)[0], (ours[1](), plain[1]())
+    for key, value in right.items():
+        np.testing.assert_allclose(left[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
+    assert any(np.abs(right[key] - value).max() > 1e-3 for key, value in start.items())
+    assert judge(left) == pytest.approx(judge(right), rel=1e-5)
+    assert judge(left) != pytest.approx(judge.start, rel=1e-4)
+
+
+def record(system: str, seconds: list[float], **changes: Any) -> dict[str, Any]:
+    made = {"workload": "W2", "system": system, "startup": 2.0, "first": 9.0, "warm": 3.0, "pss": 500.0, "loss": 1.0}
+    made |= {"error": None, "repeats": [[s, s] for s in seconds], "others": [[0.01, 0.02] for _ in seconds]}
+    return made | changes
+
+
+def said(records: list[dict[str, Any]], workload: str = "W2") -> dict[str, str]:
+    records = json.loads(json.dumps([r | {"workload": workload} for r in records]))  # as they come from the file
+    return {v.target: v.verdict for v in verdicts.verdicts(workload, verdicts.rows(records, workload, 2.0))}
+
+
+AHEAD = "at least 1.3x the fastest, 1.15x in each repeat"
+
+
+def test_ahead_needs_the_median_and_each_repeat() -> None:
+    ours = record("fedsim", [1.0] * 5)
+    assert said([ours, record("torch", [1.4] * 5)]) == {AHEAD: "met", "at least 1x of torch": "met"}
+    assert said([ours, record("torch", [1.25] * 5)])[AHEAD] == "missed, a tie"
+    assert said([ours, record("torch", [1.4] * 4 + [1.1])])[AHEAD] == "missed, a tie"
+    # The fastest of each repeat counts, whoever it is.
+    others = [record("torch", [1.4, 1.4, 1.1, 1.4, 1.4]), record("flower", [1.5] * 5)]
+    assert said([ours, *others])[AHEAD] == "missed, a tie"
+    behind = said([ours, record("torch", [0.7] * 5)])
+    assert behind == {AHEAD: "missed, behind", "at least 1x of torch": "missed"}
+
+
+def test_targets_of_w1_and_w3() -> None:
+    ours, slow = record("fedsim", [1.0] * 5), record("padded-vmap", [3.1] * 2)  # a slow one has two repeats
+    assert said([ours, record("torch", [1.35] * 5), slow], "W3-8") == {
+        "at least 1.3x the fastest": "met",
+        "at least 3x of padded-vmap": "met",
+        "at least 1x of torch": "met",
+    }
+    found = said([ours, record("fedjax", [0.9] * 5), record("pfl", [0.6] * 5), record("pfl-2", [0.7] * 5)], "W1")
+    assert found == {"at least 1x of fedjax": "missed", "at least 0.667x of pfl and pfl-2": "missed"}
+    assert said([ours], "W3-4") == {"all": "not measured"}
+
+
+def test_void_rows_do_not_count() -> None:
+    ours = record("fedsim", [1.0] * 5)
+    wrong = record("torch", [0.5] * 5, loss=1.2)
+    failed = record("pfl", [], error="ended instead of 'ready': no module")
+    others = [record("flower", [1.4] * 5, loss=1.01), record("drjax", [1.6] * 5, loss=0.99)]
+    records = [ours, wrong, failed, *others]
+    assert said(records) == {AHEAD: "met", "at least 1x of torch": "not measured"}
+    table = verdicts.rows(records, "W2", 2.0)
+    assert [r.system for r in table] == ["fedsim", "flower", "drjax", "torch", "pfl"]
+    text = verdicts.markdown({"W2": table})
+    assert len(text.splitlines()) == 2 + 5
+    assert "| W2 | flower | 1.40 (1.40-1.40) | 1.40 | 2.0 | 9.0 | 500 | 2% | 1.0100 |" in text
+    assert "torch void: loss 1.2000" in text and "void: ended instead of 'ready'" in text
+    assert said([record("fedsim", [1.0], loss=float("nan")), *others]) == {"all": "not measured"}
+
+
+def test_several_starts_are_one_row() -> None:
+    starts = [record("fedsim", [s], startup=s) for s in (1.0, 3.0, 2.0)]
+    row = verdicts.rows(starts, "W2", 2.0)[0]
+    assert (row.repeats, row.median, row.startup) == ([1.0, 3.0, 2.0], 2.0, 2.0)
+
+
+SCRIPT = """
+import subprocess, sys, time
+sys.path.insert(0, {peers!r})
+import driver, numpy
+left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+print("a line of its own")
+driver.loop(driver.options(), lambda number: time.sleep(0.05 * number), lambda: dict(w=numpy.ones(2)))
+"""
+
+
+def test_a_system_is_timed_round_by_round_and_ended_with_its_children(tmp_path: Path) -> None:
+    script, out = tmp_path / "system.py", tmp_path / "out.npz"
+    script.write_text(SCRIPT.format(peers=str(PEERS)))
+    command = [sys.executable, str(script), "W2", "--rounds", "3", "--out", str(out)]
+    system = processes.System(command, tmp_path / "log", tmp_path)
+    try:
+        assert system.ready(60) > 0
+        seconds = [system.round(60)["seconds"] for _ in range(3)]
+        assert seconds[0] >= 0.05 and seconds[2] >= 0.15
+        system.wait("judged", 60)
+        assert np.load(out)["w"].tolist() == [1, 1]
+        assert system.peak_pss > 5 and "a line of its own" in (tmp_path / "log").read_text()
+        with pytest.raises(processes.SystemFailedError, match="ended"):
+            system.round(60)
+        assert len(system._pids()) >= 1  # the child that it left behind
+    finally:
+        system.end()
+    assert system._pids() == []
