@@ -101,4 +101,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import with_flower  # Ray's actors find `actor`, whose cache cannot be pickled, in a module of a name only
+
+    with_flower.main()

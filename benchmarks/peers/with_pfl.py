@@ -1,7 +1,8 @@
 """pfl-research: its FederatedAveraging over a SimulatedBackend, in one process or in two that share a round's clients.
 
-pfl does not shuffle within a client. It draws clients by a function of ours: the same cohorts as the others. With two
-processes it balances their load by the clients' sizes, one torch thread each.
+pfl draws clients by a function of ours, the same cohorts as the others, and asks for a client's data whenever it draws it.
+It does not shuffle within a client, so the data are given in the workload's order of that round. With two processes it
+balances their load by the clients' sizes, one torch thread each.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Iterator
 
 import driver
+import numpy as np
 import workloads
 from workloads import Workload
 
@@ -47,7 +49,7 @@ def main(o: argparse.Namespace) -> None:
     from pfl.aggregate.weighting import WeightByDatapoints
     from pfl.algorithm.base import NNAlgorithmParams
     from pfl.algorithm.federated_averaging import FederatedAveraging
-    from pfl.callback import TrainingProcessCallback
+    from pfl.callback.base import TrainingProcessCallback
     from pfl.data.federated_dataset import FederatedDataset
     from pfl.data.pytorch import PyTorchTensorDataset
     from pfl.hyperparam.base import NNEvalHyperParams, NNTrainHyperParams
@@ -65,9 +67,13 @@ def main(o: argparse.Namespace) -> None:
     parameters = torch_models.trained(module)
     model = PyTorchModel(module, torch.optim.SGD, torch.optim.SGD(parameters.values(), 1.0))
 
+    number = 1  # the round that is being run, or comes next
+
     def dataset(client: int) -> PyTorchTensorDataset:
-        x, y = d.client(client)
-        return PyTorchTensorDataset((torch.from_numpy(x), torch.from_numpy(y).long()), user_id=str(client))
+        rows = np.concatenate(workloads.batches(w, d, number, client))
+        return PyTorchTensorDataset(
+            (torch.from_numpy(d.x[rows]), torch.from_numpy(d.y[rows]).long()), user_id=str(client)
+        )
 
     cohorts = clients(w)
     sizes = dict(enumerate(d.sizes.tolist()))
@@ -91,6 +97,8 @@ def main(o: argparse.Namespace) -> None:
             return Metrics()
 
         def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):
+            nonlocal number
+            number = central_iteration + 2  # iterations count from 0
             if rank == 0:
                 watch.end(lambda: torch_models.numpy(parameters))
             if central_iteration + 1 < o.rounds:
