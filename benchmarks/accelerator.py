@@ -136,7 +136,7 @@ def measure(o: Options, case: Case) -> dict[str, Any]:
     y = rng.integers(0, CLASSES, EXAMPLES).astype(np.int32)
 
     # The fastest of what is to be tried; then that one again beside the bare pass.
-    tried = []
+    tried: list[dict[str, Any]] = []
     for remat in o.remat:
         for lanes in o.lanes or ("auto",):
             computed = precision.computed(model, o.precision, remat)

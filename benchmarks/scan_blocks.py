@@ -89,7 +89,8 @@ def main(o: Options) -> None:
     x = rng.integers(0, 256, (o.lanes, o.batch_size, *shape)).astype(np.uint8)
     given = jax.device_put((lanes, frozen, x))
 
-    compiled, about, results = {}, {}, {}
+    compiled, results = {}, {}
+    about: dict[str, dict[str, Any]] = {}
     for name, make in (("unrolled", unrolled), ("scanned", scanned)):
         for remat in ("none", "blocks"):
             apply = make(model, o.precision, remat)

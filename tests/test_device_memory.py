@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,19 @@ import fedsim
 from fedsim import device_memory, simulate
 from fedsim.config import Config, Speed
 from fedsim.device_memory import Need, available_memory, free_memory, refuse_too_large
+from test_resume import REMEMBERS
 
 pytestmark = pytest.mark.usefixtures("compile_once")
-GB = 10**9
+GIB = 2**30
 
 
 def test_the_error_says_needed_free_and_what_to_change() -> None:
-    refuse_too_large(Need(5 * GB, GB), 5 * GB, 8, 16, 1)
-    with pytest.raises(ValueError, match=r"lanes=8 with batch_size=16 .* 5\.0 GB beside the 1\.0 GB") as caught:
-        refuse_too_large(Need(5 * GB, GB), 2 * GB, 8, 16, 1)
-    assert "2.0 GB are free: lower --lanes to about 3, or" in str(caught.value)
+    refuse_too_large(Need(5 * GIB, GIB), 5 * GIB, 8, 16, 1)
+    with pytest.raises(ValueError, match=r"lanes=8 with batch_size=16 .* 5\.00 GiB beside the 1\.00 GiB") as caught:
+        refuse_too_large(Need(5 * GIB, GIB), 2 * GIB, 8, 16, 1)
+    assert "2.00 GiB are free: lower --lanes to about 3, or" in str(caught.value)
     with pytest.raises(ValueError, match=r"one of 4 that share the machine.* lower batch_size=16, or take --remat"):
-        refuse_too_large(Need(5 * GB, GB), GB // 2, 8, 16, 4)
+        refuse_too_large(Need(5 * GIB, GIB), GIB // 2, 8, 16, 4)
 
 
 def test_host_devices_share_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,13 +55,18 @@ def config(tmp_path_factory: pytest.TempPathFactory, blobs: Callable[..., Path])
     )  # fmt: skip
 
 
-def exhausted(monkeypatch: pytest.MonkeyPatch, *, round: int, above: int) -> list[tuple[int, int]]:
-    """Lets a round run out of memory whenever more than `above` lanes are used; gives (round, lanes) of every call."""
+def exhausted(monkeypatch: pytest.MonkeyPatch, *, round: int, above: int, late: bool = False) -> list[tuple[int, int]]:
+    """Lets a round run out of memory whenever more than `above` lanes are used; gives (round, lanes) of every call.
+
+    `late`: when the clients have been trained, and what they keep has been written.
+    """
     calls, real = [], simulate.exchange_round
 
     def exchange_round(key: Any, algorithm: Any, server: Any, cohort: Any) -> Any:
         calls.append((cohort.round, cohort.engine.lanes))
         if cohort.round == round and cohort.engine.lanes > above:
+            if late:
+                server, _ = real(key, algorithm, server, cohort)
             jax.tree.map(lambda a: a.delete(), server)  # as an input that was donated
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1099511627776 bytes.")
         return real(key, algorithm, server, cohort)
@@ -93,6 +100,31 @@ def test_before_the_first_checkpoint_it_starts_anew_and_may_halve_twice(
     run = fedsim.run(config, speed, out=tmp_path / "run", quiet=True)
     assert calls == [(1, 4), (2, 4), (1, 2), (2, 2), (1, 1), (2, 1), (3, 1), (4, 1)]
     assert [line["round"] for line in run.rounds] == [1, 2, 3, 4] and not any(line["bitwise"] for line in run.rounds)
+
+
+@pytest.mark.parametrize(("every", "from_round"), [(2, 3), (9, 1)])
+@pytest.mark.parametrize("algorithm", ["mine", pytest.param("fed_sa_lora", marks=pytest.mark.slow)])
+def test_what_clients_keep_is_that_of_the_checkpoint(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, every: int, from_round: int
+) -> None:
+    """Rows that the failed round has written to the file are forgotten, with a checkpoint (every 2) and without (9)."""
+    (tmp_path / "mine.py").write_text(REMEMBERS)
+    options: dict[str, Any] = {"algorithm": f"{tmp_path / 'mine.py'}:fed_remembers"}
+    if algorithm == "fed_sa_lora":
+        x = np.random.default_rng(0).integers(0, 255, (64, 16, 16, 3)).astype(np.uint8)
+        np.savez(tmp_path / "images.npz", x=x, y=np.arange(64) % 2)
+        options = {"dataset": str(tmp_path / "images.npz"), "backbone": "vit_tiny", "weights": "random"}
+        options |= {"algorithm": algorithm, "peft": "lora"}
+    config = dataclasses.replace(config, **options)
+    speed = Speed(devices=1, lanes=4, checkpoint_every=every, compilation_cache=False)
+    whole = fedsim.run(config, speed, out=tmp_path / "whole", quiet=True)
+    calls = exhausted(monkeypatch, round=3, above=2, late=True)
+    run = fedsim.run(config, speed, out=tmp_path / "run", quiet=True)
+    assert calls == [(1, 4), (2, 4), (3, 4), *((r, 2) for r in range(from_round, 5))]
+    assert (run.directory / "memory-peft.rows").stat().st_size > 0
+    assert [line["bitwise"] for line in run.rounds] == [r < from_round for r in range(1, 5)]
+    for name, value in whole.parameters.items():
+        np.testing.assert_allclose(run.parameters[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_stopped_run_keeps_the_lanes_that_fitted(

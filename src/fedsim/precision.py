@@ -8,7 +8,6 @@ their way to the device (`held`). Logits leave as float32, and the loss is compu
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -36,9 +35,9 @@ def computed(model: Model, precision: str = "float32", remat: str = "none") -> M
             h = model.run(leaves, h, start, stop)
         else:
             for stage in range(start, stop):  # each keeps its input; the head is cheaper than what it would save
-                one = partial(model.run, start=stage, stop=stage + 1)
                 last = stage == model.stages - 1
-                h = one(leaves, h) if last else jax.checkpoint(one, policy=POLICIES[remat])(leaves, h)
+                again = jax.checkpoint(model.run, policy=POLICIES[remat], static_argnums=(2, 3))
+                h = (model.run if last else again)(leaves, h, stage, stage + 1)
         return h.astype(jnp.float32) if stop == model.stages else h
 
     def prefix(frozen: Mapping[str, Any], x: Any) -> Any:

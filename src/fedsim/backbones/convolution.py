@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 
+from fedsim.backbones.kernels import wide
 from fedsim.backbones.layers import param
 
 
@@ -84,7 +85,7 @@ def unfolded(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups:
     if groups == 1:
         return jnp.concatenate(shifted(x, size, stride), axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
     taps = kernel.reshape(size * size, -1)  # (h * w, channels): each output reads one input
-    return sum((part * tap for part, tap in zip(shifted(x, size, stride), taps, strict=True)), jnp.float32(0))
+    return reduce(jnp.add, (part * tap for part, tap in zip(shifted(x, size, stride), taps, strict=True)))
 
 
 def shifted(x: jax.Array, size: int, stride: int) -> list[jax.Array]:
@@ -115,7 +116,10 @@ spatial.defjvp(_spatial_jvp, symbolic_zeros=True)
 
 
 class BatchNorm(nnx.Module):
-    """Batch norm with frozen statistics: an affine map per channel that no other example of the batch enters."""
+    """Batch norm with frozen statistics: an affine map per channel that no other example of the batch enters.
+
+    Like GroupNorm, computed in at least float32 and returned in x's dtype.
+    """
 
     def __init__(self, channels: int, eps: float = 1e-5, *, rngs: nnx.Rngs) -> None:
         self.scale = param("scale", (channels,), rngs)
@@ -125,8 +129,8 @@ class BatchNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        factor = self.scale[...] * jax.lax.rsqrt(self.variance[...] + self.eps)
-        return x * factor + (self.bias[...] - self.mean[...] * factor)
+        factor = wide(self.scale[...]) * jax.lax.rsqrt(wide(self.variance[...]) + self.eps)
+        return (wide(x) * factor + (wide(self.bias[...]) - wide(self.mean[...]) * factor)).astype(x.dtype)
 
 
 class GroupNorm(nnx.Module):
@@ -139,11 +143,11 @@ class GroupNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        grouped = x.reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)  # (B, H * W, G, C / G)
+        grouped = wide(x).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)  # (B, H * W, G, C / G)
         centred = grouped - jnp.mean(grouped, axis=(1, 3), keepdims=True)
         variance = jnp.mean(centred * centred, axis=(1, 3), keepdims=True)
         normal = (centred * jax.lax.rsqrt(variance + self.eps)).reshape(x.shape)
-        return normal * self.scale[...] + self.bias[...]
+        return (normal * wide(self.scale[...]) + wide(self.bias[...])).astype(x.dtype)
 
 
 Norm = Literal["batch", "group"]
