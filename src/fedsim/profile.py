@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -81,11 +82,17 @@ def measure(problem: Problem, phase: Phase, changes: Mapping[str, Any], repeats:
     """One row of a sweep; with `error` instead of figures where the setting cannot run."""
     for name, value in changes.items():
         problem, phase = vary(problem, phase, name, value)
+    said(", ".join(f"{name}={value}" for name, value in changes.items()))
     try:
         row, _ = throughput(fill(problem, phase), phase, repeats)
     except ERRORS as error:
         row = {"error": str(error).partition("\n")[0]}
     return {"changes": dict(changes), **row}
+
+
+def said(what: str) -> None:
+    """Says on the error stream what is being measured, since minutes pass before the tables."""
+    print(f"measuring: {what}", file=sys.stderr, flush=True)
 
 
 def recommend(
@@ -161,8 +168,10 @@ def profile(
     out.mkdir(parents=True, exist_ok=True)
 
     with tempfile.TemporaryDirectory() as folder:
+        said("rounds as set")
         base, now = throughput(fill(problem, phase), phase, repeats, Path(folder))
         engine = now.trainer.engine
+        said("the pieces of a round")
         seconds, seen, halves = pieces(now, repeats)
         limits = peaks.of(engine.devices[0])
         if trace:
