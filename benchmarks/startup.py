@@ -149,7 +149,7 @@ def main(o: Options) -> None:
     import report
 
     if o.small:
-        o = dataclasses.replace(o, repeats=1, examples=200)
+        o = dataclasses.replace(o, repeats=1, examples=1000)  # of 100 clients, each at least 8
     found: dict[str, list[Any]] = {"help": [], "cold": [], "warm": []}
     for _ in range(o.repeats):
         found["help"].append(help_seconds())

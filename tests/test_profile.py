@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -140,7 +141,7 @@ def test_an_unknown_device_is_measured() -> None:
 
 
 def test_utilisation_is_a_share_of_all_devices_peaks() -> None:
-    def trainer(kind: str, count: int) -> SimpleNamespace:
+    def trainer(kind: str, count: int) -> Any:
         return SimpleNamespace(engine=SimpleNamespace(devices=[SimpleNamespace(device_kind=kind)] * count))
 
     assert simulate.utilisation(trainer("NVIDIA A100-SXM4-80GB", 2), Speed(), 156e12) == pytest.approx(0.5)

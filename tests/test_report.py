@@ -103,6 +103,7 @@ def test_printed_summary_fits_80_columns_and_holds_exact_bytes() -> None:
     assert ["this", "run", "0.400", "0.410", "4", "400", "B", "800", "B", "12.5", "s", "96.7x"] in rows
     assert ["full", "fine-tuning*", "–", "–", "4", "35.2", "KiB", "78.1", "KiB", "–", "–"] in rows
     assert "Exact bytes: up 400, down 800, set-up 5,000." in shown
+    assert "of which 2.0 s went into compiling and 4.0 s into rounds." in shown
     assert "116,000 B" in shown
     assert "18.7x" in shown
     assert "1 replies were left out" in shown

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedsim import build, peaks, profile_report, record, simulate
+from fedsim import build, lengths, peaks, profile_report, record, simulate
 from fedsim.build import Phase, Problem
 from fedsim.config import Config, Speed, require_known
 from fedsim.profile_round import apart, memory, pieces, run_round, throughput, tile_notes
@@ -81,11 +82,17 @@ def measure(problem: Problem, phase: Phase, changes: Mapping[str, Any], repeats:
     """One row of a sweep; with `error` instead of figures where the setting cannot run."""
     for name, value in changes.items():
         problem, phase = vary(problem, phase, name, value)
+    said(", ".join(f"{name}={value}" for name, value in changes.items()))
     try:
-        row, _ = throughput(problem, phase, repeats)
+        row, _ = throughput(fill(problem, phase), phase, repeats)
     except ERRORS as error:
         row = {"error": str(error).partition("\n")[0]}
     return {"changes": dict(changes), **row}
+
+
+def said(what: str) -> None:
+    """Says on the error stream what is being measured, since minutes pass before the tables."""
+    print(f"measuring: {what}", file=sys.stderr, flush=True)
 
 
 def recommend(
@@ -115,17 +122,19 @@ def recommend(
 
 def fill(problem: Problem, phase: Phase) -> Problem:
     """The problem with random features where the phase would read cached ones; values change no time."""
-    model = build.split_model(phase.config, problem.dataset)
+    model = build.split_model(phase.config, problem.dataset, problem.speed)
     if not build.use_cache(problem.speed, model, problem.dataset.x, phase.config):
         return problem
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), problem.dataset.x)
+    x, texts = problem.dataset.x, lengths.entering(problem.texts, model, 0)
+    one = jax.tree.map(lambda a: a[:1], x)
+    one = texts.cut(one, texts.longest) if texts else one
     rng, count = np.random.default_rng(0), len(problem.dataset.y)
 
     def drawn(s: Any) -> np.ndarray:
         return np.resize(rng.normal(size=(min(count, 256), *s.shape[1:])).astype(s.dtype), (count, *s.shape[1:]))
 
     features = jax.tree.map(drawn, jax.eval_shape(model.prefix, model.frozen, one))
-    return problem._replace(cuts=(model.cut,), cache={model.cut: features})
+    return problem._replace(cuts=(model.cut,), cache={(problem.speed.precision, model.cut): features})
 
 
 def profile(
@@ -155,12 +164,14 @@ def profile(
     simulate.tune_host(speed)
     problem = problem or build.problem(config, speed)
     phase = build.phases(config)[0 if head else -1]
-    problem = fill(problem._replace(speed=speed, trainers=None), phase)
+    problem = problem._replace(speed=speed, trainers=None)
     out.mkdir(parents=True, exist_ok=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        base, now = throughput(problem, phase, repeats, Path(folder))
+        said("rounds as set")
+        base, now = throughput(fill(problem, phase), phase, repeats, Path(folder))
         engine = now.trainer.engine
+        said("the pieces of a round")
         seconds, seen, halves = pieces(now, repeats)
         limits = peaks.of(engine.devices[0])
         if trace:

@@ -10,7 +10,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedsim import build, peaks, simulate, wire
+from fedsim import build, lengths, peaks, peft, simulate, wire
 from fedsim import plan as planning
 from fedsim.build import Phase, Problem
 from fedsim.checkpoint import Checkpoints
 from fedsim.cohort import Cohort
-from fedsim.config import Speed, invited
+from fedsim.config import invited
 from fedsim.core import Batch, Population
 from fedsim.data.dataset import stream
 from fedsim.programs import State, key_for
@@ -127,16 +127,12 @@ def throughput(
         "clients_per_second": len(cohort.ids) / steady,
         "examples_per_second": examples / steady,
         "flops_per_second": rate,
-        "mfu": rate / (devices * peak.flops(_precision(problem.speed))),
+        "mfu": rate / (devices * peak.flops(problem.speed.precision)),
         "lane_occupancy": float(np.mean([e.occupancy[0] for e in cohort.done])),
         "row_occupancy": float(np.mean([e.occupancy[1] for e in cohort.done])),
         "examples": examples,
         "compile_seconds": compiled,
     }, now
-
-
-def _precision(speed: Speed) -> str:
-    return getattr(speed, "precision", "float32")
 
 
 # --- where the time of the base setting goes
@@ -145,9 +141,10 @@ def _precision(speed: Speed) -> str:
 def pieces(now: Current, repeats: int) -> tuple[dict[str, float], Seen, list[dict[str, Any]]]:
     """Seconds of the pieces of a round, and the two programs of a step for the roofline.
 
-    `segments` is what trains; of it `forward` and `backward` are one step of all lanes times the plan's steps, `update`
-    is the rest: optimizer, masking, start and finish of clients. `host` is what is left of a round whose every piece is
-    waited for: bytes, slots, keys, dispatch.
+    `segments` is what trains; of it `forward` and `backward` are one step of all lanes times the plan's steps, at each
+    width of a batch that they have (the two programs are those of the width that takes most time), `update` is the rest:
+    optimizer, masking, start and finish of clients. `host` is what is left of a round whose every piece is waited for:
+    bytes, slots, keys, dispatch.
     """
     spent: dict[str, list[float]] = {}
     for _ in range(repeats):
@@ -157,19 +154,26 @@ def pieces(now: Current, repeats: int) -> tuple[dict[str, float], Seen, list[dic
             spent.setdefault(name, []).append(seen.spent[name])
         spent.setdefault("host", []).append(busy + waiting - sum(seen.spent.values()))
     found = {name: statistics.median(values) for name, values in spent.items()}
-    steps = sum(int(plan.length.max()) for plan in seen.plans)
-    halves = step_programs(now, seen.plans[0], repeats)
-    forward, training = (statistics.median(half["seconds"]) * steps for half in halves)
+    steps: Counter[int] = Counter()
+    for plan in seen.plans:
+        device = int(plan.length.argmax())  # the one that the others wait for
+        steps.update(plan.width[device, : plan.length[device]].tolist())
+    del steps[0]
+    halves = {width: step_programs(now, seen.plans[0], width, repeats) for width in steps}
+    spans = {
+        width: [statistics.median(half["seconds"]) * steps[width] for half in both] for width, both in halves.items()
+    }
+    forward, training = (sum(span[half] for span in spans.values()) for half in (0, 1))
     found["forward"], found["backward"] = forward, training - forward
     found["update"] = found["segments"] - training
-    return found, Seen(seen.spent, seen.plans, *seen.segment), halves
+    return found, Seen(seen.spent, seen.plans, *seen.segment), halves[max(spans, key=lambda width: spans[width][1])]
 
 
-def step_programs(now: Current, plan: planning.Plan, repeats: int) -> list[dict[str, Any]]:
-    """The loss of one step of all lanes, and the loss with its gradients: seconds, FLOPs, bytes as XLA counts them."""
+def step_programs(now: Current, plan: planning.Plan, size: int, repeats: int) -> list[dict[str, Any]]:
+    """The loss of one step of all lanes on `size` rows each, and with its gradients: seconds, FLOPs, bytes by XLA's count."""
     engine, task = now.trainer.engine, now.trainer.task
-    devices, _, lanes, size = plan.rows.shape
-    x, y = engine.gather(plan.rows[:, 0])
+    devices, _, lanes, _ = plan.rows.shape
+    x, y = engine.gather(plan.rows[:, 0, :, :size])
     params = {k: np.broadcast_to(v, (devices, lanes, *v.shape)) for k, v in now.trainer.start.items()}
     params = jax.device_put(params, engine.apart)
 
@@ -193,7 +197,7 @@ def step_programs(now: Current, plan: planning.Plan, repeats: int) -> list[dict[
         jax.block_until_ready(compiled(*args))
         cost = compiled.cost_analysis() or {}
         moved = float(cost.get("bytes accessed", 0.0))
-        found.append({"name": name, "flops": work * lanes * size, "bytes": moved, "seconds": []})
+        found.append({"name": name, "rows": size, "flops": work * lanes * size, "bytes": moved, "seconds": []})
         calls.append(partial(compiled, *args))
     for _ in range(repeats):
         for half, call in zip(found, calls, strict=True):
@@ -217,14 +221,23 @@ def apart(problem: Problem, now: Current, repeats: int) -> dict[str, float]:
             checkpoints.wait()
         found["checkpoint"] = statistics.median(waited)
     if trainer.cached:
-        model, x = trainer.model, problem.dataset.x
-        held = {k: jnp.full(s.shape, 0.01, s.dtype) for k, s in model.frozen.items() if k in model.below}
-        batch = jax.tree.map(lambda a: jnp.asarray(a[: build.FEATURE_BATCH]), x)
-        prefix = jax.jit(lambda held, x: model.run(held, x, 0, model.cut))
-        jax.block_until_ready(prefix(held, batch))
-        batches = -(-len(problem.dataset.y) // build.FEATURE_BATCH)
-        found["features, once"] = batches * _median(lambda: jax.block_until_ready(prefix(held, batch)), repeats)
+        found["features, once"] = feature_seconds(problem, trainer.model, repeats)
     return found
+
+
+def feature_seconds(problem: Problem, model: peft.Model, repeats: int) -> float:
+    """Seconds of the frozen stages on all examples: those of one batch of every length, times how many batches have it."""
+    x, texts = problem.dataset.x, lengths.entering(problem.texts, model, 0)
+    held = {k: jnp.full(s.shape, 0.01, s.dtype) for k, s in model.frozen.items() if k in model.below}
+    prefix, size = jax.jit(lambda held, x: model.run(held, x, 0, model.cut)), build.FEATURE_BATCH
+    rows = np.arange(len(problem.dataset.y))
+    whole = 0.0
+    for length, count in Counter(length for _, length in lengths.batches(rows, size, texts)).items():
+        batch = jax.tree.map(lambda a: np.resize(a[:size], (size, *a.shape[1:])), x)
+        batch = jax.device_put(batch if texts is None or length is None else texts.cut(batch, length))
+        jax.block_until_ready(prefix(held, batch))
+        whole += count * _median(lambda batch=batch: jax.block_until_ready(prefix(held, batch)), repeats)
+    return whole
 
 
 def _median(call: Callable[[], Any], repeats: int) -> float:

@@ -223,6 +223,8 @@ def print_summary(
         f"  against {exact_size(sent['total'])} here: {times(result['ratio'])}. The one-off set-up of the clients,",
         f"  {exact_size(sent['setup'])}, counted as well: {times(result['ratio_with_setup'])}.",
         f"Exact bytes: up {sent['up']:,}, down {sent['down']:,}, set-up {sent['setup']:,}.",
+        f"Time: {duration(result['seconds'])}, of which {duration(result['compile_seconds'])} went into compiling and "
+        f"{duration(result['seconds_in_rounds'] - result['compile_seconds'])} into rounds.",
     )
     for text in said:
         out.print(text, soft_wrap=True)

@@ -265,6 +265,8 @@ def simulate(
             processes.by_first(functools.partial(record.append, directory, line))
             lines.append(line)
             progress.update(line)
+            if compile_seconds > 0.1 * seconds:
+                progress.message(f"round {round}: {report.duration(compile_seconds)} of it compiling")
             if not line["reported"]:
                 kept = "" if algorithm.runs_empty else "; the server stays as it was"
                 progress.message(f"round {round}: nobody reported{kept}")
