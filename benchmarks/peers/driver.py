@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import workloads
@@ -58,7 +59,8 @@ class Stopwatch:
         self.say("round", seconds=time.perf_counter() - self.began)
         self.rounds += 1
         if self.rounds == JUDGED and self.out:
-            np.savez(self.out, **trained())
+            arrays: dict[str, Any] = {**trained()}
+            np.savez(self.out, **arrays)
             self.say("judged")
 
 
