@@ -164,8 +164,11 @@ def pieces(now: Current, repeats: int) -> tuple[dict[str, float], Seen, list[dic
         width: [statistics.median(half["seconds"]) * steps[width] for half in both] for width, both in halves.items()
     }
     forward, training = (sum(span[half] for span in spans.values()) for half in (0, 1))
-    found["forward"], found["backward"] = forward, training - forward
-    found["update"] = found["segments"] - training
+    forward = min(forward, training)
+    # A program of its own has a dispatch that a step within the segment has not: it may seem longer than all of it.
+    scale = min(1.0, found["segments"] / training)
+    found["forward"], found["backward"] = scale * forward, scale * (training - forward)
+    found["update"] = found["segments"] - scale * training
     return found, Seen(seen.spent, seen.plans, *seen.segment), halves[max(spans, key=lambda width: spans[width][1])]
 
 
