@@ -36,6 +36,7 @@ def test_a_profile_adds_up_and_is_written(config: Config, tmp_path: Path, capsys
     seconds, base = result["seconds"], result["base"]
     assert seconds["forward"] + seconds["backward"] + seconds["update"] == pytest.approx(seconds["segments"])
     assert min(seconds[name] for name in ("plan", "gather", "begin", "segments", "fold", "host", "forward")) > 0
+    assert seconds["backward"] >= 0 and seconds["update"] >= -1e-9
     assert base["lanes"] == 2 and base["examples"] > 0
     assert base["flops_per_second"] == pytest.approx(base["examples_per_second"] * sum(result["flops"].values()))
     assert base["mfu"] == pytest.approx(base["flops_per_second"] / result["peak"]["float32"])
