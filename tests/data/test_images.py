@@ -131,7 +131,12 @@ def test_digits(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert source.y.tolist() == [i % 10 for i in range(30)] and list(source.splits) == ["train"]
 
 
-@pytest.mark.parametrize("content", [b"no gzip", table([[0] * 64]), table([[17] * 64 + [1]]), gzip.compress(b"a,b\n")])
+# Names of their own: gzip writes the time, so that the bytes would name the same test differently in each worker.
+@pytest.mark.parametrize(
+    "content",
+    [b"no gzip", table([[0] * 64]), table([[17] * 64 + [1]]), gzip.compress(b"a,b\n")],
+    ids=["no gzip", "no label", "above 16", "no numbers"],
+)
 def test_a_damaged_table_of_digits_is_refused(cache: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     put("digits", {"digits.csv.gz": content}, monkeypatch)
     with pytest.raises(ValueError, match=r"gzipped rows of 64 pixels from 0 to 16 and a label .*fetch again"):
