@@ -2,10 +2,10 @@
 
 Command:  python experiments/fedpeft/data_scarcity.py --small
           python experiments/fedpeft/data_scarcity.py --full --plan        (expected accelerator-hours, nothing else)
-Methods:  head, bias, LoRA and full were run; adapter, prompt and ShuffleNet were not, for time.
-Machine:  2 cores of a shared AMD EPYC, 23 GiB, Python 3.11, JAX 0.10.2; 2026-11-24.
-Time:     2:05 min after client_stability.py, whose rates and default cell it takes.
-Result:   test accuracy, 1,500 examples: head 0.588, bias 0.661, LoRA 0.659, full 0.674 (seed 0); the others in docs/fedpeft.md.
+Machine:  2 cores of a shared AMD EPYC, 23 GiB, Python 3.11, JAX 0.10.2; 2026-11-25.
+Time:     14 min after client_stability.py, whose rates and default cell it takes, beside other jobs.
+Result:   test accuracy, 1,500 examples: head 0.588, bias 0.661, adapter 0.654, prompt 0.568, LoRA 0.659, full 0.673,
+          ShuffleNet 0.206 (seed 0); the others in docs/fedpeft.md.
 """
 
 import cells
