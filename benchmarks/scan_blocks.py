@@ -122,7 +122,12 @@ def main(o: Options) -> None:
         apart = max(float(np.abs(found[p] - v).max()) for p, v in reference.items()) / largest
         if apart > (1e-3 if o.precision == "float32" else 0.1):
             raise SystemExit(f"{key} gives another gradient (differs by {apart:.1e})")
-        row = {"name": key, "seconds": seconds[key], "median": float(np.median(seconds[key])), **about[key]}
+        row: dict[str, Any] = {
+            "name": key,
+            "seconds": seconds[key],
+            "median": float(np.median(seconds[key])),
+            **about[key],
+        }
         rows.append({**row, "relative_difference": apart})
         print(
             f"{key:24} step {row['median']:.3f} s, compile {row['compile']:.1f} s (trace {row['trace']:.1f}, "
