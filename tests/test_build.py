@@ -183,7 +183,7 @@ def test_features_equal_the_prefix_and_build_on_one_another(tmp_path: Path, blob
     np.testing.assert_allclose(build.features(problem, model, frozen), expected, rtol=1e-5, atol=1e-6)
     two = problem._replace(cuts=(1, 2), cache={})
     np.testing.assert_allclose(build.features(two, model, frozen), expected, rtol=1e-5, atol=1e-6)
-    assert sorted(two.cache) == [1, 2]
+    assert sorted(two.cache) == [("float32", 1), ("float32", 2)]
     assert build.features(two, model, {}) is two.cache["float32", 2], "nothing is computed twice"
 
 

@@ -107,16 +107,10 @@ def test_256_lanes_hold_one_backbone():
     server = engine.put(algorithm.init(jax.random.key(0), engine.held))
     cohort = Cohort(engine, np.arange(lanes), 1, Memory(algorithm.memory, engine.held))
 
-    server, _ = algorithm.round(jax.random.key(0), engine.held, server, cohort)
+    algorithm.round(jax.random.key(0), engine.held, server, cohort)
     assert programs[0].lanes == lanes
     assert cohort.done[0].occupancy == (1.0, 1.0), "all 256 lanes are alive"
 
-    # The same program again, this time only compiled: what does it need?
-    captured = []
-    wrapped = programs[0]._replace(segment=lambda *args: captured.append(args) or programs[0].segment(*args))
-    engine.programs = lambda *args: wrapped
-    algorithm.round(jax.random.key(0), engine.held, server, cohort)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), captured[0])
-    used = programs[0].segment.lower(*shapes).compile().memory_analysis()
+    used = programs[0].segment.memory_analysis()  # of the very program that ran
     backbone = sum(leaf.nbytes for leaf in held.values())
     assert used.temp_size_in_bytes + used.argument_size_in_bytes < 12 * backbone, "256 copies would be 256 backbones"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
 import subprocess
 import sys
 import types
@@ -114,7 +113,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["run", "--resume", "nowhere"], "Expected 'nowhere' to hold a run"),
         (["run", "--resume", "nowhere", "--rounds", "3"], "Expected --resume without --rounds"),
         (["run", "none.py"], "Expected experiment file 'none.py' to exist"),
-        (["rnu"], "Expected command 'rnu' to be one of run, cost, compare, check, data, list; did you mean run?"),
+        (
+            ["rnu"],
+            "Expected command 'rnu' to be one of run, profile, cost, compare, check, data, list; did you mean run?",
+        ),
         (["list", "pefts"], "did you mean peft"),
         (["data", "lits"], "did you mean list"),
         (["data", "fetch", "minilm"], "minilm"),
@@ -168,14 +170,11 @@ sys.exit(status)
     "argv", [["--help"], ["run", "--help"], ["compare", "--help"], ["check", "--help"], ["data"]], ids=" ".join
 )
 def test_help_is_immediate_and_without_jax(environment: dict[str, str], argv: list[str]) -> None:
-    """Processor time, not wall time: another test may run beside this one."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """What makes it immediate is that nothing heavy is imported; `benchmarks/startup.py` measures the time."""
     command = [sys.executable, "-c", HELP, *argv]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (done.returncode, done.stderr) == (0, "[]\n")
     assert "usage: fedsim" in done.stdout
-    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 0.5
 
 
 def test_help_shows_every_option_with_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:

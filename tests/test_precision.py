@@ -89,7 +89,7 @@ def test_remat_computes_again_and_changes_nothing(name: str, shape: tuple[int, .
 
 def test_a_cached_prefix_is_that_of_the_precision(tmp_path: Path, blobs: Callable[..., Path]) -> None:
     """Features are kept in bfloat16, and never mixed with those of float32."""
-    config = Config(dataset=str(blobs(tmp_path)), backbone="mlp", peft="head", clients=4)
+    config = Config(dataset=str(blobs(tmp_path)), backbone="mlp", peft="head", clients=4, clients_per_round=2)
     problem = build.problem(config, Speed(cache="on"))
     kept = {}
     for kind in ("float32", "bfloat16"):
@@ -101,7 +101,7 @@ def test_a_cached_prefix_is_that_of_the_precision(tmp_path: Path, blobs: Callabl
 
 def test_what_an_algorithm_writes_stays_float32() -> None:
     """FedEx starts from the frozen kernels and sends them: they keep their width, and so their price."""
-    config = Config(backbone="vit_tiny", peft="lora", algorithm="fed_ex_lora", clients=4)
+    config = Config(backbone="vit_tiny", peft="lora", algorithm="fed_ex_lora", clients=4, clients_per_round=2)
     model = precision.computed(peft.build("vit_tiny", 3, peft="lora"), "bfloat16")
     trained, frozen = peft.start(model, "random", 0)
     algorithm = build.check(config)(build.task(config, model, trained, cached=False))
