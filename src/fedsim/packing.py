@@ -17,7 +17,7 @@ import numpy as np
 
 from fedsim.core import Passes
 
-STEP_ROWS = 2.0  # what a step costs beside its rows, in rows; measured on a CPU, docs/lanes.md
+STEP_ROWS = 2.0  # what a step costs beside its rows, in rows; from processor time on a CPU, docs/lanes.md
 WORTH = 0.04  # of all rows that a further width must save: it costs the compilation of another step
 MOST_WIDTHS = 4
 
