@@ -125,7 +125,7 @@ def test_options_exist(document: Path) -> None:
     said = {
         option
         for code in re.findall(r"`([^`\n]+)`", text)
-        if not code.startswith(("pip", "python benchmarks", "git", "ruff", "XLA", "xla"))
+        if not code.startswith(("pip", "python benchmarks", "python experiments", "git", "ruff", "XLA", "xla"))
         and not re.match(r"\w+\.py ", code)
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", code)
     }
