@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 import subprocess
 import sys
 import types
@@ -170,11 +171,16 @@ sys.exit(status)
     "argv", [["--help"], ["run", "--help"], ["compare", "--help"], ["check", "--help"], ["data"]], ids=" ".join
 )
 def test_help_is_immediate_and_without_jax(environment: dict[str, str], argv: list[str]) -> None:
-    """What makes it immediate is that nothing heavy is imported; `benchmarks/startup.py` measures the time."""
-    command = [sys.executable, "-c", HELP, *argv]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert (done.returncode, done.stderr) == (0, "[]\n")
-    assert "usage: fedsim" in done.stdout
+    """Processor time, not wall time, and the least of five at most: other tests run beside this one."""
+    command, spent = [sys.executable, "-c", HELP, *argv], []
+    while len(spent) < 5 and min(spent, default=1.0) >= 0.5:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert (done.returncode, done.stderr) == (0, "[]\n")
+        assert "usage: fedsim" in done.stdout
+        spent.append((after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime))
+    assert min(spent) < 0.5, spent
 
 
 def test_help_shows_every_option_with_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
