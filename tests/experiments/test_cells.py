@@ -229,7 +229,9 @@ def test_the_files_of_results_are_of_these_scripts(here: Any, axis: str) -> None
         pytest.skip(f"{axis} has not been run")
     cells, rows, running, script = here("cells"), here("rows"), here("running"), here(axis)
     result = json.loads(file.read_text())
-    assert rows.table(result) in (ROOT / "docs" / "fedpeft.md").read_text()
+    document = (ROOT / "docs" / "fedpeft.md").read_text()
+    # The search for the rates is the same on all axes and stands there once.
+    assert all(part in document for part in rows.table(result).split("\n\n"))
     assert result["rows"] == json.loads(json.dumps(rows.rows(result)))
     licence = cells.Options(accept_licence="CC-BY-NC-SA")
     experiment = cells.experiment(axis, script.SMALL, script.FULL, licence)
