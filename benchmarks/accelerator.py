@@ -33,10 +33,10 @@ from fedsim.cohort import Cohort
 from fedsim.core import Passes, mean
 from fedsim.evaluate import classification_loss
 from fedsim.flops import training_flops
+from fedsim.host import tune_host
 from fedsim.lanes import Lanes
 from fedsim.local import fit
 from fedsim.memory import Memory
-from fedsim.simulate import tune_host
 
 CLASSES, LR, ROUND, EXAMPLES = 100, 0.01, 1, 1024
 LOOP = Path(__file__).parent / "torch_loop.py"

@@ -1,4 +1,4 @@
-"""A forward pass with and without the setting of the host's allocator that `fedsim.simulate.tune_host` makes.
+"""A forward pass with and without the setting of the host's allocator that `fedsim.host.tune_host` makes.
 
     python benchmarks/allocator.py
     python benchmarks/allocator.py --small
@@ -23,7 +23,7 @@ import report
 import tyro
 
 from fedsim import peft
-from fedsim.simulate import tune_host
+from fedsim.host import tune_host
 
 
 @dataclasses.dataclass(frozen=True)

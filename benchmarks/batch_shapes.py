@@ -27,9 +27,9 @@ from fedsim import packing, peft
 from fedsim.cohort import Cohort, Memory
 from fedsim.core import Passes, mean
 from fedsim.evaluate import classification_loss
+from fedsim.host import tune_host
 from fedsim.lanes import Lanes
 from fedsim.local import fit
-from fedsim.simulate import tune_host
 
 CLASSES, LR, POPULATION = 20, 0.05, 2000
 BATCH = {"w2": 16, "w3-4": 4, "w3-8": 8, "w3-16": 16}

@@ -30,9 +30,9 @@ from fedsim.backbones import convolution
 from fedsim.cohort import Cohort, Memory
 from fedsim.core import Passes, mean
 from fedsim.evaluate import classification_loss, masked_sums
+from fedsim.host import tune_host
 from fedsim.lanes import Lanes
 from fedsim.local import fit
-from fedsim.simulate import tune_host
 
 CLASSES, LR, BATCH = 62, 0.1, 20
 FORMS: dict[str, Callable[..., Any]] = {

@@ -27,9 +27,9 @@ from fedsim import peft, plan
 from fedsim.cohort import Cohort, Memory
 from fedsim.core import Passes, mean
 from fedsim.evaluate import classification_loss, masked_sums
+from fedsim.host import tune_host
 from fedsim.lanes import Lanes
 from fedsim.local import fit
-from fedsim.simulate import tune_host
 
 Params = dict[str, Any]
 CLASSES, LR, ROUND = 20, 0.01, 1

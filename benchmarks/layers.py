@@ -29,7 +29,7 @@ import tyro
 from fedsim import peft
 from fedsim.backbones import backbone, bert, layers, vit
 from fedsim.evaluate import masked_sums
-from fedsim.simulate import tune_host
+from fedsim.host import tune_host
 
 CLASSES, LR = 10, 0.05
 IMAGE = {"vit_ti16": 64, "vit_s14": 56, "vit_tiny": 16}

@@ -21,7 +21,7 @@ import numpy as np
 import report
 import tyro
 
-from fedsim import build, data, lengths, peft, plan
+from fedsim import build, data, features, lengths, peft, plan
 from fedsim.config import Config, Speed
 from fedsim.core import Passes
 from fedsim.data import partition
@@ -78,8 +78,8 @@ def measured(o: Options, tokens: int) -> dict[str, Any]:
 
     def encoded(texts: Lengths | None) -> np.ndarray:
         out = np.empty((len(some), *jax.eval_shape(run, held, ids[:1]).shape[1:]), np.float32)
-        for rows, length in lengths.batches(np.arange(len(some)), build.FEATURE_BATCH, texts):
-            batch = np.pad(rows, (0, build.FEATURE_BATCH - len(rows)), mode="edge")
+        for rows, length in lengths.batches(np.arange(len(some)), features.FEATURE_BATCH, texts):
+            batch = np.pad(rows, (0, features.FEATURE_BATCH - len(rows)), mode="edge")
             out[rows] = np.asarray(run(held, ids[some[batch], :length]))[: len(rows)]
         return out
 
@@ -94,7 +94,7 @@ def measured(o: Options, tokens: int) -> dict[str, Any]:
     variants = {"padded": lambda: timed("padded", None), "buckets": lambda: timed("buckets", of_some)}
     seconds = report.interleaved(variants, o.repeats)
     ratio, processor_ratio = (float(np.median(s["padded"]) / np.median(s["buckets"])) for s in (seconds, processor))
-    used = [length or tokens for _, length in lengths.batches(np.arange(len(some)), build.FEATURE_BATCH, of_some)]
+    used = [length or tokens for _, length in lengths.batches(np.arange(len(some)), features.FEATURE_BATCH, of_some)]
     found = {
         "tokens": tokens, "padding": float(1 - texts.of.mean() / tokens), "buckets": texts.buckets,
         "buckets_in_use": sorted(set(used)), "tokens_ratio": float(tokens / np.mean(used)), "seconds": seconds,

@@ -79,9 +79,10 @@ def work(setting: Setting, number: int, at: str, folder: Path, o: Options) -> No
     """Answers "strong", "weak" and "parts" on standard input with a line of JSON after "@"."""
     import report
 
-    from fedsim import processes, simulate
+    from fedsim import processes
+    from fedsim.host import tune_host
 
-    simulate.tune_host(report.speed())
+    tune_host(report.speed())
     if setting.processes > 1:
         processes.distributed(at, setting.processes, number)
     start = time.perf_counter()

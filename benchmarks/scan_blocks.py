@@ -23,7 +23,7 @@ import report
 import tyro
 
 from fedsim import peft, precision
-from fedsim.simulate import tune_host
+from fedsim.host import tune_host
 
 CLASSES = 100
 

@@ -25,10 +25,10 @@ from fedsim import peft, plan
 from fedsim.cohort import Cohort
 from fedsim.core import Passes, mean
 from fedsim.evaluate import classification_loss
+from fedsim.host import tune_host
 from fedsim.lanes import Lanes
 from fedsim.local import fit
 from fedsim.memory import Memory
-from fedsim.simulate import tune_host
 
 CLASSES = 20
 

@@ -33,9 +33,9 @@ from fedsim.config import Config, Speed
 from fedsim.core import Population
 from fedsim.data.dataset import stream
 from fedsim.data.partition.index import by_size
+from fedsim.host import tune_host
 from fedsim.memory import Memory
 from fedsim.programs import key_for
-from fedsim.simulate import tune_host
 
 ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES = ROOT / "experiments" / "results", ROOT / "docs" / "images"

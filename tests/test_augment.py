@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from fedsim import augment, build
+from fedsim import augment, build, features
 from fedsim.cohort import Cohort
 from fedsim.config import Config, Speed
 from fedsim.core import Batch
@@ -136,8 +136,8 @@ def test_features_of_changing_images_are_not_kept(config: Config) -> None:
     head = config.replace(backbone="vit_tiny", image_size=16)
     problem = build.problem(head, Speed())
     model = build.split_model(head, problem.dataset)
-    assert problem.cuts == () and not build.use_cache(Speed(), model, problem.dataset.x, head)
-    assert build.use_cache(Speed(), model, problem.dataset.x, head.replace(augment=()))
+    assert problem.cuts == () and not features.use_cache(Speed(), model, problem.dataset.x, head)
+    assert features.use_cache(Speed(), model, problem.dataset.x, head.replace(augment=()))
     with pytest.raises(ValueError, match=r"Expected cache=on without augment=.*leave out --cache"):
         build.check(head, Speed(cache="on"))
 

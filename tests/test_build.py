@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from fedsim import build, peft
+from fedsim import build, features, optimizers, peft
 from fedsim.backbones.load import random
 from fedsim.config import Config, Speed
 from fedsim.core import Client
@@ -30,7 +30,7 @@ from fedsim.core import Client
 def test_optimizers_are_optax_s(text: str, reference: Callable[[float], optax.GradientTransformation]) -> None:
     params = {"w": jnp.array([1.0, -2.0])}
     results = []
-    for made in (build.optimizer(text, "optimizer")(0.1), reference(0.1)):
+    for made in (optimizers.optimizer(text, "optimizer")(0.1), reference(0.1)):
         now, state = params, made.init(params)
         for k in range(3):
             with jax.numpy_dtype_promotion("standard"):
@@ -55,7 +55,7 @@ def test_optimizers_are_optax_s(text: str, reference: Callable[[float], optax.Gr
 )
 def test_impossible_optimizers_are_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"Expected server_optimizer=.*{message}"):
-        build.optimizer(text, "server_optimizer")
+        optimizers.optimizer(text, "server_optimizer")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_impossible_optimizers_are_refused(text: str, message: str) -> None:
 )
 def test_schedules_are_optax_s_times_the_rate(text: str) -> None:
     reference = eval(f"optax.{text}", {"optax": optax})
-    value = build.schedule(text, "lr_schedule", 0.02)
+    value = optimizers.schedule(text, "lr_schedule", 0.02)
     traced = jax.jit(value)
     for k in (0, 1, 7, 30):
         assert traced(jnp.int32(k)).dtype == jnp.float32
@@ -75,7 +75,7 @@ def test_schedules_are_optax_s_times_the_rate(text: str) -> None:
 )
 def test_impossible_schedules_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="Expected lr_schedule="):
-        build.schedule(text, "lr_schedule", 1.0)
+        optimizers.schedule(text, "lr_schedule", 1.0)
 
 
 def test_phases_cover_all_rounds() -> None:
@@ -176,7 +176,7 @@ def test_features_equal_the_prefix_and_build_on_one_another(tmp_path: Path, blob
     """The deeper cut is computed from the shallower one; a last batch that is not full is no exception."""
     config = Config(dataset=str(blobs(tmp_path, rows=150)), backbone="mlp", peft="head", clients=4, clients_per_round=2)
     problem = build.problem(config, Speed(cache="on"))
-    assert problem.cuts == (2,) and len(problem.dataset.y) % build.FEATURE_BATCH
+    assert problem.cuts == (2,) and len(problem.dataset.y) % features.FEATURE_BATCH
     model = build.split_model(config, problem.dataset)
     frozen = peft.start(model, "random", 0)[1]
     expected = np.asarray(model.prefix(frozen, problem.dataset.x))
@@ -190,10 +190,10 @@ def test_features_equal_the_prefix_and_build_on_one_another(tmp_path: Path, blob
 def test_when_features_are_cached() -> None:
     x = np.zeros((10, 6), np.float32)
     head, full = (peft.build("mlp", 3, peft=p, input_shape=(6,)) for p in ("head", "full"))
-    assert [build.use_cache(Speed(cache=c), head, x) for c in ("auto", "on", "off")] == [True, True, False]
-    assert [build.use_cache(Speed(cache=c), full, x) for c in ("auto", "on", "off")] == [False, False, False]
-    large = np.broadcast_to(np.zeros((1, 6), np.float32), (build.CACHE_LIMIT // (4 * 64) + 1, 6))
-    assert not build.use_cache(Speed(), head, large) and build.use_cache(Speed(cache="on"), head, large)
+    assert [features.use_cache(Speed(cache=c), head, x) for c in ("auto", "on", "off")] == [True, True, False]
+    assert [features.use_cache(Speed(cache=c), full, x) for c in ("auto", "on", "off")] == [False, False, False]
+    large = np.broadcast_to(np.zeros((1, 6), np.float32), (features.CACHE_LIMIT // (4 * 64) + 1, 6))
+    assert not features.use_cache(Speed(), head, large) and features.use_cache(Speed(cache="on"), head, large)
 
 
 def test_full_bytes_are_those_of_full_fine_tuning() -> None:

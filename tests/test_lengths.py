@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedsim import build, lengths, peft
+from fedsim import build, features, lengths, peft
 from fedsim.config import Config, Speed
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -61,11 +61,11 @@ def test_features_equal_those_of_padded_texts(name: str, pool: str, cuts: tuple[
     trained, frozen = peft.start(model, "random", 0)
     found = lengths.measure(ids, build.backbone(name).pad, 2)  # type: ignore[union-attr,arg-type]
     expected = np.asarray(jax.jit(model.prefix)(frozen, ids))
-    assert len({length for _, length in lengths.batches(np.arange(200), build.FEATURE_BATCH, found)}) > 1
+    assert len({length for _, length in lengths.batches(np.arange(200), features.FEATURE_BATCH, found)}) > 1
     for cut in (*cuts, model.cut):
-        h = build.run_stages(model, frozen, ids, 0, cut, found)
+        h = features.run_stages(model, frozen, ids, 0, cut, found)
         assert cut == model.cut or h["x"].shape[:2] == (200, 32), "no longer than the longest text"
-        rest = build.run_stages(model, frozen, h, cut, model.cut, found) if cut < model.cut else h
+        rest = features.run_stages(model, frozen, h, cut, model.cut, found) if cut < model.cut else h
         np.testing.assert_allclose(rest, expected, atol=1e-5)
     assert trained
 

@@ -26,6 +26,7 @@ from fedsim.backbones import BACKBONES, vit_row
 from fedsim.cohort import Cohort, Memory
 from fedsim.config import Config, Speed
 from fedsim.data.partition import Partition
+from fedsim.host import tune_host
 from fedsim.programs import key_for
 
 PATHS = {
@@ -117,7 +118,7 @@ def main() -> None:
     o = driver.options()
     w = workloads.find(o.workload, o.small)
     speed = Speed(lanes=o.lanes if o.lanes == "auto" else int(o.lanes), compilation_cache=False)
-    simulate.tune_host(speed)
+    tune_host(speed)
     driver.loop(o, *prepare(w, workloads.data(w), speed))
 
 

@@ -23,6 +23,7 @@ from fedsim.build import Problem
 from fedsim.config import Config, Data, Speed
 from fedsim.data import partition
 from fedsim.data.dataset import Dataset, stream
+from fedsim.host import tune_host
 
 
 class Experiment(NamedTuple):
@@ -101,7 +102,19 @@ def _problem(config: Config, speed: Speed, test_examples: int | None) -> Problem
     build.fetch_missing(config)
     problem = build.problem(config, speed)
     data = thinned(problem.dataset, test_examples)
-    return problem._replace(dataset=data, partition=partition.make(config, data), texts=None)  # of other rows
+    # Cells that differ in the clients of a round share their programs.
+    return problem._replace(dataset=data, partition=partition.make(config, data), texts=None, trainers={})
+
+
+def blind(problem: Problem) -> Problem:
+    """The problem without its test rows, with programs of its own, which all rates share."""
+    return problem._replace(dataset=problem.dataset._replace(test=problem.dataset.validation), trainers={})
+
+
+def tested(run: record.Run, problem: Problem) -> float:
+    """Test accuracy of a finished run that did not see the test rows."""
+    now = simulate.prepare(problem, build.phases(run.config)[-1], run.parameters)
+    return now.trainer.test(now.server)["accuracy"]
 
 
 def choose_rates(experiment: Experiment, runs: Path) -> dict[str, dict[str, Any]]:
@@ -115,14 +128,12 @@ def choose_rates(experiment: Experiment, runs: Path) -> dict[str, dict[str, Any]
 def choose_rate(experiment: Experiment, method: str, config: Config, folder: Path) -> dict[str, Any]:
     """The search for one method: the rate, whether it is at the grid's edge, and what every rate tried gave and took."""
     e = experiment
-    problem = problem_of(config, e.speed, e.test_examples)
-    # One program serves all rates: these runs share their trainers.
-    blind = problem._replace(dataset=problem.dataset._replace(test=problem.dataset.validation), trainers={})
+    unseen = blind(problem_of(config, e.speed, e.test_examples))
     seconds: dict[str, float] = {}
 
     def score(rate: float) -> float:
         tried = config.replace(lr=rate)
-        summary = finished(tried, e.speed, folder / name_of(tried), blind).summary or {}
+        summary = finished(tried, e.speed, folder / name_of(tried), unseen).summary or {}
         seconds[f"{rate:g}"] = round(summary["seconds"], 1)
         accuracy = summary["final"]["validation"]["accuracy"]
         print(f"{config.dataset}, {method}, rate {rate:g}: validation {accuracy:.3f}", flush=True)
@@ -162,7 +173,7 @@ def run(experiment: Experiment, runs: Path, out: Path, more: dict[str, Any] | No
         more: further facts for it.
     """
     e = experiment
-    simulate.tune_host(e.speed)
+    tune_host(e.speed)
     rates = choose_rates(e, runs)
     measured: dict[str, dict[str, dict[str, Any]]] = {cell: {name: {} for name in e.methods} for cell in e.cells}
     sets: dict[str, dict[str, Any]] = {}
@@ -172,8 +183,13 @@ def run(experiment: Experiment, runs: Path, out: Path, more: dict[str, Any] | No
             for name in e.methods:
                 config = run_config(e, cell, name, seed, rates)
                 problem = problem_of(config, e.speed, e.test_examples)
-                done = finished(config, e.speed, runs / "cells" / name_of(config), problem)
-                measured[cell][name][str(seed)] = measure(done)
+                sought = runs / "rates" / name_of(config)
+                if sought.is_dir():  # the default cell at the best rate: trained already
+                    done = finished(config, e.speed, sought, blind(problem))
+                    measured[cell][name][str(seed)] = measure(done, tested(done, problem))
+                else:
+                    done = finished(config, e.speed, runs / "cells" / name_of(config), problem)
+                    measured[cell][name][str(seed)] = measure(done)
                 sets[cell] = facts(problem.dataset) | {"target": e.targets.get(config.dataset)}
                 print(f"{cell}, {name}, seed {seed}: test {measured[cell][name][str(seed)]['test']:.3f}", flush=True)
                 result = {
@@ -201,14 +217,18 @@ def facts(data: Dataset) -> dict[str, Any]:
     return {**sizes, "classes": len(data.classes), "largest_class": largest, "licence": data.licence}
 
 
-def measure(run: record.Run) -> dict[str, Any]:
-    """What is kept of a run: its accuracies, its bytes, and validation accuracy against bytes sent both ways."""
+def measure(run: record.Run, test: float | None = None) -> dict[str, Any]:
+    """What is kept of a run: its accuracies, its bytes, and validation accuracy against bytes sent both ways.
+
+    Args:
+        test: test accuracy of a run that did not see the test rows.
+    """
     last, summary = run.rounds[-1], run.summary or {}
     seen = [line for line in run.rounds if line["validation"]]
     return {
         "options": changed(run.config),
         "validation": summary["final"]["validation"]["accuracy"],
-        "test": summary["final"]["test"]["accuracy"],
+        "test": summary["final"]["test"]["accuracy"] if test is None else test,
         "parameters": summary["parameters"]["trained"],
         "client_up": last["bytes_up"] // last["clients"],
         "client_down": last["bytes_down"] // last["clients"],

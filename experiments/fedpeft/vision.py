@@ -30,6 +30,7 @@ from fedsim import build, record, simulate
 from fedsim.build import Problem
 from fedsim.config import Config, Speed
 from fedsim.evaluate import evaluator
+from fedsim.host import tune_host
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -144,7 +145,7 @@ def main(o: Options) -> None:
     base = SETS[o.dataset].replace(accept_licence=o.accept_licence)
     configs = {name: base.replace(**METHODS[name]) for name in o.methods}
     build.fetch_missing(base)
-    simulate.tune_host(speed := Speed(lanes=base.clients_per_round, checkpoint_every=1000))
+    tune_host(speed := Speed(lanes=base.clients_per_round, checkpoint_every=1000))
     problem = build.problem(base, speed)  # whose frozen features are cached; those of the other kinds cannot be
     data = problem.dataset
     result: dict[str, Any] = {

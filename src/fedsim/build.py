@@ -1,10 +1,9 @@
-"""From options to values: optimizers, the model, the task, the engine. What can be refused is refused here."""
+"""From options to values: the model, the task, the algorithm, the engine. What can be refused is refused here."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,21 +13,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import Array
 
 from fedsim import algorithms, augment, flops, lengths, network, peft, precision, processes, wire
 from fedsim.backbones import Backbone, backbone, load
-from fedsim.config import Config, Speed, nearest, parse_call
+from fedsim.config import Config, Speed
 from fedsim.core import Algorithm, Passes, Task, by_examples, uniform
 from fedsim.data import dataset as data_sets
 from fedsim.data import partition as partitions
 from fedsim.evaluate import classification_loss, evaluator
+from fedsim.features import run_stages, use_cache
 from fedsim.lanes import Lanes
 from fedsim.lengths import Lengths
+from fedsim.optimizers import optimizer, schedule
 
-CACHE_LIMIT = 2 * 2**30  # bytes of cached features that `cache="auto"` accepts
-FEATURE_BATCH = 64
 # Options that no compiled program of a phase depends on.
 FREE = ("lr", "lr_schedule", "head_lr", "head_rounds", "rounds", "clients_per_round", "eval_every", "target_accuracy")
 FREE += ("patience",)
@@ -82,72 +79,6 @@ def phases(config: Config) -> list[Phase]:
         Phase("head", head, 1, config.head_rounds),
         Phase("peft", config, config.head_rounds + 1, config.rounds),
     ]
-
-
-def optimizer(text: str, option: str) -> Callable[[Any], optax.GradientTransformation]:
-    """Learning rate -> the optax optimizer that `"adamw(weight_decay=0.01)"` names.
-
-    Raises:
-        ValueError: optax has no such optimizer, or it refuses the options.
-    """
-    name, args, options = parse_call(text, option)
-    make = getattr(optax, name, None)
-    known = [n for n in dir(optax) if callable(getattr(optax, n)) and _takes_rate(getattr(optax, n))]
-    if name not in known or make is None:
-        raise ValueError(
-            f"Expected {option}={name!r} to be an optax optimizer with a learning_rate{nearest(name, known)}."
-        )
-    if args:
-        raise ValueError(
-            f"Expected {option}={text!r} to give options by name; the learning rate is an option of its own."
-        )
-
-    def made(rate: Any) -> optax.GradientTransformation:
-        return make(learning_rate=rate, **options)
-
-    def once() -> Any:
-        w, transform = {"w": jnp.zeros(1)}, made(0.1)
-        return transform.update(w, transform.init(w), w)
-
-    try:
-        with jax.numpy_dtype_promotion("standard"):  # as in training
-            jax.eval_shape(once)
-    except Exception as error:  # what optax raises at bad options has no common type
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"Expected {option}={text!r} to be a call with which optax makes a step from a gradient; {reason}."
-        ) from None
-    return made
-
-
-def _takes_rate(function: Any) -> bool:
-    try:
-        return "learning_rate" in inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return False
-
-
-def schedule(text: str, option: str, base: float) -> Callable[[Any], Any]:
-    """Round (from 0) -> base times the optax schedule that `"cosine_decay_schedule(1.0, 20)"` names.
-
-    Raises:
-        ValueError: optax has no such schedule, or it refuses the arguments.
-    """
-    name, args, options = parse_call(text, option)
-    known = [n for n in dir(optax) if n.endswith("_schedule") and callable(getattr(optax, n))]
-    if name not in known:
-        raise ValueError(f"Expected {option}={name!r} to be an optax schedule{nearest(name, known)}.")
-    try:
-        factor = getattr(optax, name)(*args, **options)
-        float(factor(0))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"Expected {option}={text!r} to be a call that optax takes; {error}.") from None
-
-    def value(count: Any) -> Array:
-        with jax.numpy_dtype_promotion("standard"):
-            return jnp.asarray(base * factor(count), jnp.float32)
-
-    return value
 
 
 def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algorithm]:
@@ -338,45 +269,6 @@ def features(problem: Problem, model: peft.Model, frozen: dict[str, np.ndarray])
         x = cache.get((kind, below), problem.dataset.x)
         cache[kind, cut] = run_stages(model, frozen, x, below, cut, problem.texts)
     return cache[kind, model.cut]
-
-
-def run_stages(
-    model: peft.Model, frozen: dict[str, np.ndarray], x: Any, start: int, stop: int, texts: Lengths | None = None
-) -> Any:
-    """Stages start..stop - 1 on every example of x (N, ...), in batches; host arrays, zero where a text has ended."""
-    held = jax.device_put(frozen)
-    run = jax.jit(lambda held, x: model.run(held, x, start, stop))
-    texts = lengths.entering(texts, model, start)
-    if texts is not None:
-        x = texts.cut(x, texts.longest)
-    count = jax.tree.leaves(x)[0].shape[0]
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
-    out = jax.tree.map(lambda a: np.zeros((count, *a.shape[1:]), a.dtype), jax.eval_shape(run, held, one))
-    for rows, length in lengths.batches(np.arange(count), FEATURE_BATCH, texts):
-        batch = np.pad(rows, (0, FEATURE_BATCH - len(rows)), mode="edge")  # one shape: the last batch repeats a row
-        part = jax.tree.map(lambda a, batch=batch: a[batch], x)
-        if texts is not None and length is not None:
-            part = texts.cut(part, length)
-        part = jax.device_get(run(held, part))
-        for whole, new in zip(jax.tree.leaves(out), jax.tree.leaves(part), strict=True):
-            whole[(rows, *(slice(n) for n in new.shape[1:]))] = new[: len(rows)]
-    return out
-
-
-def use_cache(speed: Speed, model: peft.Model, x: Any, config: Config | None = None) -> bool:
-    """Whether the frozen prefix is worth keeping: it holds at least one block, or all but the head, and its output fits.
-
-    Never where images change from step to step.
-    """
-    if speed.cache == "off" or model.cut == 0 or (config is not None and config.augment):
-        return False
-    if speed.cache == "on":
-        return True
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
-    count = jax.tree.leaves(x)[0].shape[0]
-    output = jax.eval_shape(model.prefix, model.frozen, one)
-    worth = model.cut > 1 or model.cut == model.stages - 1
-    return worth and count * sum(wire.array_bytes(a) for a in jax.tree.leaves(output)) <= CACHE_LIMIT
 
 
 def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | None = None) -> Trainer:

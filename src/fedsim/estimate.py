@@ -15,6 +15,7 @@ from fedsim.build import Phase, Problem
 from fedsim.config import Config, Speed
 from fedsim.core import Passes
 from fedsim.data.dataset import stream
+from fedsim.features import use_cache
 from fedsim.lanes import choose_lanes, own_convolutions
 from fedsim.report import duration, exact_size, size
 
@@ -57,7 +58,7 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
     plain = build.split_model(config, dataset)  # without what is computed twice to save memory
     passes = Passes(config.epochs, config.steps, config.batch_size)
     devices = problem.speed.devices or jax.local_device_count()
-    cached = build.use_cache(problem.speed, model, dataset.x, config)
+    cached = use_cache(problem.speed, model, dataset.x, config)
     cohorts = [
         stream(config.seed, f"sample {round}").choice(parts.clients, config.clients_per_round, replace=False)
         for round in range(1, SAMPLED_ROUNDS + 1)

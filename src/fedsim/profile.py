@@ -20,9 +20,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedsim import build, lengths, peaks, profile_report, record, simulate
+from fedsim import build, lengths, peaks, profile_report, record
 from fedsim.build import Phase, Problem
 from fedsim.config import Config, Speed, require_known
+from fedsim.features import use_cache
+from fedsim.host import tune_host
 from fedsim.profile_round import apart, memory, pieces, run_round, throughput, tile_notes
 
 WORTH = 0.05  # a setting is recommended where it gains more than this
@@ -123,7 +125,7 @@ def recommend(
 def fill(problem: Problem, phase: Phase) -> Problem:
     """The problem with random features where the phase would read cached ones; values change no time."""
     model = build.split_model(phase.config, problem.dataset, problem.speed)
-    if not build.use_cache(problem.speed, model, problem.dataset.x, phase.config):
+    if not use_cache(problem.speed, model, problem.dataset.x, phase.config):
         return problem
     x, texts = problem.dataset.x, lengths.entering(problem.texts, model, 0)
     one = jax.tree.map(lambda a: a[:1], x)
@@ -161,7 +163,7 @@ def profile(
     """
     asked = parse_sweep(sweep)
     build.check(config, speed)
-    simulate.tune_host(speed)
+    tune_host(speed)
     problem = problem or build.problem(config, speed)
     phase = build.phases(config)[0 if head else -1]
     problem = problem._replace(speed=speed, trainers=None)

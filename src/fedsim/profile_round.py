@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedsim import build, lengths, peaks, peft, simulate, wire
+from fedsim import features, host, lengths, peaks, peft, simulate, wire
 from fedsim import plan as planning
 from fedsim.build import Phase, Problem
 from fedsim.checkpoint import Checkpoints
@@ -107,7 +107,7 @@ def throughput(
     Args:
         folder: for the clients' memory; kept in the process where there is none.
     """
-    clock = simulate.compile_clock()
+    clock = host.compile_clock()
     now, before = simulate.prepare(problem, phase, None, folder), clock.seconds
     run_round(now)
     compiled = clock.seconds - before
@@ -232,7 +232,7 @@ def feature_seconds(problem: Problem, model: peft.Model, repeats: int) -> float:
     """Seconds of the frozen stages on all examples: those of one batch of every length, times how many batches have it."""
     x, texts = problem.dataset.x, lengths.entering(problem.texts, model, 0)
     held = {k: jnp.full(s.shape, 0.01, s.dtype) for k, s in model.frozen.items() if k in model.below}
-    prefix, size = jax.jit(lambda held, x: model.run(held, x, 0, model.cut)), build.FEATURE_BATCH
+    prefix, size = jax.jit(lambda held, x: model.run(held, x, 0, model.cut)), features.FEATURE_BATCH
     rows = np.arange(len(problem.dataset.y))
     whole = 0.0
     for length, count in Counter(length for _, length in lengths.batches(rows, size, texts)).items():

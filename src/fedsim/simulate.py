@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
 import gc
 import hashlib
 import importlib.metadata
 import math
-import platform
-import signal
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,17 +24,15 @@ from fedsim.cohort import Cohort
 from fedsim.config import Config, Speed, invited, main_job
 from fedsim.core import Algorithm, Population
 from fedsim.data import require_given
-from fedsim.data.assets import cache_dir
 from fedsim.data.dataset import Source, stream
 from fedsim.data.show import draw as draw_partition
 from fedsim.device_memory import OutOfMemoryError, out_of_memory
 from fedsim.flops import Flops
+from fedsim.host import compile_clock, interruptible, tune_host
 from fedsim.memory import Memory, Table
 from fedsim.programs import key_for
 from fedsim.progress import Progress
 from fedsim.shared_checkpoints import SharedCheckpoints
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def run(
@@ -438,59 +431,3 @@ def checkpoint_shapes(now: Current, extra: dict[str, Any]) -> dict[str, Any]:
         "memory": now.memory.shapes(extra["memory_count"]),
         "met": np.zeros(now.trainer.engine.population, np.int32),
     }
-
-
-def tune_host(speed: Speed) -> None:
-    """The persistent compilation cache, and an allocator that keeps large buffers instead of returning every one.
-
-    XLA on a CPU allocates its temporaries at every call; glibc maps and unmaps those above 32 MiB each time, and the
-    page faults cost a part of every forward pass (`benchmarks/allocator.py` measures it).
-    """
-    if speed.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-class CompileClock:
-    """Seconds that JAX has spent compiling in this process since this clock was made; see `compile_clock`."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
-        if event.startswith("/jax/core/compile/"):
-            self.seconds += duration_secs
-
-
-@functools.cache  # JAX keeps every listener for good: one for all runs of a process
-def compile_clock() -> CompileClock:
-    """The process's clock of compilation."""
-    return CompileClock()
-
-
-@contextmanager
-def interruptible() -> Iterator[Any]:
-    """Ctrl-C asks for a stop after the round; a second one stops at once. Yields a function: was it asked?"""
-    asked = False
-
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        print("\nStopping after this round; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
-
-    try:
-        before = signal.signal(signal.SIGINT, ask)
-    except ValueError:  # not in the main thread, as in some notebooks: Ctrl-C then stops at once
-        yield lambda: False
-        return
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -99,10 +99,13 @@ def test_the_table_and_the_picture_have_every_row(here: Any, result: dict[str, A
 
 
 def test_a_small_pass(here: Any, toy: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rate with the best validation is taken, test rows are drawn and unseen in the search, no run is repeated."""
+    """The rate with the best validation is taken, test rows are drawn and unseen in the search, no run is repeated.
+
+    The default cell's run is the search's, tested afterwards: its test accuracy is that of a run that sees the test rows.
+    """
     running = here("running")
     experiment = running.Experiment(
-        "toy", toy, {"M = 2": {}}, {"full": {"peft": "full"}, "head": {}},
+        "toy", toy, {"M = 2": {}, "M = 3": {"clients_per_round": 3}}, {"full": {"peft": "full"}, "head": {}},
         seeds=(0,), grid=(1e-7, 1e-2), targets={toy.dataset: 0.6}, test_examples=10, speed=Speed(lanes=2),
     )  # fmt: skip
     result = running.run(experiment, tmp_path / "runs", tmp_path / "out.json")
@@ -119,12 +122,20 @@ def test_a_small_pass(here: Any, toy: Config, tmp_path: Path, monkeypatch: pytes
     assert len(searched) == 4
     for run in searched:
         assert run.summary is not None and run.summary["final"]["test"] == run.summary["final"]["validation"]
-    # A shared trainer changes nothing: the default cell's run is the search's, made anew.
+    # A shared trainer changes nothing: the default cell's run is the search's, and a run made anew is the same.
     for name, seeds in result["cells"]["M = 2"].items():
         rate = result["rates"][name]["rate"]
         assert seeds["0"]["validation"] == result["rates"][name]["validation_by_rate"][f"{rate:g}"]
         assert [line[0] for line in seeds["0"]["curve"]] == [1, 2, 3]
-    full = result["cells"]["M = 2"]["full"]["0"]
+        anew = fedsim.run(
+            toy.replace(**seeds["0"]["options"]), Speed(lanes=2), out=tmp_path / name, quiet=True,
+            problem=running.problem_of(toy, Speed(lanes=2), 10)._replace(trainers=None),
+        )  # fmt: skip
+        assert seeds["0"]["test"] == (anew.summary or {})["final"]["test"]["accuracy"]
+    assert len(list((tmp_path / "runs" / "cells").iterdir())) == 2, (
+        "only the other cell's two runs are made after the search"
+    )
+    full = result["cells"]["M = 3"]["full"]["0"]
     run = fedsim.load(tmp_path / "runs" / "cells" / running.name_of(toy.replace(**full["options"])))
     assert run.config.head_lr == result["rates"]["head"]["rate"] and run.config.lr == result["rates"]["full"]["rate"]
     assert full["total"] == sum(line["bytes_up"] + line["bytes_down"] for line in run.rounds) == full["curve"][-1][1]
