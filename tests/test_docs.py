@@ -132,6 +132,61 @@ def test_options_exist(document: Path) -> None:
     assert said <= known | others, f"{document.name} names {sorted(said - known - others)}"
 
 
+SCRIPTS = {f.name: f for folder in ("benchmarks", "experiments") for f in sorted((ROOT / folder).glob("**/*.py"))
+           if ".envs" not in f.parts}  # fmt: skip
+
+
+def options_of(script: Path) -> set[str]:
+    """The options of a script of benchmarks/ or experiments/: the fields of its classes and of those it imports from beside it."""
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    imported = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    files = [script, *(f for name in imported if (f := script.with_name(f"{name}.py")).is_file())]
+    fields = {
+        line.target.id
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+        for line in node.body
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+    }
+    for node in tree.body:  # tyro also takes a function's arguments
+        if isinstance(node, ast.FunctionDef) and node.name == "main":
+            fields |= {arg.arg for arg in (*node.args.args, *node.args.kwonlyargs)}
+    return {f"--{name.strip('_').replace('_', '-')}" for name in fields} | {"--help"}
+
+
+def script_calls(document: Path) -> set[tuple[str, str]]:
+    """(script, option) of every call of a script in code, in blocks and in lines."""
+    text = document.read_text(encoding="utf-8")
+    lines = [line for body in blocks(document, "bash") + blocks(document, "") for line in body.splitlines()]
+    lines += [line for line in text.splitlines() if line.startswith("    python ")]
+    lines += re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+    return {
+        (name, option)
+        for line in lines
+        for name, rest in re.findall(r"([\w.]+\.py)((?: [^#]*)?)", line)
+        if name in SCRIPTS
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest)
+        if not re.search(r"fedsim (run|check|profile)", line)
+    }
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_options_of_scripts_exist(document: Path) -> None:
+    """What stands behind the name of a benchmark or an experiment is an option of it."""
+    unknown = {(name, option) for name, option in script_calls(document) if option not in options_of(SCRIPTS[name])}
+    assert not unknown, f"{document.name} names {sorted(unknown)}"
+
+
+def test_there_are_calls_of_scripts() -> None:
+    """The test above can fail."""
+    calls = set().union(*(script_calls(document) for document in DOCUMENTS))
+    assert ("run.py", "--workloads") in calls and ("client_stability.py", "--small") in calls
+    assert "--no-such" not in options_of(SCRIPTS["client_stability.py"]) and "--seeds" in options_of(
+        SCRIPTS["client_stability.py"]
+    )
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
 def test_links_exist(document: Path) -> None:
     """Relative links and pictures lead to files of the repository."""
