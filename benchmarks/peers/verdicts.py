@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-TOLERANCE = 0.05  # of how much the loss has fallen; cohorts are equal, the order within clients is not everywhere
+# Of how much the loss has fallen: cohorts are equal, the order within clients is not everywhere, and FedJAX fills last
+# batches with repeated examples (W1: 6 %). docs/peers.md has the spread from which it was set.
+TOLERANCE = 0.1
 BASE = "fedsim"
 
 Record = Mapping[str, Any]
@@ -148,12 +150,14 @@ def markdown(tables: Mapping[str, Sequence[Row]]) -> str:
     ]
     for workload, table in tables.items():
         base = next((r for r in table if r.system == BASE and not r.void), None)
+        most = max((len(r.repeats) for r in table), default=0)
         for r in table:
             if not r.repeats:
                 lines.append(f"| {workload} | {r.system} | void: {r.void} | | | | | | |")
                 continue
             times = f"{r.median / base.median:.2f}" if base else ""
-            note = f" void: {r.void}" if r.void else ""
+            note = f" ({len(r.repeats)} of {most} repeats)" if len(r.repeats) < most else ""
+            note += f" void: {r.void}" if r.void else ""
             lines.append(
                 f"| {workload} | {r.system}{note} | {r.median:.2f} ({r.low:.2f}-{r.high:.2f}) | {times} | {r.startup:.1f} | "
                 f"{r.first:.1f} | {r.pss:.0f} | {r.others:.0%} | {r.loss:.4f} |"

@@ -10,7 +10,7 @@ Result:   test accuracy, M = 8: head 0.585, bias 0.693, adapter 0.681, prompt 0.
 
 import cells
 
-SMALL = {"M = 8": {}, "M = 32": {"clients_per_round": 32}}
+SMALL = {"M = 8": {}, "M = 16": {"clients_per_round": 16}}
 FULL = {f"M = {m}": {"clients_per_round": m} for m in (8, 16, 32, 64)}
 
 if __name__ == "__main__":

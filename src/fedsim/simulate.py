@@ -188,7 +188,7 @@ def simulate(
                 if start_scores is None:
                     start_scores = {"validation": now.trainer.validate(now.server)}
                 progress.message("compiling")
-            phase, trainer, server, memory, counted = now
+            phase, trainer, server, memory, counted, setup = now
             algorithm, engine = trainer.algorithm, trainer.engine
             tick, compiled = time.perf_counter(), clock.seconds
             population = Population(engine.population, invited(config), network.reachable(fleet, round))
@@ -236,7 +236,7 @@ def simulate(
                 "bytes_down": sum(down.values()),
                 "bytes_up_leaves": up,
                 "bytes_down_leaves": down,
-                "setup_bytes": newcomers * setup_price(trainer),
+                "setup_bytes": newcomers * setup,
                 "total_bytes_up": totals["up"],
                 "total_bytes_down": totals["down"],
                 "clients": int(cohort.present.sum()),
@@ -345,6 +345,7 @@ class Current(NamedTuple):
     server: Any
     memory: Memory
     counted: Flops  # of one example in a training step
+    setup: int  # bytes that a client is given once, before its first round
 
     def parameters(self) -> dict[str, np.ndarray]:
         """The trained part, on the host."""
@@ -362,7 +363,8 @@ def prepare(
     # Of several processes the first one has the folder; the others keep the same rows in main memory.
     file = directory / f"memory-{phase.name}.rows" if directory is not None and processes.is_first() else None
     memory = Memory(trainer.algorithm.memory, engine.held, file, KEEP)
-    return Current(phase, trainer, server, memory, counted)
+    setup = sum(wire.price(jax.eval_shape(trainer.algorithm.setup, trainer.model.frozen)).values())
+    return Current(phase, trainer, server, memory, counted, setup)
 
 
 def utilisation(trainer: Trainer, speed: Speed, rate: float) -> float | None:
@@ -380,11 +382,6 @@ def restore_memory(memory: Memory, table: Table) -> None:
         rows, ids = processes.by_first(memory.state)
         if not processes.is_first():
             memory.scatter(ids, rows)
-
-
-def setup_price(trainer: Trainer) -> int:
-    """Bytes that a client is given once, before its first round."""
-    return sum(wire.price(jax.eval_shape(trainer.algorithm.setup, trainer.model.frozen)).values())
 
 
 def expected(config: Config, speed: Speed, trainer: Trainer, inputs: str) -> dict[str, Any]:
