@@ -410,6 +410,7 @@ with Checkpoints(sys.argv[1]) as c:
 """
 
 
+@pytest.mark.slow
 def test_kill_at_random_moments_during_saves(tmp_path: Path) -> None:
     """A process that saves all the time is killed eight times; the last finished checkpoint is always usable."""
     rng = random.Random(0)

@@ -220,6 +220,7 @@ def test_without_a_file_there_is_no_checkpoint() -> None:
         memory.seal()
 
 
+@pytest.mark.slow
 def test_a_damaged_row_gives_way_to_an_older_checkpoint(
     tmp_path: Path, blobs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, compile_once: None
 ) -> None:

@@ -12,6 +12,7 @@ from nbclient import NotebookClient
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "quickstart.ipynb"
 
 
+@pytest.mark.slow
 def test_quickstart_runs(tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder and with an empty cache of assets; an error of any cell fails here with its traceback."""
     for name in ("XLA_FLAGS",):  # a reader has one device

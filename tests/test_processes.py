@@ -70,6 +70,7 @@ def told(folder: Path, environment: dict[str, str]) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{i}.json").read_text()) for i in range(2)]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_device(told, folder, monkeypatch):
     """The engine on the contract's task: model, clients' memory, bytes."""
     monkeypatch.chdir(folder)
@@ -83,6 +84,7 @@ def test_two_processes_equal_one_device(told, folder, monkeypatch):
         assert told[i]["contract"] == traffic
 
 
+@pytest.mark.slow
 def test_both_processes_hold_the_same_bits(told, folder):
     first, second = (np.load(folder / f"{i}.npz") for i in range(2))
     for name in first:
@@ -90,6 +92,7 @@ def test_both_processes_hold_the_same_bits(told, folder):
     assert told[0]["runs"] == told[1]["runs"]
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_equals_one(told, folder, monkeypatch):
     import fedsim
 
@@ -104,6 +107,7 @@ def test_a_run_of_two_processes_equals_one(told, folder, monkeypatch):
         np.testing.assert_allclose(two.parameters[name], one.parameters[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_one_process_stops_both_and_resumed_equals_uninterrupted(told, folder):
     runs = told[0]["runs"]
     assert runs["stop"].startswith("Stopped after round 2; go on with: fedsim run --resume"), runs["stop"]
@@ -114,6 +118,7 @@ def test_ctrl_c_in_one_process_stops_both_and_resumed_equals_uninterrupted(told,
     assert trained[0] == trained[1]
 
 
+@pytest.mark.slow
 def test_what_two_processes_are_refused(told):
     for i in range(2):
         said = told[i]["refused"]
@@ -128,6 +133,7 @@ def test_what_two_processes_are_refused(told):
     assert told[1]["refused"]["each"] == "OSError: no such file"
 
 
+@pytest.mark.slow
 def test_checkpoints_of_two_processes_are_refused_by_one(told, folder, monkeypatch):
     """Two devices of one process sum in another way than two processes of one device."""
     import fedsim

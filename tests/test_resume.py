@@ -159,7 +159,8 @@ def kill_at(place: Place, name: str, process: subprocess.Popen[str], when: str, 
     return not ended
 
 
-@pytest.mark.parametrize("case", ["head-first", pytest.param("memory", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["head-first", "memory"])
 def test_killed_again_and_again(place: Place, uninterrupted: Callable[[str], record.Run], case: str) -> None:
     """kill -9 in the middle of rounds and of saves, whatever the moment; then on, until it is done."""
     reference, rng = uninterrupted(case), random.Random(case)
