@@ -49,6 +49,7 @@ PEFT_ONLY = ("W2", "W3-4", "W3-8")
 
 SYSTEMS: dict[str, Kind] = {
     "fedsim": Kind("with_fedsim.py", None),
+    "fedsim-2": Kind("with_fedsim.py", None, ("--devices", "2")),
     "torch": Kind("with_torch.py", "torch"),
     "torch.func": Kind("with_torch_func.py", "torch", workloads=PEFT_ONLY),
     "pfl": Kind("with_pfl.py", "pfl"),
@@ -104,7 +105,7 @@ class Measured:
             str(self.out),
             *kind.more,
         ]
-        command += ["--small"] * o.small + (["--lanes", o.lanes] if name == "fedsim" else [])
+        command += ["--small"] * o.small + (["--lanes", o.lanes] if name.startswith("fedsim") else [])
         self.record: dict[str, Any] = {
             "workload": workload,
             "system": name,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 # batches with repeated examples (W1: 6 %). docs/peers.md has the spread from which it was set.
 TOLERANCE = 0.1
 BASE = "fedsim"
+OWN = (BASE, "fedsim-2")  # by itself, and with the host split into two devices, as pfl-2 has two processes
 
 Record = Mapping[str, Any]
 
@@ -124,12 +125,20 @@ def ahead(workload: str, base: Row, others: Sequence[Row], *, least_each: float)
 
 
 def verdicts(workload: str, table: Sequence[Row]) -> list[Verdict]:
-    """What the targets say of a workload's rows."""
+    """What the targets say of a workload's rows, for each of fedsim's own."""
     counting = {r.system: r for r in table if not r.void}
-    base = counting.pop(BASE, None)
-    if base is None or not counting:
+    own = {name: counting.pop(name) for name in OWN if name in counting}
+    if BASE not in own or not counting:
         return [Verdict(workload, "all", "fedsim's row or all others are void or missing", "not measured")]
-    others = list(counting.values())
+    found = []
+    for name, base in own.items():
+        label = "" if name == BASE else f"{name}: "
+        found += [v._replace(target=label + v.target) for v in targets(workload, base, list(counting.values()))]
+    return found
+
+
+def targets(workload: str, base: Row, others: list[Row]) -> list[Verdict]:
+    """The targets of a workload for one of fedsim's rows."""
     if workload == "W1":
         return [
             against(workload, base, others, ["fedjax"], 1.0),
