@@ -3,9 +3,9 @@
 Command:  python experiments/fedpeft/client_stability.py --small
           python experiments/fedpeft/client_stability.py --full --plan     (expected accelerator-hours, nothing else)
 Machine:  2 cores of a shared AMD EPYC, 23 GiB, Python 3.11, JAX 0.10.2; 2026-11-25.
-Time:     77 min with the search for all rates, while up to twenty other jobs ran; docs/fedpeft.md says more.
-Result:   test accuracy, M = 8: head 0.585, bias 0.693, adapter 0.681, prompt 0.520, LoRA 0.693, full 0.696, ShuffleNet 0.121;
-          M = 32: 0.697, 0.720, 0.714, 0.678, 0.714, 0.741, 0.334 (seed 0).
+Time:     29:42 min on two idle cores, with the search for all rates; docs/fedpeft.md says how it was measured.
+Result:   test accuracy, M = 8: head 0.585, bias 0.693, adapter 0.681, prompt 0.520, LoRA 0.693, full 0.696, ShuffleNet 0.174;
+          M = 16: 0.676, 0.701, 0.699, 0.592, 0.703, 0.728, 0.197 (seed 0).
 """
 
 import cells
