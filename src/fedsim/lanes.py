@@ -38,7 +38,7 @@ from fedsim.programs import (
 PREFETCH_BYTES = 256 * 2**20  # of batches that a segment may hold on a device at once
 RESIDENT_SHARE = 0.4  # of a device's memory that the examples may take; larger sets stay on the host
 MEMORY_SHARE = 0.8  # of a device's free memory that "auto" lets the program take; the rest is for fragments
-CPU_LANES, ACCELERATOR_LANES = 4, 256  # at most; the first by processor time (docs/lanes.md), the second a choice
+CPU_LANES, ACCELERATOR_LANES = 6, 256  # at most; the first measured (docs/lanes.md), the second a choice
 CONVOLUTION_LANES = 1  # at most on a CPU, where clients train whole kernels of a convolution
 FLAT = 0.02  # of a plan's cost that fewer lanes may cost more
 
