@@ -20,7 +20,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Programs of the default run are compiled without most optimisations, which takes a third less time; `slow` has them."""
+    """Programs of the default run are compiled without most optimisations, which takes less time; `slow` has them."""
     if config.getoption("markexpr") == "not slow":
         os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for the processes that tests start
         jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")

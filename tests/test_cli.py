@@ -171,9 +171,9 @@ sys.exit(status)
     "argv", [["--help"], ["run", "--help"], ["compare", "--help"], ["check", "--help"], ["data"]], ids=" ".join
 )
 def test_help_is_immediate_and_without_jax(environment: dict[str, str], argv: list[str]) -> None:
-    """Processor time, not wall time, and the least of ten at most: other tests run beside this one."""
+    """Processor time, not wall time, and the least of five at most: other tests run beside this one."""
     command, spent = [sys.executable, "-c", HELP, *argv], []
-    while len(spent) < 10 and min(spent, default=1.0) >= 0.5:
+    while len(spent) < 5 and min(spent, default=1.0) >= 0.5:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
