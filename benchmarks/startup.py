@@ -7,7 +7,8 @@ Every repeat is a process of its own, cold (an empty folder for compiled program
 The main job runs with one round of the head and one of LoRA, so that the first round of both phases is seen; its data,
 partition, model and programs are those of `fedsim run`. Seconds count from the end of the imports. They are taken apart
 into what a run does once (reading, weights, frozen features, fingerprint), compiling as JAX reports it (tracing,
-lowering, XLA), and the rest. Frozen features are arithmetic, not start-up, so the sum is given with and without them.
+lowering, XLA), and the rest. Frozen features and evaluation are arithmetic, not start-up: the sum is given with and
+without them. Of the test texts, which a run reads at its end alone, 256 are kept.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,12 +43,27 @@ class Options:
     """Little, to see that it works; no timing worth reporting."""
 
 
+class Recorded(Exception):  # noqa: N818
+    """Both first rounds are recorded: the rest of the run says nothing about its start."""
+
+
+def fewer_tests(whole: Any, tests: int = 256) -> Any:
+    """The data set with that many test texts, which a run reads at its end alone; their features would take minutes."""
+    import jax
+    import numpy as np
+
+    keep = np.sort(np.concatenate([whole.train, whole.validation, whole.test[:tests]]))
+    rows = {name: np.searchsorted(keep, getattr(whole, name)) for name in ("train", "validation")}
+    x, natural = jax.tree.map(lambda a: a[keep], (whole.x, whole.natural))
+    return whole._replace(x=x, y=whole.y[keep], test=np.searchsorted(keep, whole.test[:tests]), natural=natural, **rows)
+
+
 def child(cache: str, examples: int | None) -> dict[str, Any]:
     """In a process of its own: imports, then the main job until the first round of LoRA is recorded."""
     start = time.perf_counter()
     import jax
 
-    from fedsim import build, checkpoint, record, simulate
+    from fedsim import build, checkpoint, data, record, simulate
     from fedsim.config import Speed, main_job
 
     imported = time.perf_counter()
@@ -52,9 +71,8 @@ def child(cache: str, examples: int | None) -> dict[str, Any]:
     compiling: dict[str, float] = defaultdict(float)
     programs: Counter[str] = Counter()
 
-    def timed(place: Any, name: str, what: str) -> None:
-        """Adds a function's seconds to `what`, less those of other timed ones that it calls, and less its compiling."""
-        whole = getattr(place, name)
+    def timed(whole: Callable[..., Any], what: str) -> Callable[..., Any]:
+        """The function, its seconds added to `what`, less those of other timed ones that it calls and less its compiling."""
 
         def call(*args: Any, **options: Any) -> Any:
             before, began = sum(seconds.values()) + sum(compiling.values()), time.perf_counter()
@@ -64,14 +82,25 @@ def child(cache: str, examples: int | None) -> dict[str, Any]:
                 inside = sum(seconds.values()) + sum(compiling.values()) - before
                 seconds[what] += time.perf_counter() - began - inside
 
-        setattr(place, name, call)
+        return call
 
-    timed(build, "problem", "data")
-    timed(build, "features", "features")
-    timed(build, "trainer", "weights")
-    timed(simulate, "prepare", "weights")
-    timed(simulate, "fingerprint", "fingerprint")
-    timed(checkpoint.Checkpoints, "save", "checkpoint")
+    def replace(place: Any, name: str, change: Callable[[Any], Any]) -> None:
+        setattr(place, name, change(getattr(place, name)))
+
+    def validating(trainer: Any) -> Any:
+        return lambda *args: (made := trainer(*args))._replace(validate=timed(made.validate, "evaluation"))
+
+    replace(data, "load", lambda load: lambda *args: fewer_tests(load(*args)))
+    replace(build, "trainer", validating)
+    for place, name, what in (
+        (build, "problem", "data"),
+        (build, "features", "features"),
+        (build, "trainer", "weights"),
+        (simulate, "prepare", "weights"),
+        (simulate, "fingerprint", "fingerprint"),
+        (checkpoint.Checkpoints, "save", "checkpoint"),
+    ):
+        replace(place, name, partial(timed, what=what))
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/"):
@@ -99,7 +128,7 @@ def child(cache: str, examples: int | None) -> dict[str, Any]:
         marks.append(
             {
                 "seconds": now,
-                "without_features": now - seconds["features"],
+                "without_features": now - seconds["features"] - seconds["evaluation"],
                 "processor_seconds": time.process_time() - began,  # of all threads
                 "parts": dict(seconds),
                 "compiling": dict(compiling),
@@ -107,10 +136,12 @@ def child(cache: str, examples: int | None) -> dict[str, Any]:
                 "round": line["seconds"] - line["compile_seconds"],
             }
         )
+        if len(marks) == 2:
+            raise Recorded
 
     simulate.tune_host, record.append = tuned, mark
     config = main_job(head_rounds=1, rounds=2, examples=examples)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, suppress(Recorded):
         simulate.run(config, Speed(), out=Path(folder) / "run", quiet=True)
     return {"imports": imported - start, "head": marks[0], "lora": marks[1]}
 
@@ -165,7 +196,7 @@ def main(o: Options) -> None:
             one = of[phase]
             parts = ", ".join(f"{name} {median(v):.2f}" for name, v in (one["parts"] | one["compiling"]).items())
             print(
-                f"  to the end of the first {phase} round {median(one['seconds']):7.2f} s, without frozen features "
+                f"  to the end of the first {phase} round {median(one['seconds']):7.2f} s, without features and evaluation "
                 f"{median(one['without_features']):7.2f} s\n    {parts}, round {median(one['round']):.2f}"
             )
     report.write("startup", o, results)
