@@ -1,14 +1,41 @@
-"""The clock of compilation counts every moment once."""
+"""The CPU as several devices; the clock of compilation counts every moment once."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from fedsim import host
+
+DIVIDED = """
+import sys
+import fedsim
+import jax
+from fedsim import record
+from fedsim.__main__ import main
+
+finish = record.finish
+def stop(*args):
+    raise KeyboardInterrupt
+record.finish = stop  # as killed before the end
+assert main(sys.argv[1:]) == 130
+run = fedsim.load("run")
+print(len(jax.devices()), run.rounds[-1]["round"])
+"""
+RESUMED = """
+import jax
+from fedsim.__main__ import main
+
+assert main(["run", "--resume", "run", "--quiet"]) == 0
+print(len(jax.devices()))
+"""
 
 TRACE = "/jax/core/compile/jaxpr_trace_duration"
 
@@ -36,3 +63,29 @@ def test_a_nested_program_takes_no_longer_than_it_took() -> None:
     before, start = clock.seconds, time.perf_counter()
     inner(jnp.ones(3)).block_until_ready()
     assert 0 < clock.seconds - before <= time.perf_counter() - start
+
+
+def test_devices_divide_a_cpu_and_a_resumed_run_has_as_many(
+    tmp_path: Path, environment: dict[str, str], blobs: Callable[..., Path]
+) -> None:
+    def fresh(*command: str) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()[-1].split()
+
+    options = (
+        f"run --dataset {blobs(tmp_path)} --backbone mlp --weights random --peft head --clients 8 --clients-per-round 4"
+    )
+    assert fresh(DIVIDED, *options.split(), "--rounds=2", "--devices=2", "--quiet", "--out=run") == ["2", "2"]
+    assert fresh(RESUMED) == ["2"]
+
+
+def test_a_cpu_that_the_user_has_divided_stays_so(tmp_path: Path, environment: dict[str, str]) -> None:
+    code = "from fedsim.host import divide_cpu; import jax; divide_cpu(2); print(len(jax.devices()))"
+    for name, value in (("XLA_FLAGS", "--xla_force_host_platform_device_count=3"), ("JAX_NUM_CPU_DEVICES", "3")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment | {name: value}, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == "3\n"

@@ -116,9 +116,9 @@ def prepare(
 def main() -> None:
     """Runs the rounds."""
     o = driver.options()
-    jax.config.update("jax_num_cpu_devices", o.devices)
     w = workloads.find(o.workload, o.small)
-    speed = Speed(lanes=o.lanes if o.lanes == "auto" else int(o.lanes), compilation_cache=False)
+    lanes = o.lanes if o.lanes == "auto" else int(o.lanes)
+    speed = Speed(lanes=lanes, devices=o.devices, compilation_cache=False)
     tune_host(speed)
     driver.loop(o, *prepare(w, workloads.data(w), speed))
 

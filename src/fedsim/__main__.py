@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
             raise ValueError("Expected --dry-run without --centralized; it estimates the federated run.")
         from fedsim.estimate import dry_run
 
-        build.check(config)
+        build.check(config, options.speed)
         build.fetch_missing(config)
         dry_run(config, options.speed)
         return 0

@@ -22,6 +22,7 @@ from fedsim.data import dataset as data_sets
 from fedsim.data import partition as partitions
 from fedsim.evaluate import classification_loss, evaluator
 from fedsim.features import run_stages, use_cache
+from fedsim.host import divide_cpu
 from fedsim.lanes import Lanes
 from fedsim.lengths import Lengths
 from fedsim.optimizers import optimizer, schedule
@@ -90,11 +91,12 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
     Raises:
         ValueError: names the option, its value, the rule and the remedy.
     """
+    divide_cpu(None if speed is None else speed.devices)
     available = jax.local_device_count()
     if speed is not None and (speed.devices or 1) > available:
         raise ValueError(
-            f"Expected devices={speed.devices} <= {available}, the devices that JAX sees; lower --devices, or on a CPU set "
-            "XLA_FLAGS=--xla_force_host_platform_device_count=N."
+            f"Expected devices={speed.devices} <= {available}, the devices that JAX sees; lower --devices (a CPU is "
+            "divided before JAX computes for the first time, later it is too late)."
         )
     if speed is not None and speed.parallel == "pmap" and processes.several():
         raise ValueError(

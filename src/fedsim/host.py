@@ -1,9 +1,10 @@
-"""The process that a run lives in: allocator and compilation cache, the clock of compilation, Ctrl-C."""
+"""The process that a run lives in: its CPU as devices, allocator, compilation cache, clock of compilation, Ctrl-C."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import platform
 import signal
 import sys
@@ -21,11 +22,12 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def tune_host(speed: Speed) -> None:
-    """The persistent compilation cache, and an allocator that keeps large buffers instead of returning every one.
+    """A divided CPU, the persistent compilation cache, an allocator that keeps large buffers instead of returning each.
 
     XLA on a CPU allocates its temporaries at every call; glibc maps and unmaps those above 32 MiB each time, and the
     page faults cost a part of every forward pass (`benchmarks/allocator.py` measures it).
     """
+    divide_cpu(speed.devices)
     if speed.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -33,6 +35,22 @@ def tune_host(speed: Speed) -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def divide_cpu(devices: int | None) -> bool:
+    """Has JAX show the CPU as so many devices, each with lanes of its own, if JAX has not started yet.
+
+    A program on one device waits for all cores at the end of every operation; two devices wait for each other once a
+    round (docs/lanes.md). Nothing is done where the user has divided the CPU already. Gives whether it was done.
+    """
+    divided = "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if devices is None or divided or jax.config.values["jax_num_cpu_devices"] != -1:
+        return False
+    try:
+        jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError:  # JAX has started
+        return False
+    return True
 
 
 class CompileClock:

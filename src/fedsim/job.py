@@ -120,8 +120,10 @@ def _comparison(
 def resume_job(directory: Path, *, quiet: bool = False) -> record.Run:
     """Goes on with a stopped run and prints its closing table; the head's run is made if it is missing."""
     from fedsim import build, simulate
+    from fedsim.host import divide_cpu
 
     stopped = processes.by_first(lambda: record.load(directory))
+    divide_cpu(stopped.speed.devices)
     build.fetch_in_turn(stopped.config)
     problem = processes.each(lambda: build.problem(stopped.config, stopped.speed))
     done = simulate.run(resume=directory, quiet=quiet, problem=problem)

@@ -94,12 +94,12 @@ def distributed(
 
 def several() -> bool:
     """Whether there is more than one process."""
-    return jax.process_count() > 1
+    return jax.distributed.is_initialized() and jax.process_count() > 1  # the first does not start JAX
 
 
 def is_first() -> bool:
     """Whether this is process 0, which reads and writes the run's folder and shows it."""
-    return jax.process_index() == 0
+    return not several() or jax.process_index() == 0
 
 
 def devices(count: int | None) -> list[jax.Device]:
