@@ -2,6 +2,7 @@
 
     python benchmarks/batch_shapes.py                    # W2 and W3 of benchmarks/peers, 1 to 32 lanes
     python benchmarks/batch_shapes.py --work w3-8 --lanes 2 4 8
+    python benchmarks/batch_shapes.py --work w2 w3-8 --devices 1 2 --lanes 2 3 4
     python benchmarks/batch_shapes.py --small            # a few steps, to see that it works
 
 A ViT-Tiny (192 wide, 12 blocks) at 64 px with LoRA of rank 4 on query and value, random weights, SGD. W2: 16 clients of 32
@@ -27,7 +28,7 @@ from fedsim import packing, peft
 from fedsim.cohort import Cohort, Memory
 from fedsim.core import Passes, mean
 from fedsim.evaluate import classification_loss
-from fedsim.host import tune_host
+from fedsim.host import divide_cpu, tune_host
 from fedsim.lanes import Lanes
 from fedsim.local import fit
 
@@ -44,7 +45,9 @@ class Options:
     clients: int = 64
     """Of a round of W3."""
     lanes: tuple[int, ...] = (1, 2, 4, 6, 8, 16, 32)
-    """Numbers of lanes to measure."""
+    """Numbers of lanes of a device to measure."""
+    devices: tuple[int, ...] = (1,)
+    """Numbers of devices that the CPU is divided into; the largest must be there."""
     repeats: int = 5
     """Timed repeats, after one that compiles."""
     backbone: str = "vit_ti16"
@@ -81,8 +84,8 @@ def measure(work: str, o: Options) -> list[dict[str, Any]]:
     chosen = packing.choose_widths(sizes, passes)
     kinds = {"whole": (passes.batch_size,)} | ({"narrow": chosen} if len(chosen) > 1 else {})
 
-    def variant(lanes: int, widths: tuple[int, ...]) -> tuple[Callable[[], Any], dict[str, Any]]:
-        engine = Lanes(frozen, x, y, rows, offsets, seed=o.seed, lanes=lanes, devices=1, widths=widths)
+    def variant(devices: int, lanes: int, widths: tuple[int, ...]) -> tuple[Callable[[], Any], dict[str, Any]]:
+        engine = Lanes(frozen, x, y, rows, offsets, seed=o.seed, lanes=lanes, devices=devices, widths=widths)
         memory, reduce, about = Memory(lambda key, held: (), engine.held), mean(), {}
         message = engine.put(params)
 
@@ -96,7 +99,12 @@ def measure(work: str, o: Options) -> list[dict[str, Any]]:
 
         return round, about
 
-    shapes = {f"{lanes} lanes, {kind}": (lanes, kinds[kind]) for lanes in o.lanes for kind in kinds}
+    shapes = {
+        f"{devices} x {lanes} lanes, {kind}": (devices, lanes, kinds[kind])
+        for devices in o.devices
+        for lanes in o.lanes
+        for kind in kinds
+    }
     made = {name: variant(*shape) for name, shape in shapes.items()}
     results, first = {}, {}
     for name, (run, _) in made.items():
@@ -105,24 +113,32 @@ def measure(work: str, o: Options) -> list[dict[str, Any]]:
         first[name] = time.perf_counter() - start
     seconds = report.interleaved({name: run for name, (run, _) in made.items()}, o.repeats)
 
-    reference = results[f"{o.lanes[0]} lanes, whole"]
+    reference = next(iter(results.values()))
     largest = max(float(np.abs(v).max()) for v in reference.values())
     table = []
     for name, (_, about) in made.items():
-        times, (lanes, widths) = seconds[name], shapes[name]
+        times, (devices, lanes, widths) = seconds[name], shapes[name]
         apart = max(float(np.abs(results[name][k] - v).max()) for k, v in reference.items()) / largest
-        row = {"work": work, "lanes": lanes, "widths": widths, **about, "seconds": times, "first": first[name]}
+        row = {
+            "work": work,
+            "devices": devices,
+            "lanes": lanes,
+            "widths": widths,
+            **about,
+            "seconds": times,
+            "first": first[name],
+        }
         row |= {"median": float(np.median(times)), "least": min(times), "relative_difference": apart}
         row["examples_per_second"] = about["examples"] / row["median"]
         table.append(row)
         print(
-            f"{work:5} {name:15} {row['median']:8.3f} s (least {row['least']:.3f})  "
+            f"{work:5} {name:19} {row['median']:8.3f} s (least {row['least']:.3f})  "
             f"{row['examples_per_second']:6.1f} ex/s  rows {about['row_occupancy']:4.0%} real  "
             f"first {row['first']:5.1f} s  differs by {apart:.0e}",
             flush=True,
         )
         if apart > 1e-4:
-            raise SystemExit(f"{name}: another result than {o.lanes[0]} lanes, whole")
+            raise SystemExit(f"{name}: another result than {next(iter(results))}")
     return table
 
 
@@ -135,6 +151,7 @@ def main(o: Options) -> None:
         o = dataclasses.replace(
             o, backbone="vit_tiny", image=16, clients=12, work=("w2", "w3-8"), lanes=(1, 4), repeats=2
         )
+    divide_cpu(max(o.devices))
     tune_host(report.speed())
     table = [row for work in o.work for row in measure(work, o)]
     report.write("batch_shapes", o, table)

@@ -18,18 +18,31 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+# XLA's older way to compile element-wise loops takes half the time where nothing is optimised. A flag that XLA does not
+# know ends the process, so a newer one, in which it may be gone, does without.
+QUICK = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Programs of the default run are compiled without most optimisations, which takes less time; `slow` has them."""
-    if config.getoption("markexpr") == "not slow":
+    """Programs are compiled without most optimisations, which takes less time; the full-size models' have them."""
+    if config.getoption("markexpr") != "reference":
         os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for the processes that tests start
         jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
+        os.environ["XLA_FLAGS"] += f" {QUICK}"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forget_programs() -> Iterator[None]:
-    """The programs of a module are of no use to the next one, and a whole run of them takes 5 GB."""
-    yield
+def few_programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A step is compiled at two widths of a batch instead of four, but where widths are what is tested.
+
+    Afterwards a module's programs are forgotten: they are of no use to the next one, and a whole run of them takes 5 GB.
+    """
+    from fedsim import packing
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__.rpartition(".")[2] not in ("test_packing", "test_widths"):
+            patch.setattr(packing, "MOST_WIDTHS", 2)
+        yield
     jax.clear_caches()
 
 
@@ -65,13 +78,15 @@ def compile_once(compiled: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def environment(compiled: Path) -> dict[str, str]:
-    """For `fedsim` in a process of its own, as a user has it: one device, no strictness, nothing of the user's cache."""
+    """For `fedsim` in a process of its own, as a user has it: no strictness, nothing of the user's cache."""
     import fedsim
 
     package = Path(fedsim.__file__).parents[1]
     kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTEST_CURRENT_TEST", "COLUMNS")}
     path = os.pathsep.join([str(package), *filter(None, [kept.get("PYTHONPATH")])])
-    return {**kept, "PYTHONPATH": path, "FEDSIM_CACHE": str(compiled), "PYTHONUNBUFFERED": "1", "COLUMNS": "100"}
+    own = {"PYTHONPATH": path, "FEDSIM_CACHE": str(compiled), "PYTHONUNBUFFERED": "1", "COLUMNS": "100"}
+    quick = {"XLA_FLAGS": QUICK} if QUICK in os.environ["XLA_FLAGS"] else {}
+    return kept | own | quick
 
 
 @pytest.fixture(scope="session")

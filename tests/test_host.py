@@ -1,4 +1,4 @@
-"""The CPU as several devices; the clock of compilation counts every moment once."""
+"""The CPU as several devices, which share memory; the clock of compilation counts every moment once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fedsim import host
@@ -80,6 +81,24 @@ def test_devices_divide_a_cpu_and_a_resumed_run_has_as_many(
     )
     assert fresh(DIVIDED, *options.split(), "--rounds=2", "--devices=2", "--quiet", "--out=run") == ["2", "2"]
     assert fresh(RESUMED) == ["2"]
+
+
+def test_devices_of_a_cpu_share_what_is_kept() -> None:
+    devices = jax.devices("cpu")[:2]
+    everywhere = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(devices), ("d",)), jax.sharding.PartitionSpec())
+    strided = np.arange(2**18, dtype=np.float32).reshape(512, -1).T
+    values = host.aligned(strided)
+    np.testing.assert_array_equal(values, strided)
+    copies = [shard.data for shard in jax.device_put(values, everywhere).addressable_shards]
+    assert [copy.unsafe_buffer_pointer() for copy in copies] == 2 * [values.ctypes.data]
+    assert host.aligned(values) is values and host.aligned(few := np.ones(3)) is few
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (3, 7)])
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8, jnp.bfloat16])
+def test_zeros_lie_where_xla_takes_them(shape: tuple[int, ...], dtype: type) -> None:
+    made = host.zeros(shape, dtype)
+    assert (made.shape, made.dtype) == (shape, dtype) and made.ctypes.data % host.ALIGNMENT == 0 and not made.any()
 
 
 def test_a_cpu_that_the_user_has_divided_stays_so(tmp_path: Path, environment: dict[str, str]) -> None:

@@ -144,7 +144,8 @@ def test_auto_halves_the_lanes_until_the_program_fits(monkeypatch):
     ("sizes", "devices", "platform", "lanes"),
     [
         ([40] * 10, 1, "cpu", 5),  # two turns of five, not three of four
-        ([40] * 10, 2, "cpu", 5),
+        ([40] * 10, 2, "cpu", 1),  # of three lanes at most, two and three would stand idle in the last turn
+        ([40] * 12, 2, "cpu", 3),
         ([40] * 256, 1, "gpu", 256),
         ([40] * 257, 1, "gpu", 160),  # two turns of 160 lanes stand idle less than two of 256
         ([400, 8, 8, 8], 1, "cpu", 1),  # nothing beside the long one would be busy

@@ -63,7 +63,7 @@ def test_features_equal_those_of_padded_texts(name: str, pool: str, cuts: tuple[
     expected = np.asarray(jax.jit(model.prefix)(frozen, ids))
     assert len({length for _, length in lengths.batches(np.arange(200), features.FEATURE_BATCH, found)}) > 1
     for cut in (*cuts, model.cut):
-        h = features.run_stages(model, frozen, ids, 0, cut, found)
+        h = features.run_stages(model, frozen, ids, 0, cut, found, jax.local_devices()[:3])
         assert cut == model.cut or h["x"].shape[:2] == (200, 32), "no longer than the longest text"
         rest = features.run_stages(model, frozen, h, cut, model.cut, found) if cut < model.cut else h
         np.testing.assert_allclose(rest, expected, atol=1e-5)

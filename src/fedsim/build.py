@@ -91,7 +91,8 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
     Raises:
         ValueError: names the option, its value, the rule and the remedy.
     """
-    divide_cpu(None if speed is None else speed.devices)
+    if speed is not None:
+        divide_cpu(speed.devices)
     available = jax.local_device_count()
     if speed is not None and (speed.devices or 1) > available:
         raise ValueError(
@@ -269,7 +270,9 @@ def features(problem: Problem, model: peft.Model, frozen: dict[str, np.ndarray])
             continue
         below = max((c for k, c in cache if k == kind and c < cut), default=0)
         x = cache.get((kind, below), problem.dataset.x)
-        cache[kind, cut] = run_stages(model, frozen, x, below, cut, problem.texts)
+        cache[kind, cut] = run_stages(
+            model, frozen, x, below, cut, problem.texts, jax.local_devices()[: problem.speed.devices]
+        )
     return cache[kind, model.cut]
 
 

@@ -243,7 +243,7 @@ class Speed:
     lanes: int | Literal["auto"] = "auto"
     """Clients that train side by side on one device."""
     devices: int | None = None
-    """Local devices to use (default: all). A CPU is one device, or is divided into so many, which share its cores."""
+    """Local devices to use (default: all). A CPU is divided into so many, which share its cores (default: two)."""
     parallel: Literal["shard_map", "pmap"] = "shard_map"
     """How lanes are spread over devices."""
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from fedsim import lengths, peft, wire
 from fedsim.config import Config, Speed
+from fedsim.host import aligned, zeros
 from fedsim.lengths import Lengths
 
 CACHE_LIMIT = 2 * 2**30  # bytes of cached features that `cache="auto"` accepts
@@ -16,25 +21,55 @@ FEATURE_BATCH = 64
 
 
 def run_stages(
-    model: peft.Model, frozen: dict[str, np.ndarray], x: Any, start: int, stop: int, texts: Lengths | None = None
+    model: peft.Model,
+    frozen: dict[str, np.ndarray],
+    x: Any,
+    start: int,
+    stop: int,
+    texts: Lengths | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Any:
-    """Stages start..stop - 1 on every example of x (N, ...), in batches; host arrays, zero where a text has ended."""
-    held = jax.device_put(frozen)
-    run = jax.jit(lambda held, x: model.run(held, x, start, stop))
+    """Stages start..stop - 1 on every example of x (N, ...), in batches; host arrays, zero where a text has ended.
+
+    Args:
+        devices: of this process, over which a batch is split; default: its first.
+    """
+    mesh = Mesh(np.array(devices or jax.local_devices()[:1]), ("batch",))
+    everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("batch"))
+    run = jax.jit(
+        jax.shard_map(
+            lambda held, x: model.run(held, x, start, stop),
+            mesh=mesh,
+            in_specs=(P(), P("batch")),
+            out_specs=P("batch"),
+            check_vma=False,
+        )
+    )
+    held = jax.device_put(jax.tree.map(aligned, frozen), everywhere)
     texts = lengths.entering(texts, model, start)
     if texts is not None:
         x = texts.cut(x, texts.longest)
     count = jax.tree.leaves(x)[0].shape[0]
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
-    out = jax.tree.map(lambda a: np.zeros((count, *a.shape[1:]), a.dtype), jax.eval_shape(run, held, one))
-    for rows, length in lengths.batches(np.arange(count), FEATURE_BATCH, texts):
-        batch = np.pad(rows, (0, FEATURE_BATCH - len(rows)), mode="edge")  # one shape: the last batch repeats a row
+    size = -(-FEATURE_BATCH // mesh.size) * mesh.size
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((mesh.size, *a.shape[1:]), a.dtype), x)
+    out = jax.tree.map(lambda a: zeros((count, *a.shape[1:]), a.dtype), jax.eval_shape(run, held, one))
+    waiting: deque[tuple[np.ndarray, Any]] = deque()  # so that the host fetches one batch while the next is computed
+
+    def receive() -> None:
+        rows, part = waiting.popleft()
+        for whole, new in zip(jax.tree.leaves(out), jax.tree.leaves(jax.device_get(part)), strict=True):
+            whole[(rows, *(slice(n) for n in new.shape[1:]))] = new[: len(rows)]
+
+    for rows, length in lengths.batches(np.arange(count), size, texts):
+        batch = np.pad(rows, (0, size - len(rows)), mode="edge")  # one shape: the last batch repeats a row
         part = jax.tree.map(lambda a, batch=batch: a[batch], x)
         if texts is not None and length is not None:
             part = texts.cut(part, length)
-        part = jax.device_get(run(held, part))
-        for whole, new in zip(jax.tree.leaves(out), jax.tree.leaves(part), strict=True):
-            whole[(rows, *(slice(n) for n in new.shape[1:]))] = new[: len(rows)]
+        waiting.append((rows, run(held, jax.device_put(part, split))))
+        if len(waiting) > 1:
+            receive()
+    while waiting:
+        receive()
     return out
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
 
 from fedsim.config import Speed
 from fedsim.data.assets import cache_dir
 
+CPU_DEVICES = 2  # measured on two cores (docs/lanes.md); each holds backbone and examples
+ALIGNMENT, LARGE = 64, 2**16  # bytes
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -30,27 +34,58 @@ def tune_host(speed: Speed) -> None:
     divide_cpu(speed.devices)
     if speed.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
     if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def cpu_devices() -> int:
+    """As how many devices JAX shows the CPU if nothing else is said: two, where there are two cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(CPU_DEVICES, cores)
+
+
 def divide_cpu(devices: int | None) -> bool:
-    """Has JAX show the CPU as so many devices, each with lanes of its own, if JAX has not started yet.
+    """Has JAX show the CPU as several devices, each with lanes of its own, if JAX has not started yet.
 
     A program on one device waits for all cores at the end of every operation; two devices wait for each other once a
-    round (docs/lanes.md). Nothing is done where the user has divided the CPU already. Gives whether it was done.
+    round. Nothing is done where the user has divided the CPU already.
+
+    Args:
+        devices: how many; None for `cpu_devices`.
+
+    Returns:
+        Whether it was done.
     """
     divided = "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if devices is None or divided or jax.config.values["jax_num_cpu_devices"] != -1:
+    if divided or jax.config.values["jax_num_cpu_devices"] != -1:
         return False
     try:
-        jax.config.update("jax_num_cpu_devices", devices)
+        jax.config.update("jax_num_cpu_devices", devices or cpu_devices())
     except RuntimeError:  # JAX has started
         return False
     return True
+
+
+def zeros(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """Zeros from an address that XLA takes as it is: a CPU's devices then share this memory instead of copying it."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
+def aligned(array: Any) -> Any:
+    """A host array as `zeros` has it, copied where it lies elsewhere; small ones and arrays of JAX as they are."""
+    if not isinstance(array, np.ndarray) or array.nbytes < LARGE:
+        return array
+    if array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
+        return array
+    found = zeros(array.shape, array.dtype)
+    found[...] = array
+    return found
 
 
 class CompileClock:

@@ -123,7 +123,7 @@ def resume_job(directory: Path, *, quiet: bool = False) -> record.Run:
     from fedsim.host import divide_cpu
 
     stopped = processes.by_first(lambda: record.load(directory))
-    divide_cpu(stopped.speed.devices)
+    divide_cpu(stopped.speed.devices or stopped.about["device"]["count"])
     build.fetch_in_turn(stopped.config)
     problem = processes.each(lambda: build.problem(stopped.config, stopped.speed))
     done = simulate.run(resume=directory, quiet=quiet, problem=problem)

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from fedsim import packing, processes, wire
 from fedsim.core import Local, Passes, Reduce, Tree
 from fedsim.device_memory import Need, device_memory, free_memory, refuse_too_large
+from fedsim.host import aligned
 from fedsim.programs import (
     Clock,
     Programs,
@@ -100,7 +101,7 @@ class Lanes:
         self.parallel = parallel
         self.lanes, self.segment_steps, self.seed = lanes, segment_steps, seed
         self.rows, self.offsets = np.asarray(rows), np.asarray(offsets)
-        self.held, self.root = self.put((held, jax.random.key(seed)))
+        self.held, self.root = self.keep((held, jax.random.key(seed)))
         self.x, self.y = x, np.asarray(y, np.int32)
         size = sum(wire.array_bytes(leaf) for leaf in jax.tree.leaves(x))
         self.row_bytes = size // max(len(self.y), 1)
@@ -108,7 +109,7 @@ class Lanes:
             resident == "auto" and processes.all_true(size <= RESIDENT_SHARE * device_memory(self.own[0]))
         )
         if self.resident:
-            self.x, self.y = self.put((self.x, self.y))
+            self.x, self.y = self.keep((self.x, self.y))
         self.widths = widths
         self._programs: dict[Any, Programs] = {}
         self._reply_bytes: dict[Any, int] = {}
@@ -136,6 +137,10 @@ class Lanes:
     def put(self, tree: Tree) -> Tree:
         """Copies a tree to every device."""
         return processes.put(tree, self.everywhere)
+
+    def keep(self, tree: Tree) -> Tree:
+        """As `put`, for what nobody changes: where it can, a CPU's devices share one copy, the caller's."""
+        return self.put(jax.tree.map(aligned, tree) if self.devices[0].platform == "cpu" else tree)
 
     def split(self, tree: Tree) -> Tree:
         """Gives every device its block of arrays (D, ...)."""
@@ -285,7 +290,8 @@ def choose_lanes(
     work = packing.work_of(sizes, packing.steps_of(sizes, passes), passes)
     busy = int(work.spans.sum() // (work.spans.max(initial=1) * devices))
     cpu = platform == "cpu"
-    most = max(1, min(busy, (CONVOLUTION_LANES if convolutions else CPU_LANES) if cpu else ACCELERATOR_LANES))
+    share = CONVOLUTION_LANES if convolutions else -(-CPU_LANES // devices)  # host devices share the cores
+    most = max(1, min(busy, share if cpu else ACCELERATOR_LANES))
     tried = range(1, most + 1) if cpu else sorted({-(-most * k // 8) for k in range(4, 9)}, reverse=True)
     costs = {
         lanes: packing.cost(packing.pack(work, devices, lanes, widths or (passes.batch_size,))[1], lanes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 
@@ -58,6 +59,12 @@ def known(kind: str) -> Peak | None:
 def of(device: Any) -> Peak:
     """The published limits of a device, or those that it shows in a second of measuring."""
     return known(device.device_kind) or measured(device)
+
+
+def of_all(devices: Sequence[Any]) -> Peak:
+    """Of several devices of one kind together; those of a CPU share what one of them can reach alone."""
+    one, count = of(devices[0]), 1 if devices[0].platform == "cpu" else len(devices)
+    return one._replace(bfloat16=count * one.bfloat16, float32=count * one.float32, bandwidth=count * one.bandwidth)
 
 
 @functools.cache

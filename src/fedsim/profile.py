@@ -24,7 +24,7 @@ from fedsim import build, lengths, peaks, profile_report, record
 from fedsim.build import Phase, Problem
 from fedsim.config import Config, Speed, require_known
 from fedsim.features import use_cache
-from fedsim.host import divide_cpu, tune_host
+from fedsim.host import cpu_devices, divide_cpu, tune_host
 from fedsim.profile_round import apart, memory, pieces, run_round, throughput, tile_notes
 
 WORTH = 0.05  # a setting is recommended where it gains more than this
@@ -162,9 +162,9 @@ def profile(
         ValueError: as `build.check` and `parse_sweep`, before anything is measured.
     """
     asked = parse_sweep(sweep)
-    most = max(n or 1 for n in (speed.devices, *asked.get("devices", (1 if asked else 2,))))
-    if divide_cpu(most) and speed.devices is None and jax.default_backend() == "cpu":
-        speed = dataclasses.replace(speed, devices=1)  # what a run has that says nothing
+    usual, most = cpu_devices(), max(n or 1 for n in (speed.devices, *asked.get("devices", ())))
+    if most > usual and divide_cpu(most) and speed.devices is None and jax.default_backend() == "cpu":
+        speed = dataclasses.replace(speed, devices=usual)
     build.check(config, speed)
     tune_host(speed)
     problem = problem or build.problem(config, speed)

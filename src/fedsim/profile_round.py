@@ -116,18 +116,17 @@ def throughput(
     seconds = [busy + waiting for _, busy, waiting in rounds]
     steady, examples = statistics.median(seconds), sum(e.examples for e in cohort.done)
     rate = examples * now.counted.total / steady
-    peak = peaks.of(now.trainer.engine.devices[0])
-    devices = len(now.trainer.engine.devices)
+    devices = now.trainer.engine.devices
     return {
         "lanes": now.trainer.engine.lanes,
-        "devices": devices,
+        "devices": len(devices),
         "batch_size": phase.config.batch_size,
         "seconds": seconds,
         "waiting": [waiting for _, _, waiting in rounds],
         "clients_per_second": len(cohort.ids) / steady,
         "examples_per_second": examples / steady,
         "flops_per_second": rate,
-        "mfu": rate / (devices * peak.flops(problem.speed.precision)),
+        "mfu": rate / peaks.of_all(devices).flops(problem.speed.precision),
         "lane_occupancy": float(np.mean([e.occupancy[0] for e in cohort.done])),
         "row_occupancy": float(np.mean([e.occupancy[1] for e in cohort.done])),
         "examples": examples,

@@ -28,7 +28,7 @@ from fedsim.data.dataset import Source, stream
 from fedsim.data.show import draw as draw_partition
 from fedsim.device_memory import OutOfMemoryError, out_of_memory
 from fedsim.flops import Flops
-from fedsim.host import compile_clock, interruptible, tune_host
+from fedsim.host import compile_clock, divide_cpu, interruptible, tune_host
 from fedsim.memory import Memory, Table
 from fedsim.programs import key_for
 from fedsim.progress import Progress
@@ -65,6 +65,7 @@ def run(
                 "Expected resume alone; a resumed run takes config, speed and folder from what it resumes."
             )
         stopped = by_first(lambda: record.load(resume))
+        divide_cpu(stopped.speed.devices or stopped.about["device"]["count"])
         config, speed, directory = stopped.config, stopped.speed, stopped.directory
     else:
         config, speed = config or main_job(), speed or Speed()
