@@ -141,6 +141,16 @@ def test_an_unknown_device_is_measured() -> None:
     assert found.source == "measured" and min(found.bfloat16, found.float32, found.bandwidth) > 1e7
 
 
+def test_devices_of_a_cpu_share_its_peak() -> None:
+    devices = jax.devices("cpu")[:4]
+    whole, quarter = peaks.of(devices[0]), peaks.share(devices)
+    assert 4 * quarter.float32 == pytest.approx(whole.float32) and 4 * quarter.bandwidth == pytest.approx(
+        whole.bandwidth
+    )
+    gpus = [SimpleNamespace(device_kind="NVIDIA A100-SXM4-80GB", platform="gpu")] * 4
+    assert peaks.share(devices[:1]) == whole and peaks.share(gpus) == peaks.known("NVIDIA A100-SXM4-80GB")
+
+
 def test_utilisation_is_a_share_of_all_devices_peaks() -> None:
     def trainer(kind: str, count: int) -> Any:
         return SimpleNamespace(engine=SimpleNamespace(devices=[SimpleNamespace(device_kind=kind)] * count))

@@ -29,7 +29,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--out", help="where the trained parameters go after round JUDGED, .npz")
     parser.add_argument("--processes", type=int, default=1, help="pfl: processes that share a round's clients")
     parser.add_argument("--lanes", default="auto", help="fedsim: Speed.lanes")
-    parser.add_argument("--devices", type=int, default=1, help="fedsim: devices that the host is split into")
+    parser.add_argument("--devices", type=int, help="fedsim: devices that the host is divided into (default: as a run)")
     parser.add_argument("--free", action="store_true", help="wait for nobody: to try a script by hand")
     return parser.parse_args()
 

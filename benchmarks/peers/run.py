@@ -49,7 +49,7 @@ PEFT_ONLY = ("W2", "W3-4", "W3-8")
 
 SYSTEMS: dict[str, Kind] = {
     "fedsim": Kind("with_fedsim.py", None),
-    "fedsim-2": Kind("with_fedsim.py", None, ("--devices", "2")),
+    "fedsim-1": Kind("with_fedsim.py", None, ("--devices", "1")),
     "torch": Kind("with_torch.py", "torch"),
     "torch.func": Kind("with_torch_func.py", "torch", workloads=PEFT_ONLY),
     "pfl": Kind("with_pfl.py", "pfl"),

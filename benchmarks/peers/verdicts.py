@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 # batches with repeated examples (W1: 6 %). docs/peers.md has the spread from which it was set.
 TOLERANCE = 0.1
 BASE = "fedsim"
-OWN = (BASE, "fedsim-2")  # by itself, and with the host split into two devices, as pfl-2 has two processes
+OWN = (BASE, "fedsim-1")  # by itself, and with the host as one device
 
 Record = Mapping[str, Any]
 

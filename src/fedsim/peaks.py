@@ -61,10 +61,13 @@ def of(device: Any) -> Peak:
     return known(device.device_kind) or measured(device)
 
 
-def of_all(devices: Sequence[Any]) -> Peak:
-    """Of several devices of one kind together; those of a CPU share what one of them can reach alone."""
-    one, count = of(devices[0]), 1 if devices[0].platform == "cpu" else len(devices)
-    return one._replace(bfloat16=count * one.bfloat16, float32=count * one.float32, bandwidth=count * one.bandwidth)
+def share(devices: Sequence[Any]) -> Peak:
+    """Of each of these devices while all work: those of a CPU share what it can reach."""
+    one, count = of(devices[0]), len(devices)
+    if devices[0].platform != "cpu" or count == 1:
+        return one
+    limits = {name: getattr(one, name) / count for name in ("bfloat16", "float32", "bandwidth")}
+    return one._replace(name=f"{one.name}, one of {count} that share it", **limits)
 
 
 @functools.cache

@@ -178,7 +178,7 @@ def profile(
         engine = now.trainer.engine
         said("the pieces of a round")
         seconds, seen, halves = pieces(now, repeats)
-        limits = peaks.of(engine.devices[0])
+        limits = peaks.share(engine.devices)
         if trace:
             with jax.profiler.trace(str(out / "trace"), create_perfetto_trace=True):
                 run_round(now)

@@ -126,7 +126,7 @@ def throughput(
         "clients_per_second": len(cohort.ids) / steady,
         "examples_per_second": examples / steady,
         "flops_per_second": rate,
-        "mfu": rate / peaks.of_all(devices).flops(problem.speed.precision),
+        "mfu": rate / (len(devices) * peaks.share(devices).flops(problem.speed.precision)),
         "lane_occupancy": float(np.mean([e.occupancy[0] for e in cohort.done])),
         "row_occupancy": float(np.mean([e.occupancy[1] for e in cohort.done])),
         "examples": examples,
