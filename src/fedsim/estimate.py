@@ -34,7 +34,8 @@ class PhaseEstimate(NamedTuple):
     full: int  # bytes of one message of full fine-tuning
     steps: float  # local steps of a round, all clients together
     examples: float  # of a round
-    lanes: int
+    devices: int
+    lanes: int  # of each device
     occupancy: float  # of lanes
     row_occupancy: float
     flops: float  # of one example, forward and backward
@@ -83,7 +84,10 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
     memory = {
         "backbone": frozen * jnp.dtype(problem.speed.precision).itemsize // 4,
         "examples": _nbytes(dataset.x) if not cached else _rows(inner, config.batch_size, len(dataset.y)),
-        f"{lanes} lanes of trained parameters, gradients and optimizer": lanes * trained * (2 + adam),
+        f"{devices * lanes} lanes of trained parameters, gradients and optimizer": devices
+        * lanes
+        * trained
+        * (2 + adam),
     }
     return PhaseEstimate(
         phase=phase,
@@ -95,6 +99,7 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
         full=build.full_bytes(model),
         steps=float(np.mean([(p.count > 0).sum() for p in plans])),
         examples=float(np.mean([p.count.sum() for p in plans])),
+        devices=devices,
         lanes=lanes,
         occupancy=float(np.mean([p.occupancy[0] for p in plans])),
         row_occupancy=float(np.mean([p.occupancy[1] for p in plans])),
@@ -146,7 +151,7 @@ def print_estimate(problem: Problem, found: list[PhaseEstimate], flops_per_secon
         )
         print(
             f"  plan         {config.clients_per_round} clients, {e.steps:.0f} steps and {e.examples:.0f} examples a round; "
-            f"{e.lanes} lanes {e.occupancy:.0%} full, rows {e.row_occupancy:.0%}"
+            f"{'' if e.devices == 1 else f'{e.devices} devices x '}{e.lanes} lanes {e.occupancy:.0%} full, rows {e.row_occupancy:.0%}"
         )
         print(
             f"  one client   up {exact_size(e.up)}, down {exact_size(e.down)} a round; full fine-tuning {exact_size(e.full)}"
