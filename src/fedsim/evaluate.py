@@ -19,6 +19,8 @@ from fedsim.lengths import Lengths
 
 Predict = Callable[[Tree, Tree, Tree, Tree], Array]
 
+CPU_BATCH, ACCELERATOR_BATCH = 64, 256  # examples of a step; the first measured, the second a choice
+
 
 def classification_loss(
     apply: Callable[[Params, Tree, Tree], Array],
@@ -69,7 +71,7 @@ def counted(before: Counts, logits: Array, y: Array, mask: Array) -> Counts:
 
 
 def evaluator(
-    engine: Lanes, predict: Predict, rows: np.ndarray, batch: int, texts: Lengths | None = None
+    engine: Lanes, predict: Predict, rows: np.ndarray, batch: int | str = "auto", texts: Lengths | None = None
 ) -> Callable[[Tree], dict[str, float]]:
     """A function server -> metrics over these rows of the engine's examples (docs/evaluation.md defines them).
 
@@ -78,9 +80,12 @@ def evaluator(
     and added on the host in float64; counts are whole numbers.
 
     Args:
+        batch: examples of a step; "auto" as `Speed.eval_batch` says.
         texts: lengths of the engine's examples, where they are texts: one step is compiled for each bucket in use.
     """
     devices = len(engine.devices)
+    if isinstance(batch, str):
+        batch = CPU_BATCH if engine.devices[0].platform == "cpu" else ACCELERATOR_BATCH
     size = -(-min(batch, max(len(rows), 1)) // devices) * devices
     batches = lengths.batches(np.asarray(rows, np.int32), size, texts)
     index = [np.pad(part, (0, size - len(part))).reshape(devices, size // devices) for part, _ in batches]
