@@ -43,7 +43,7 @@ class Options:
     """Little, to see that it works; no timing worth reporting."""
 
 
-class Recorded(Exception):  # noqa: N818
+class Recorded(Exception):  # noqa: N818 - a signal, no error
     """Both first rounds are recorded: the rest of the run says nothing about its start."""
 
 

@@ -57,7 +57,8 @@ __all__ = sorted(_MODULE_OF)
 def _refuse_namesake() -> None:
     """An unrelated PyTorch simulator has the same import name; with both installed, either may be the one imported."""
     # A look at the folders: importlib.metadata takes 0.05 s to import.
-    found = [info for folder in sys.path for info in Path(folder).glob("fedsim-[0-9]*-info")]
+    names = ("fedsim-[0-9]*-info", "fedsim.egg-info")
+    found = [info for folder in sys.path for name in names for info in Path(folder).glob(name)]
     if not found:
         return
     other = found[0].stem.replace("-", " ")

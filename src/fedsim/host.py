@@ -20,7 +20,7 @@ import numpy as np
 from fedsim.config import Speed
 from fedsim.data.assets import cache_dir
 
-CPU_DEVICES = 2  # measured on two cores (docs/lanes.md); each holds backbone and examples
+CPU_DEVICES = 2  # measured on two cores (docs/lanes.md); they share backbone and examples
 ALIGNMENT, LARGE = 64, 2**16  # bytes
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
