@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from fedsim import host
+from fedsim.lanes import Lanes
 
 DIVIDED = """
 import sys
@@ -109,3 +110,11 @@ def test_a_cpu_that_the_user_has_divided_stays_so(tmp_path: Path, environment: d
             [sys.executable, "-c", code], env=environment | {name: value}, capture_output=True, text=True, check=True
         )
         assert done.stdout == "3\n"
+
+
+def test_an_engine_of_several_host_devices_holds_backbone_and_examples_once() -> None:
+    held, x = {"w": np.ones((256, 256), np.float32)}, np.ones((300, 64), np.float32)
+    engine = Lanes(held, x, np.zeros(300), np.arange(300), np.array([0, 150, 300]), seed=0, devices=2)
+    for kept in (engine.held["w"], engine.x):
+        first, second = (shard.data.unsafe_buffer_pointer() for shard in kept.addressable_shards)
+        assert first == second
