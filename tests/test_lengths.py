@@ -83,6 +83,19 @@ def test_only_axes_of_tokens_are_cut() -> None:
     assert pooled.cut(model.prefix(frozen, ids[:2]), 8).shape == (2, 32)
 
 
+def test_cutting_a_batch_traces_the_model_once_for_each_length() -> None:
+    """The features of a data set are cut batch by batch, and a trace takes as long as a batch."""
+    ids, _ = texts()
+    model, traced = peft.build("bert_tiny", 3, peft="head"), []
+    counting = model._replace(run=lambda *args: traced.append(args[-1]) or model.run(*args))
+    inside = lengths.entering(lengths.measure(ids, 0, 4), counting, 2)
+    assert inside is not None
+    h = model.run(peft.start(model, "random", 0)[1], ids[:2], 0, 2)
+    for length in (8, 16, 8, 8, 16):
+        inside.cut(h, length)
+    assert traced == [2, 2]
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Ids of short texts in a wide array; LoRA in the upper block of a tiny BERT."""

@@ -6,6 +6,7 @@ Padding is masked in attention and left out of the features, so cutting it chang
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -52,10 +53,13 @@ def entering(lengths: Lengths | None, model: Model, stage: int) -> Lengths | Non
     if lengths is None:
         return None
 
-    def cut(h: Any, length: int) -> Any:
+    @cache  # every batch is cut: a trace each would take longer than the batch
+    def shapes(length: int) -> Any:
         ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
-        shapes = jax.eval_shape(lambda held, x: model.run(held, x, 0, stage), model.frozen, ids)
-        return jax.tree.map(lambda a, s: a[(slice(None), *(slice(n) for n in s.shape[1:]))], h, shapes)
+        return jax.eval_shape(lambda held, x: model.run(held, x, 0, stage), model.frozen, ids)
+
+    def cut(h: Any, length: int) -> Any:
+        return jax.tree.map(lambda a, s: a[(slice(None), *(slice(n) for n in s.shape[1:]))], h, shapes(length))
 
     return lengths._replace(cut=cut)
 
