@@ -5,7 +5,8 @@
     python benchmarks/compare.py v0.1.0:benchmarks/results/lanes.json benchmarks/results/lanes.json
 
 A figure is every number, or list of repeats, in `results`. It moved where no repeat of the one lies within the repeats
-of the other; a figure without repeats has no spread, so nothing is said of it but its ratio. Needs no JAX.
+of the other; a figure without repeats has no spread, so nothing is said of it but its ratio. Also compared are two files
+of `experiments/client_count.py`, and two `profile.json` of `fedsim profile`. Needs no JAX.
 """
 
 from __future__ import annotations
@@ -22,6 +23,14 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 MACHINE = ("processor", "cores", "device", "platform", "python", "versions")
+ROWS = {
+    "batch_shapes": ("work", "devices", "lanes", "widths"),
+    "layers": ("backbone", "variant"),
+    "peers": ("workload", "system"),
+    "population": ("clients", "examples"),
+    "scaling": ("kind", "how", "devices", "processes"),
+}
+"""Benchmark -> what tells its rows apart, where they have no `name` and their first entry is not enough."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +74,32 @@ def read(place: str) -> dict[str, Any]:
         found = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"Expected {place} to hold JSON ({error}); give what a benchmark has written.") from None
-    if not isinstance(found, dict) or not {"benchmark", "results"} <= found.keys():
-        raise ValueError(f"Expected {place} to have `benchmark` and `results`; give what a benchmark has written.")
+    found = adopted(found) if isinstance(found, dict) else {}
+    if not {"benchmark", "results"} <= found.keys():
+        raise ValueError(
+            f"Expected {place} to have `benchmark` and `results`; give what a benchmark, experiments/client_count.py or "
+            "`fedsim profile` (its profile.json) has written."
+        )
+    return found
+
+
+def adopted(found: dict[str, Any]) -> dict[str, Any]:
+    """A file of `experiments/client_count.py` or of `fedsim profile` in the form of a benchmark's; any other as it is."""
+    if {"schema", "base", "sweep", "speed"} <= found.keys():
+        kept = ("base", "flops", "seconds", "apart", "memory", "steps", "sweep")
+        options = {**found["config"], **found["speed"], "phase": found["phase"]}
+        return {
+            **found,
+            "benchmark": "profile",
+            "options": options,
+            "results": {k: found[k] for k in kept if k in found},
+        }
+    cells = found.get("cells")
+    if found.keys() == {"cells"} and cells and all("population" in cell for cell in cells.values()):
+        about = (*MACHINE, "git", "processes")
+        first = next(iter(cells.values()))  # each cell says where it was measured; what differs is not looked for
+        results = {name: {k: v for k, v in cell.items() if k not in about} for name, cell in cells.items()}
+        return {k: first[k] for k in about if k in first} | {"benchmark": "client_count", "results": results}
     return found
 
 
@@ -88,24 +121,78 @@ def show(revision: str, path: str) -> str:
     raise ValueError(f"Expected commit {revision!r} to have {path}; {reason}.")
 
 
-def figures(tree: Any, name: str = "") -> Iterator[tuple[str, list[float]]]:
-    """Every number below `tree` as (path, repeats); rows of a list are named by `name` or by their first entry."""
+def figures(tree: Any, name: str = "", keys: Sequence[str] = ()) -> Iterator[tuple[str, list[float]]]:
+    """Every number below `tree` as (path, repeats).
+
+    Rows of a list are named by `name`, else by those of `keys` that they have, else by their first entry. Repeats may lie in
+    lists of lists, as rounds within repeats.
+    """
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from figures(value, f"{name} / {key}" if name else str(key))
+            yield from figures(value, joined(name, str(key)), keys)
     elif is_number(tree):
         yield name, [float(tree)]
     elif isinstance(tree, Sequence) and not isinstance(tree, str) and tree:
-        if all(is_number(v) for v in tree):
-            yield name, [float(v) for v in tree]
+        if (flat := numbers(tree)) is not None:
+            yield name, flat
             return
         for place, value in enumerate(tree):
             label = str(place)
             if isinstance(value, Mapping) and value:
-                key, first = next(iter(value.items()))
-                label = str(value["name"]) if "name" in value else f"{key} {first}"
-                value = {k: v for k, v in value.items() if k not in ("name", key)}
-            yield from figures(value, f"{name} / {label}" if name else label)
+                label, used = named(value, keys)
+                value = {k: v for k, v in value.items() if k not in used}
+            yield from figures(value, joined(name, label), keys)
+
+
+def named(row: Mapping[str, Any], keys: Sequence[str] = ()) -> tuple[str, Sequence[str]]:
+    """The label of a row, and the entries that it is made of."""
+    if "name" in row:
+        return str(row["name"]), ("name",)
+    used = [key for key in keys if key in row] or [next(iter(row))]
+    return ", ".join(f"{key} {plain(row[key])}" for key in used), used
+
+
+def plain(value: Any) -> str:
+    """A value within a label: lists and mappings as words."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{k} {plain(v)}" for k, v in value.items())
+    return " ".join(map(plain, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+
+
+def joined(name: str, more: str) -> str:
+    """A path one step further down."""
+    return f"{name} / {more}" if name else more
+
+
+def numbers(tree: Sequence[Any]) -> list[float] | None:
+    """All numbers of a list, or of lists within it; None where it holds anything else."""
+    found: list[float] = []
+    for value in tree:
+        if is_number(value):
+            found.append(float(value))
+        elif isinstance(value, Sequence) and not isinstance(value, str) and (below := numbers(value)) is not None:
+            found += below
+        else:
+            return None
+    return found
+
+
+def by_path(result: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The figures of a result by path; what `benchmarks/peers/run.py --fresh` writes of each start is one figure's repeats.
+
+    Raises:
+        ValueError: two figures have the same path.
+    """
+    found: dict[str, list[float]] = {}
+    keys = ROWS.get(result["benchmark"], ())
+    for path, repeats in figures(result["results"], keys=keys):
+        if path in found and result["benchmark"] != "peers":
+            raise ValueError(
+                f"Expected every figure of {result['benchmark']!r} to have a path of its own, but {path!r} is there twice; "
+                "give its rows a `name`, or add what tells them apart to ROWS in benchmarks/compare.py."
+            )
+        found.setdefault(path, []).extend(repeats)
+    return found
 
 
 def is_number(value: Any) -> bool:
@@ -117,14 +204,14 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[Row], 
     """The figures that both results have, in the order of the new one, and what else there is to know.
 
     Raises:
-        ValueError: results of two different benchmarks.
+        ValueError: results of two different benchmarks, or figures that cannot be told apart.
     """
     if old["benchmark"] != new["benchmark"]:
         raise ValueError(
             f"Expected two results of one benchmark, not of {old['benchmark']!r} and {new['benchmark']!r}; give the same "
             "file of two commits."
         )
-    before, after = dict(figures(old["results"])), dict(figures(new["results"]))
+    before, after = by_path(old), by_path(new)
     rows = []
     for name in (n for n in after if n in before):
         a, b = before[name], after[name]

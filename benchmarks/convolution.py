@@ -6,8 +6,8 @@
 W1: images of 28x28x1, 62 classes, all 1,206,590 parameters trained, clients of 20 to 100 examples, batch 20, SGD 0.1,
 one epoch. First the step alone in a compiled loop, with vmap over lanes: the convolution as XLA's (its gradients as JAX
 transposes them), as XLA's with the kernel's gradient over patches, as a matmul over patches. Then a round of the engine
-in the form that fedsim takes. Wall time and the process's CPU time, a client's step each; the least of the repeats,
-which are interleaved. On a machine that other work shares, compare CPU time.
+in the form that fedsim takes. Wall time and the process's CPU time, a client's step each. Repeats are interleaved and all
+of them written; the least of each is printed. On a machine that other work shares, compare CPU time.
 """
 
 from __future__ import annotations
@@ -110,18 +110,18 @@ def rounds(o: Options) -> tuple[dict[str, Callable[[], Any]], int]:
     return {f"round, {lanes} lanes": made(lanes) for lanes in o.lanes}, int(plan.steps_of(sizes, passes).sum())
 
 
-def least(variants: dict[str, tuple[Callable[[], Any], int]], repeats: int) -> dict[str, dict[str, float]]:
-    """For every variant of (function, client steps): least wall and CPU milliseconds a client's step."""
-    wall: dict[str, list[float]] = {name: [] for name in variants}
-    cpu: dict[str, list[float]] = {name: [] for name in variants}
+def measured(variants: dict[str, tuple[Callable[[], Any], int]], repeats: int) -> dict[str, dict[str, list[float]]]:
+    """For every variant of (function, client steps): wall and CPU milliseconds a client's step, of every repeat."""
+    found: dict[str, dict[str, list[float]]] = {name: {"wall_ms": [], "cpu_ms": []} for name in variants}
     for repeat in range(repeats + 1):
         for name, (run, steps) in variants.items():
             start, used = time.perf_counter(), time.process_time()
             jax.block_until_ready(run())
+            wall, cpu = time.perf_counter() - start, time.process_time() - used
             if repeat:  # the first one compiles
-                wall[name].append((time.perf_counter() - start) * 1e3 / steps)
-                cpu[name].append((time.process_time() - used) * 1e3 / steps)
-    return {name: {"wall_ms": min(wall[name]), "cpu_ms": min(cpu[name])} for name in variants}
+                found[name]["wall_ms"].append(wall * 1e3 / steps)
+                found[name]["cpu_ms"].append(cpu * 1e3 / steps)
+    return found
 
 
 def main(o: Options) -> None:
@@ -135,14 +135,14 @@ def main(o: Options) -> None:
         for lanes in o.lanes
         if o.xla or form == "matmul over patches" or (form != "xla" and lanes == 1)
     }
-    results = least(variants, o.repeats)
+    results = measured(variants, o.repeats)
     if o.rounds:
         engines, steps = rounds(o)
-        of_rounds = least({name: (run, steps) for name, run in engines.items()}, o.repeats)
-        results |= {name: {**r, "seconds": r["wall_ms"] * steps / 1e3} for name, r in of_rounds.items()}
+        of_rounds = measured({name: (run, steps) for name, run in engines.items()}, o.repeats)
+        results |= {name: {**r, "seconds": [ms * steps / 1e3 for ms in r["wall_ms"]]} for name, r in of_rounds.items()}
     for name, r in results.items():
-        print(f"{name:48} {r['wall_ms']:8.1f} ms wall {r['cpu_ms']:8.1f} ms CPU a client's step", end="")
-        print(f", {r['seconds']:6.2f} s a round" if "seconds" in r else "")
+        print(f"{name:48} {min(r['wall_ms']):8.1f} ms wall {min(r['cpu_ms']):8.1f} ms CPU a client's step", end="")
+        print(f", {min(r['seconds']):6.2f} s a round" if "seconds" in r else "")
     report.write("convolution", o, results)
 
 

@@ -1,4 +1,4 @@
-"""`benchmarks/compare.py`: which figures moved, what is refused, files as a commit has them."""
+"""`benchmarks/compare.py`: which figures moved, what is refused, files as a commit has them, no two figures of one path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compare.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "compare.py"
+COMMITTED = [*(ROOT / "benchmarks" / "results").glob("*.json"), ROOT / "experiments" / "results" / "client_count.json"]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,69 @@ def test_figures_are_found_wherever_they_lie(compare: ModuleType) -> None:
         "rows / clients 10 / bytes": [7.0],
         "rows / clients 10 / cohorts / 5 / plan": [3.0],
     }
+
+
+@pytest.mark.parametrize("file", sorted(COMMITTED), ids=lambda file: file.name)
+def test_every_figure_of_a_committed_file_has_a_path_of_its_own(compare: ModuleType, file: Path) -> None:
+    found = compare.read(str(file))
+    paths = [path for path, _ in compare.figures(found["results"], keys=compare.ROWS.get(found["benchmark"], ()))]
+    assert len(paths) > 3 and len(paths) == len(set(paths))
+    assert compare.by_path(found).keys() == set(paths)
+
+
+def test_rows_are_named_by_all_that_tells_them_apart(compare: ModuleType) -> None:
+    rows = [
+        {"workload": "W1", "system": system, "repeats": [[s, s + 1]], "loss": s} for system, s in (("a", 1), ("b", 2))
+    ]
+    found = result(rows, benchmark="peers")
+    assert compare.by_path(found) == {
+        "workload W1, system a / repeats": [1, 2],  # of all rounds
+        "workload W1, system a / loss": [1],
+        "workload W1, system b / repeats": [2, 3],
+        "workload W1, system b / loss": [2],
+    }
+    again = result([rows[0], rows[0] | {"loss": 3}], benchmark="peers")  # started twice
+    assert compare.by_path(again)["workload W1, system a / loss"] == [1, 3]
+    shapes = [{"work": "w2", "lanes": 4, "widths": widths, "seconds": [1.0]} for widths in ([8], [0, 8])]
+    assert list(compare.by_path(result(shapes, benchmark="batch_shapes"))) == [
+        "work w2, lanes 4, widths 8 / seconds",
+        "work w2, lanes 4, widths 0 8 / seconds",
+    ]
+
+
+def test_figures_that_cannot_be_told_apart_are_refused(compare: ModuleType) -> None:
+    unclear = result([{"work": "a", "lanes": 1, "seconds": 1}, {"work": "a", "lanes": 2, "seconds": 2}])
+    with pytest.raises(ValueError, match=r"'work a / lanes' is there twice; give its rows a `name`"):
+        compare.compare(unclear, unclear)
+
+
+def test_client_count_and_profiles_are_compared(compare: ModuleType, tmp_path: Path) -> None:
+    def read(content: object) -> dict:
+        (tmp_path / "file.json").write_text(json.dumps(content))
+        return compare.read(str(tmp_path / "file.json"))
+
+    cell = {"population": 10, "seconds": 0.5, "git": {"commit": "a"}, "versions": {"jax": "1"}, "processes": 1}
+    found = read({"cells": {"perceptron / 5 / 10": cell}})
+    assert (found["benchmark"], found["git"], found["versions"]) == ("client_count", {"commit": "a"}, {"jax": "1"})
+    assert list(compare.by_path(found)) == ["perceptron / 5 / 10 / population", "perceptron / 5 / 10 / seconds"]
+
+    profile = {
+        "schema": 1,
+        "python": "3",
+        "config": {"lr": 1.0},
+        "speed": {"lanes": 2},
+        "phase": "peft",
+        "peak": {"x": 1},
+    }
+    profile |= {"base": {"seconds": [1.0, 2.0]}, "sweep": [{"changes": {"lanes": n}, "seconds": [n]} for n in (1, 2)]}
+    found = read(profile)
+    assert compare.by_path(found) == {
+        "base / seconds": [1, 2],
+        "sweep / changes lanes 1 / seconds": [1],
+        "sweep / changes lanes 2 / seconds": [2],
+    }
+    _, notes = compare.compare(found, read(profile | {"speed": {"lanes": 4}}))
+    assert notes == ["not the same work, options differ: lanes 2 -> 4"]
 
 
 def test_a_figure_moved_only_beyond_the_spread_of_both(compare: ModuleType) -> None:
