@@ -1,9 +1,11 @@
-"""Every round's programs lower for a TPU where there is none, and hold no call back to the host."""
+"""Every round's programs lower for a TPU where there is none, hold no call back to the host and no float64."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +14,24 @@ import optax
 import pytest
 from jax import export
 
-from fedsim import peft, testing
+from fedsim import features, peft, precision, testing
 from fedsim.algorithms import ALGORITHMS
+from fedsim.backbones import BACKBONES, Row
+from fedsim.backbones.resnet import Resnet, ResnetConfig
 from fedsim.cohort import Cohort
 from fedsim.core import Passes, mean
 from fedsim.device_memory import Need
-from fedsim.evaluate import classification_loss
+from fedsim.evaluate import classification_loss, evaluator
 from fedsim.lanes import Lanes
 from fedsim.local import fit
 from fedsim.memory import Memory
 from fedsim.programs import key_for
 
-KINDS = ("head", "bias", "norm", "lora", "adapter", "prompt", "prefix", "ia3", "full")
 QUICK = ("fed_prox", "fed_sa_lora", "ia3")  # in every run of the tests; the others lower in the slow ones
+SHAPES = {"image": (16, 16, 3), "text": (8,)}  # of an example
+PRODUCT = re.compile(r"stablehlo\.dot_general .*: \(tensor<(\S+)>, tensor<(\S+)>\) -> ")
+
+Texts = dict[str, str]  # program -> its lowered text
 
 
 def some(names: Iterable[str]) -> list[Any]:
@@ -32,63 +39,137 @@ def some(names: Iterable[str]) -> list[Any]:
     return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
 
 
-def lower(program: Any, *args: Any) -> Any:
-    """Lowers a jitted program for TPU; gives zeros in the shapes of its results, so that nothing is compiled.
+def lower(program: Any, *args: Any, **static: Any) -> str:
+    """The text of a jitted program, lowered for TPU; nothing is compiled.
 
     Raises:
-        AssertionError: the program calls back to the host.
+        AssertionError: the program calls back to the host, or computes in float64.
     """
-    text = export.export(program, platforms=["tpu"])(*args).mlir_module()
+    text = export.export(program, platforms=["tpu"])(*args, **static).mlir_module()
     assert "callback" not in text
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(program, *args))
+    assert "f64" not in text
+    return text
 
 
-def lowering(engine: Lanes, done: list[str]) -> None:
-    """Makes an engine lower its programs instead of compiling and running them."""
-    made = engine.programs
+def zeros(shapes: Any) -> Any:
+    """Arrays in these shapes, from the host: `jnp.zeros` would compile a program for each."""
+    return jax.tree.map(lambda s: jnp.asarray(np.zeros(s.shape, s.dtype)), shapes)
+
+
+def lowering(engine: Lanes) -> Texts:
+    """Makes an engine lower its programs instead of compiling and running them; what they are, once it has."""
+    made, texts = engine.programs, {}
 
     def programs(*args: Any) -> Any:
         real = made(*args)
 
         def call(name: str) -> Callable[..., Any]:
             def run(*arguments: Any) -> Any:
-                done.append(name)
-                return lower(getattr(real, name), *arguments)
+                program = getattr(real, name)
+                texts[name] = lower(program, *arguments)
+                return zeros(jax.eval_shape(program, *arguments))
 
             return run
 
         return real._replace(begin=call("begin"), segment=call("segment"), end=call("end"))
 
     vars(engine).update(programs=programs, _compiled=lambda programs, *_: (programs, Need(0, 0)))
+    return texts
 
 
 @pytest.mark.parametrize("name", some(sorted(ALGORITHMS)))
 def test_an_algorithms_programs_lower_for_tpu(name: str) -> None:
-    make, done = ALGORITHMS[name], []
+    make = ALGORITHMS[name]
     engine = testing.engine(testing.tiny_problem())
     algorithm = make(testing.suited(make))
-    server = engine.put(algorithm.init(key_for(engine.root, "init"), engine.held))
+    server = engine.put(zeros(jax.eval_shape(algorithm.init, key_for(engine.root, "init"), engine.held)))
     memory = Memory(algorithm.memory, engine.held)
-    lowering(engine, done)
+    texts = lowering(engine)
     cohort = Cohort(engine, np.array(testing.COHORT), 1, memory, lr=0.1)
     algorithm.round(key_for(engine.root, "server", 1), engine.held, server, cohort)
-    assert {"begin", "segment", "end"} <= set(done)
+    assert {"begin", "segment", "end"} <= set(texts)
 
 
-@pytest.mark.parametrize("kind", some(KINDS))
-def test_a_peft_kinds_programs_lower_for_tpu(kind: str) -> None:
-    rng, done = np.random.default_rng(0), []
-    model = peft.build("vit_tiny", 3, peft=kind)
-    params, frozen = peft.start(model, "random", 0)
-    x = rng.integers(0, 256, (12, 16, 16, 3)).astype(np.uint8)
+class Case(NamedTuple):
+    """A model to train, every leaf zero: a program does not depend on values."""
+
+    model: peft.Model
+    params: peft.Leaves
+    engine: Lanes  # twelve examples of two clients
+
+
+def case(backbone: str, kind: str, precise: str = "float32", remat: str = "none") -> Case:
+    shape = SHAPES[BACKBONES[backbone].kind]
+    model = precision.computed(peft.build(backbone, 3, input_shape=shape, peft=kind), precise, remat)
+    params, frozen = (
+        {k: np.zeros(s.shape, s.dtype) for k, s in part.items()} for part in (model.trained, model.frozen)
+    )
+    x = np.zeros((12, *shape), np.uint8 if len(shape) == 3 else np.int32)
     rows, offsets = np.arange(12, dtype=np.int32), np.array([0, 4, 12])
-    engine = Lanes(frozen, x, np.arange(12) % 3, rows, offsets, lanes=2, devices=1, segment_steps=2)
+    held = precision.held(frozen, precise)
+    engine = Lanes(held, x, np.arange(12) % 3, rows, offsets, lanes=2, devices=1, segment_steps=2)
+    return Case(model, engine.put(params), engine)
+
+
+def exchange(case: Case) -> Texts:
+    """The programs of plain training, lowered."""
     passes = Passes(epochs=1, batch_size=4)
-    local = fit(classification_loss(model.apply), optax.sgd, lambda client: client.lr, passes)
-    lowering(engine, done)
-    cohort = Cohort(engine, np.arange(2), 1, Memory(lambda key, held: (), engine.held), lr=0.1)
-    cohort.exchange(engine.put(params), local, mean())
-    assert {"begin", "segment", "end"} <= set(done)
+    local = fit(classification_loss(case.model.apply), optax.sgd, lambda client: client.lr, passes)
+    texts = lowering(case.engine)
+    cohort = Cohort(case.engine, np.arange(2), 1, Memory(lambda key, held: (), case.engine.held), lr=0.1)
+    cohort.exchange(case.params, local, mean())
+    assert {"begin", "segment", "end"} <= set(texts)
+    return texts
+
+
+@pytest.mark.parametrize("kind", some(sorted(peft.KINDS)))
+def test_a_peft_kinds_programs_lower_for_tpu(kind: str) -> None:
+    exchange(case("vit_tiny", kind))
+
+
+def test_a_text_models_programs_lower_for_tpu() -> None:
+    exchange(case("bert_tiny", "lora"))
+
+
+def test_a_convolutional_models_programs_lower_for_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients train whole kernels; XLA's own convolution is taken, not what stands in for it on a CPU."""
+    small = Row("image", Resnet, ResnetConfig(depths=(1, 1), stem=8, width=8))
+    monkeypatch.setitem(BACKBONES, "small", small)
+    assert "stablehlo.convolution" in exchange(case("small", "full"))["segment"]
+
+
+def test_bfloat16_and_rematerialised_blocks_lower_for_tpu() -> None:
+    """Products with frozen kernels, forward and backward, take bfloat16 on both sides; some is computed again."""
+    this = case("vit_tiny", "lora", "bfloat16", "dots")
+    text = exchange(this)["segment"]
+    kernels = {"x".join(map(str, s.shape)) for s in this.model.frozen.values() if len(s.shape) == 2}
+    products = [[side.rpartition("x") for side in sides] for sides in PRODUCT.findall(text)]
+    frozen = [{kind for _, _, kind in sides} for sides in products if any(shape in kernels for shape, _, _ in sides)]
+    assert len(frozen) > 2 * 6  # four of attention and two of the MLP in each of two blocks, and their gradients
+    assert frozen == [{"bf16"}] * len(frozen)
+    assert "optimization_barrier" in text, "what keeps XLA from computing once what is to be computed again"
+
+
+def test_evaluation_and_frozen_stages_lower_for_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs that `evaluator` and `run_stages` make by themselves."""
+    model, params, engine = case("vit_tiny", "head")
+    jit, texts = jax.jit, []
+
+    def lowering_jit(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        program = jit(fn, **options)
+
+        def run(*args: Any, **static: Any) -> Any:
+            if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(args)):  # its shapes are asked for
+                return program(*args, **static)
+            texts.append(lower(program, *args, **static))
+            return zeros(jax.eval_shape(partial(program, **static), *args))
+
+        return run
+
+    monkeypatch.setattr(jax, "jit", lowering_jit)
+    evaluator(engine, lambda held, server, memory, x: model.apply(server, held, x), np.arange(12))(params)
+    features.run_stages(model, jax.device_get(engine.held), np.asarray(engine.x), 0, model.cut)
+    assert len(texts) == 2 and all("dot_general" in text for text in texts)
 
 
 def test_a_call_back_to_the_host_would_be_noticed() -> None:
