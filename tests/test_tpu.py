@@ -127,10 +127,12 @@ def test_a_peft_kinds_programs_lower_for_tpu(kind: str) -> None:
     exchange(case("vit_tiny", kind))
 
 
+@pytest.mark.slow
 def test_a_text_models_programs_lower_for_tpu() -> None:
     exchange(case("bert_tiny", "lora"))
 
 
+@pytest.mark.slow
 def test_a_convolutional_models_programs_lower_for_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients train whole kernels; XLA's own convolution is taken, not what stands in for it on a CPU."""
     small = Row("image", Resnet, ResnetConfig(depths=(1, 1), stem=8, width=8))
