@@ -37,16 +37,32 @@ def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict
     return seconds
 
 
-def write(name: str, options: Any, results: Any, more: Mapping[str, Any] | None = None) -> Path:
-    """Writes `results/NAME.json` (`NAME-small.json` of a small run) with machine, versions, commit and load."""
+def place(name: str, options: Any) -> Path:
+    """`results/NAME.json`, or `NAME-small.json` of a small run."""
     small = "-small" if getattr(options, "small", False) else ""
-    file = RESULTS / f"{name}{small}.json"
+    return RESULTS / f"{name}{small}.json"
+
+
+def write(
+    name: str,
+    options: Any,
+    results: Any,
+    more: Mapping[str, Any] | None = None,
+    machine: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes `place(name, options)` with machine, versions, commit and load.
+
+    Args:
+        more: further entries beside `results`.
+        machine: `record.machine()` of the process that measured; default: of this one, which then opens its devices.
+    """
+    file = place(name, options)
     content = {
         "benchmark": name,
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "options": dataclasses.asdict(options),
-        **record.machine(),
+        **(machine or record.machine()),
         "processor": processor(),
         "cores": os.cpu_count(),
         "load": os.getloadavg(),
