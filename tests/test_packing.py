@@ -102,6 +102,38 @@ def test_no_other_widths_of_that_number_compute_fewer_rows(sizes: list[int], bat
         assert best[k] - best[k + 1] < packing.WORTH * best[k], "a further one would have been worth it"
 
 
+@given(SIZES.filter(any), st.integers(1, 12), st.sampled_from([2, 4, 8]))
+@LAW
+def test_widths_that_are_multiples_compute_the_fewest_rows_of_their_kind(
+    sizes: list[int], batch: int, multiple: int
+) -> None:
+    """Every width but the whole batch is a multiple; no others of that kind and number compute fewer rows."""
+    n, passes = np.array([s for s in sizes if s]), Passes(batch_size=batch)
+    found = packing.choose_widths(n, passes, multiple)
+    assert all(width % multiple == 0 or width == batch for width in found)
+    assert found[-1] >= min(batch, int(n.max()))
+    narrow = range(multiple, found[-1], multiple)
+    others = itertools.combinations(narrow, max(len(found) - 2, 0))
+    assert rows_computed(n, passes, found) == min(rows_computed(n, passes, (0, *some, found[-1])) for some in others)
+
+
+@pytest.mark.parametrize(
+    ("clients", "devices", "multiple"),
+    [(100, 1, 1), (100, 8, 1), (8, 1, 1), (7, 1, 2), (4, 1, 2), (3, 1, 4), (1, 1, 8), (0, 1, 8), (20, 8, 4)],
+)
+def test_few_clients_of_an_accelerator_have_widths_that_fill_tiles(clients: int, devices: int, multiple: int) -> None:
+    for platform in ("tpu", "gpu"):
+        assert packing.width_multiple(clients, devices, platform) == multiple
+    assert packing.width_multiple(clients, devices, "cpu") == 1
+
+
+def test_rows_that_are_padded_cost_what_is_computed() -> None:
+    width = np.array([[3, 8, 0], [5, 5, 5]])  # two devices, three steps
+    assert packing.cost(width, 3) == 45 + 3 * packing.STEP_ROWS
+    assert packing.cost(width, 3, tile=8) == 48 + 3 * packing.STEP_ROWS
+    assert packing.cost(width, 8, tile=8) == packing.cost(width, 8)
+
+
 @pytest.mark.parametrize(
     ("sizes", "passes", "widths"),
     [

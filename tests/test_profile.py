@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from fedsim import build, peaks, profile, profile_report, profile_round, simulate
+from fedsim import plan as planning
 from fedsim.config import Config, Speed
+from fedsim.core import Passes
 
 
 @pytest.fixture
@@ -111,6 +113,15 @@ def test_shapes_that_a_tpu_pads_are_named() -> None:
     assert profile_round.tile_notes(model(256), 16) == []
     notes = profile_round.tile_notes(model(192), 12)
     assert "12 rows" in notes[0] and "192" in notes[1]
+    assert "9, 15 rows" in profile_round.tile_notes(model(256), 9, 15, 24)[0]
+
+
+def test_every_width_of_a_plan_is_looked_at() -> None:
+    """Three lanes of full, narrow and empty steps; 24 rows fill tiles, 9 do not."""
+    sizes, passes = np.array([11, 11, 11, 0]), Passes(1, None, 8)
+    rows, offsets = np.arange(33, dtype=np.int32), np.concatenate([[0], np.cumsum(sizes)])
+    plan = planning.make(np.arange(4), rows, offsets, passes, 0, 1, 1, 3, widths=(0, 3, 8))
+    assert profile_round.step_rows([plan]) == [9, 24]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Narrow steps: as many columns of a batch as the lanes need give what whole batches give."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ import pytest
 from fedsim import augment, packing
 from fedsim.algorithms import ALGORITHMS
 from fedsim.core import Algorithm, Local, Passes, mean
+from fedsim.lanes import Lanes, choose_lanes
+from fedsim.local import fit
 from fedsim.testing import SIZES, run, same, tiny_problem, tiny_task
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -38,6 +42,46 @@ def test_widths_are_chosen_by_the_population():
     programs = list(done[0].engine._programs.values())
     assert [p.widths for p in programs] == [packing.choose_widths(np.array(SIZES), Passes(1, None, 8))]
     assert len(programs[0].widths) > 2
+
+
+def test_few_clients_of_an_accelerator_fill_tiles():
+    """Narrow steps of two or three lanes, at widths that an accelerator would pad otherwise; a CPU keeps its own."""
+    sizes, passes = np.array([9, 12, 17]), Passes(1, None, 8)
+    rows, offsets = np.arange(38, dtype=np.int32), np.concatenate([[0], np.cumsum(sizes)])
+    local = fit(tiny_task().loss, optax.sgd, lambda client: client.lr, passes)
+    params = {"kernel": jnp.zeros((6, 3)), "bias": jnp.zeros(3)}
+    problem = tiny_problem()
+    engine = Lanes(problem.held, problem.x[:38], problem.y[:38], rows, offsets, devices=1)
+
+    def widths() -> tuple[int, ...]:
+        return engine._widths_for(local, lambda key, held: (), params)
+
+    assert widths() == packing.choose_widths(sizes, passes) == (0, 1, 4, 8)
+    engine.devices = [SimpleNamespace(platform="tpu")]
+    assert widths() == packing.choose_widths(sizes, passes, 4) == (0, 4, 8)
+    assert choose_lanes(sizes, passes, 1, "tpu", widths()) == 2
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 8, 12, 16])
+@pytest.mark.parametrize("clients", [3, 12, 40, 100, 192])
+def test_lanes_of_an_accelerator_fill_tiles_where_that_costs_no_rows(clients, batch):
+    """No lanes that may be taken cost less, padding included; of about the same cost those that need none are taken."""
+    rng = np.random.default_rng(clients)
+    sizes = np.clip(np.round(9 * np.exp(0.9 * rng.normal(size=clients))), 2, 60).astype(int)
+    passes = Passes(1, None, batch)
+    widths = packing.choose_widths(sizes, passes, packing.width_multiple(clients, 1, "tpu"))
+    work = packing.work_of(sizes, packing.steps_of(sizes, passes), passes)
+
+    def cost(lanes: int) -> float:
+        return packing.cost(packing.pack(work, 1, lanes, widths)[1], lanes, packing.TILE)
+
+    found = choose_lanes(sizes, passes, 1, "tpu", widths)
+    most = int(work.spans.sum() // work.spans.max())
+    assert -(-most // 2) <= found <= most
+    for lanes in {-(-most * k // 8) for k in range(4, 9)}:
+        assert cost(found) <= 1.02 * cost(lanes)
+        if not any(lanes * width % 8 for width in widths) and cost(lanes) <= cost(found):
+            assert not any(found * width % 8 for width in widths), f"{lanes} lanes cost no more and fill tiles"
 
 
 def test_whole_batches_where_the_carry_depends_on_the_rows():

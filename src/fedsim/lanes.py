@@ -200,7 +200,8 @@ class Lanes:
     def _widths_for(self, local: Local, init_memory: Any, message: Tree) -> tuple[int, ...]:
         """The widths of this local's steps; the whole batch where its carry depends on the number of rows."""
         size = local.passes.batch_size
-        widths = self.widths or packing.choose_widths(np.diff(self.offsets), local.passes)
+        multiple = packing.width_multiple(self.population, len(self.devices), self.devices[0].platform)
+        widths = self.widths or packing.choose_widths(np.diff(self.offsets), local.passes, multiple)
         narrow = min(width or size for width in widths)
         common = (local, init_memory, message, self.held, *self.shapes, self.root)
         return widths if narrow == size or takes_rows(narrow, *common) else (size,)
@@ -281,7 +282,8 @@ def choose_lanes(
 
     Lanes beyond (total steps / steps of the longest client) stand idle at the end, so there are no more than that, and
     no more than the platform's most. On a CPU fewer are taken where they cost hardly more: they need less memory. On an
-    accelerator no fewer than half of the most are looked at, and of equally cheap numbers the largest is taken.
+    accelerator no fewer than half of the most are looked at, a step's rows count with what they are padded with, and of
+    numbers that cost about the same those that need no padding are taken: multiples of eight with any widths.
 
     Args:
         widths: as `packing.choose_widths` gives them; None for whole batches.
@@ -292,11 +294,13 @@ def choose_lanes(
     cpu = platform == "cpu"
     share = CONVOLUTION_LANES if convolutions else -(-CPU_LANES // devices)  # host devices share the cores
     most = max(1, min(busy, share if cpu else ACCELERATOR_LANES))
-    tried = range(1, most + 1) if cpu else sorted({-(-most * k // 8) for k in range(4, 9)}, reverse=True)
-    costs = {
-        lanes: packing.cost(packing.pack(work, devices, lanes, widths or (passes.batch_size,))[1], lanes)
-        for lanes in tried
-    }
+    tile, widths = packing.row_tile(platform), widths or (passes.batch_size,)
+    eighths = [-(-most * k // 8) for k in range(4, 9)]
+    tiled = [lanes // tile * tile for lanes in eighths]
+    tried = range(1, most + 1) if cpu else sorted({n for n in (*eighths, *tiled) if n >= eighths[0]})
+    costs = {lanes: packing.cost(packing.pack(work, devices, lanes, widths)[1], lanes, tile) for lanes in tried}
+    near = [lanes for lanes in tried if costs[lanes] <= (1 + FLAT) * min(costs.values())]
     if cpu:
-        return min(lanes for lanes in tried if costs[lanes] <= (1 + FLAT) * min(costs.values()))
-    return min(tried, key=lambda lanes: costs[lanes])
+        return min(near)
+    padded = {lanes: any(lanes * width % tile for width in widths) for lanes in near}
+    return min(near, key=lambda lanes: (padded[lanes], costs[lanes], -lanes))

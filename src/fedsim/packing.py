@@ -20,6 +20,7 @@ from fedsim.core import Passes
 STEP_ROWS = 2.0  # what a step costs beside its rows, in rows; from processor time on a CPU, docs/lanes.md
 WORTH = 0.04  # of all rows that a further width must save: it costs the compilation of another step
 MOST_WIDTHS = 4
+TILE = 8  # rows that an accelerator's matrix unit takes at a time (TPU: 8 x 128 numbers); what is beyond is padded
 
 
 class Places(NamedTuple):
@@ -59,11 +60,30 @@ def work_of(sizes: np.ndarray, steps: np.ndarray, passes: Passes) -> Work:
     return Work(spans, who, step, np.where(steps[who] > 0, count, 0))
 
 
-def choose_widths(sizes: np.ndarray, passes: Passes) -> tuple[int, ...]:
+def row_tile(platform: str) -> int:
+    """The rows, of all lanes together, that a step is padded to on this platform: 1 on a CPU, where none are."""
+    return 1 if platform == "cpu" else TILE
+
+
+def width_multiple(clients: int, devices: int, platform: str) -> int:
+    """Of what the widths should be multiples, so that the rows of the lanes' steps fill tiles.
+
+    1 on a CPU, and where eight lanes of a device can be busy: `lanes.choose_lanes` then takes a multiple of eight, with
+    which any width does. Of fewer clients the largest power of two that may be lanes is what divides the tile.
+    """
+    most = -(-clients // devices)
+    power = max(lanes for lanes in (1, 2, 4, TILE) if lanes <= max(most, 1))
+    return max(row_tile(platform) // power, 1)
+
+
+def choose_widths(sizes: np.ndarray, passes: Passes, multiple: int = 1) -> tuple[int, ...]:
     """Numbers of columns that a step may compute, ascending: for clients of these sizes, the ones that save most rows.
 
     (B,) where every batch is full. Else 0, for steps without any row, up to B, or less where no client fills a batch; each
     further width saves at least `WORTH` of the rows, were each client computed by itself.
+
+    Args:
+        multiple: of which every width but the whole batch is one.
     """
     size, sizes = passes.batch_size, sizes[sizes > 0]
     if passes.steps is not None or not len(sizes):
@@ -71,7 +91,7 @@ def choose_widths(sizes: np.ndarray, passes: Passes) -> tuple[int, ...]:
     full, short = np.divmod(sizes, size)
     often = np.bincount(short[short > 0], minlength=size + 1)  # (B + 1,): batches of that many rows
     often[size] = full.sum()
-    top = int(np.flatnonzero(often)[-1])
+    top = min(-(-int(np.flatnonzero(often)[-1]) // multiple) * multiple, size)
     upto = np.concatenate([[0], np.cumsum(often)])  # batches of fewer rows
     # best[w]: fewest rows to compute all batches of up to w rows, if w is a width and k narrower ones are.
     each = np.arange(size + 1)
@@ -80,11 +100,12 @@ def choose_widths(sizes: np.ndarray, passes: Passes) -> tuple[int, ...]:
     found = (int(best[top]), (top,))
     for _ in range(MOST_WIDTHS - 1):
         cost = best[:, None] + each[None] * (upto[1:][None] - upto[1:][:, None])  # (narrower, w)
-        cost = np.where(each[:, None] < each[None], cost, np.iinfo(np.int64).max)
+        narrower = (each % multiple == 0)[:, None] & (each[:, None] < each[None])
+        cost = np.where(narrower, cost, np.iinfo(np.int64).max)
         before = cost[1:].argmin(axis=0) + 1
-        before[:2] = 0
-        chosen = [(*chosen[before[w]], int(w)) if w > 1 else (int(w),) for w in each]
-        best = np.where(each > 1, cost[before, each], best)
+        before[: multiple + 1] = 0  # there is none narrower
+        chosen = [(*chosen[before[w]], int(w)) if w > multiple else (int(w),) for w in each]
+        best = np.where(each > multiple, cost[before, each], best)
         if found[0] - best[top] < WORTH * found[0]:
             break
         found = (int(best[top]), chosen[top])
@@ -178,6 +199,7 @@ def width_of(places: Places, work: Work, devices: int, widths: Sequence[int]) ->
     return np.where(rows < 0, 0, np.asarray(widths)[np.searchsorted(widths, rows)]).astype(np.int32)
 
 
-def cost(width: np.ndarray, lanes: int) -> float:
-    """What a plan costs on its slowest device, in rows; width (D, T)."""
-    return float((lanes * width + STEP_ROWS).sum(axis=1).max(initial=0.0))
+def cost(width: np.ndarray, lanes: int, tile: int = 1) -> float:
+    """What a plan costs on its slowest device, in rows, those of a step padded to a multiple of `tile`; width (D, T)."""
+    rows = -(-lanes * width // tile) * tile
+    return float((rows + STEP_ROWS).sum(axis=1).max(initial=0.0))

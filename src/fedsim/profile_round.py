@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedsim import features, host, lengths, peaks, peft, simulate, wire
+from fedsim import features, host, lengths, packing, peaks, peft, simulate, wire
 from fedsim import plan as planning
 from fedsim.build import Phase, Problem
 from fedsim.checkpoint import Checkpoints
@@ -275,8 +275,19 @@ def nbytes(tree: Any) -> int:
     return sum(wire.array_bytes(a) for a in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(a.dtype, keys))
 
 
-def tile_notes(model: Any, rows: int) -> list[str]:
-    """What a TPU would pad: its tiles hold 8 x 128 numbers, rows by columns."""
-    notes = [] if rows % 8 == 0 else [f"a step has {rows} rows in a device's lanes, no multiple of 8"]
+def step_rows(plans: Iterable[planning.Plan]) -> list[int]:
+    """Rows that a device's lanes compute in one step, ascending: a number for each width that the plans have."""
+    found = {(plan.rows.shape[2], width) for plan in plans for width in np.unique(plan.width).tolist()}
+    return sorted({lanes * width for lanes, width in found if width})
+
+
+def tile_notes(model: Any, *rows: int) -> list[str]:
+    """What a TPU would pad: its tiles hold 8 x 128 numbers, rows by columns.
+
+    Args:
+        rows: of a step in a device's lanes, as `step_rows` gives them.
+    """
+    odd = ", ".join(str(n) for n in rows if n % packing.TILE)
+    notes = [f"steps with {odd} rows in a device's lanes, no multiple of {packing.TILE}"] if odd else []
     widths = {s.shape[-1] for s in model.frozen.values() if len(s.shape) > 1 and s.shape[-1] % 128}
     return notes + ([f"frozen widths {', '.join(map(str, sorted(widths)))} are no multiples of 128"] if widths else [])
