@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ def test_the_error_says_needed_free_and_what_to_change() -> None:
     assert "2.00 GiB are free: lower --lanes to about 3, or" in str(caught.value)
     with pytest.raises(ValueError, match=r"one of 4 that share the machine.* lower batch_size=16, or take --remat"):
         refuse_too_large(Need(5 * GIB, GIB), GIB // 2, 8, 16, 4)
+    with pytest.raises(ValueError, match=r"needs more than its compiler accepts .* lower --lanes to about 4, or"):
+        refuse_too_large(Need(math.inf, GIB), GIB, 8, 16, 1)
 
 
 def test_host_devices_share_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +44,9 @@ def test_host_devices_share_what_is_available(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "memory.current").write_text("2500000\n")
     (tmp_path / "memory.stat").write_text("anon 7\ninactive_file 100000\n")
     assert available_memory() == 600_000, "a container's limit, of which cached files can be had back"
+    assert device_memory.device_memory(cpu) == 3_000_000, "which all devices share: examples lie there once"
     (tmp_path / "memory.max").write_text("max\n")
+    assert device_memory.device_memory(cpu) > 2**28
     assert available_memory() == 4000 * 1024
     meminfo.unlink()
     assert available_memory() > 2**28

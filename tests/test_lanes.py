@@ -1,5 +1,7 @@
 """The engine against a client-by-client loop, and its promises: nothing recompiles, nothing empty counts."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from fedsim import network, wire
 from fedsim.algorithms import ALGORITHMS
 from fedsim.cohort import Cohort
 from fedsim.core import Algorithm, Local, Passes, Reduce, by_examples, mean, stack, uniform
+from fedsim.device_memory import Need
 from fedsim.local import fit
 from fedsim.memory import Memory
 from fedsim.testing import (
@@ -140,6 +143,71 @@ def test_auto_halves_the_lanes_until_the_program_fits(monkeypatch):
             lanes_and_result(needs[1].lanes - 1, lanes)
 
 
+def test_lanes_are_halved_at_once_to_what_should_fit():
+    """Each try compiles a program, which takes minutes for a large one."""
+    assert lanes_module.halved(256, Need(1600, 0), 800.0) == 128
+    assert lanes_module.halved(256, Need(1600, 0), 120.0) == 16
+    assert lanes_module.halved(3, Need(1600, 0), 1.0) == 1
+    assert lanes_module.halved(256, Need(math.inf, 0), 120.0) == 128, "how much too large it is is not known"
+
+
+def test_fewer_lanes_take_longer_segments(monkeypatch):
+    """The steps of a segment follow from the lanes that fit, not from those that were tried first."""
+    problem, task = tiny_problem(), tiny_task(passes=Passes(1, 3, 4))
+    monkeypatch.setattr(lanes_module, "PREFETCH_BYTES", 8 * 4 * problem.x[0].nbytes)
+    monkeypatch.setattr(lanes_module, "free_memory", lambda device, sharing: 2**40)
+    wide = run(counting, problem, (COHORT,), task=task, lanes="auto", segment_steps="auto")[2][0].engine
+    compiled = lanes_module.Lanes._compiled
+
+    def too_large(self, programs, *more):
+        programs, need = compiled(self, programs, *more)
+        return programs, need if programs.lanes == 1 else need._replace(lanes=math.inf)
+
+    monkeypatch.setattr(lanes_module.Lanes, "_compiled", too_large)
+    narrow = run(counting, problem, (COHORT,), task=task, lanes="auto", segment_steps="auto")[2][0].engine
+    assert wide.lanes > 1 and wide.segment_steps == 8 // wide.lanes
+    assert (narrow.lanes, narrow.segment_steps) == (1, 8)
+
+
+@pytest.mark.parametrize("lanes", ["auto", 4])
+def test_a_compiler_that_refuses_is_a_program_that_does_not_fit(monkeypatch, lanes):
+    """A TPU's compiler knows the device's memory: here two lanes fit, more do not."""
+    make, tried = lanes_module.make_programs, []
+
+    class Segment:
+        def __init__(self, jitted, lanes):
+            self.jitted, self.lanes = jitted, lanes
+
+        def lower(self, *args):
+            tried.append(self.lanes)
+            self.lowered = self.jitted.lower(*args)
+            return self
+
+        def compile(self):
+            if self.lanes > 2:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.")
+            return self.lowered.compile()
+
+    def made(*args):
+        programs = make(*args)
+        return programs._replace(segment=Segment(programs.segment, programs.lanes))
+
+    monkeypatch.setattr(lanes_module, "make_programs", made)
+    monkeypatch.setattr(lanes_module, "choose_lanes", lambda *args, **options: 4)
+    if lanes == "auto":
+        assert run(counting, tiny_problem(), (COHORT,), lanes=lanes)[2][0].engine.lanes == 2
+        assert tried == [4, 2]
+    else:
+        with pytest.raises(ValueError, match=r"lanes=4 .* more than its compiler accepts .* lower --lanes to about 2"):
+            run(counting, tiny_problem(), (COHORT,), lanes=lanes)
+
+
+def test_an_engine_that_may_not_refuse_tries(monkeypatch):
+    """A test after the last round, where an error would lose the run."""
+    monkeypatch.setattr(lanes_module, "free_memory", lambda device, sharing: 0)
+    run(counting, tiny_problem(), (COHORT,), lanes=2, may_refuse=False)
+
+
 @pytest.mark.parametrize(
     ("sizes", "devices", "platform", "lanes"),
     [
@@ -166,6 +234,21 @@ def test_auto_lanes_of_convolutions_on_a_cpu():
     assert (few, many) == (lanes_module.CONVOLUTION_LANES, 4)
     assert lanes_module.own_convolutions({"kernel": jnp.zeros((3, 3, 1, 8)), "bias": jnp.zeros(8)})
     assert not lanes_module.own_convolutions({"lora_a": jnp.zeros((192, 4)), "head": jnp.zeros((192, 10))})
+
+
+def test_keys_of_another_round_and_exchange_are_others():
+    """Else augmentation would draw the same crops in all of them."""
+    sent = []
+    cohorts = run(counting, tiny_problem(), (COHORT, COHORT), sent=sent)[2]
+    held = cohorts[0].engine
+    again = Cohort(held, np.array(COHORT), 1, Memory(lambda key, held: jnp.zeros(()), held.held))
+    for _ in range(2):
+        again.exchange(*sent[0])
+    first, second, same, exchange = (
+        np.asarray(done.info.clients["key"]).tolist() for done in (*(c.done[0] for c in cohorts), *again.done)
+    )
+    assert same == first
+    assert len({*first, *second, *exchange}) == 3 * len(COHORT)
 
 
 def test_keys_depend_on_round_and_client_only():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,18 +20,22 @@ MEMORY = Path("/proc/meminfo")
 class Need(NamedTuple):
     """Bytes that a program takes on each device, by the compiler's own analysis."""
 
-    lanes: int
-    """Activations, batches, clients' parameters and optimizers."""
+    lanes: float
+    """Activations, batches, clients' parameters and optimizers; infinite where the compiler only says that it is too much."""
     there: int
     """Backbone and examples, which lie on the device already."""
 
 
 def device_memory(device: jax.Device) -> int:
-    """Bytes of the device's memory; on a CPU, all devices share the machine's."""
+    """Bytes of the device's memory; on a CPU those of the machine or the container, in which all its devices lie."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(total, int((GROUP / "memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return total
 
 
 def free_memory(device: jax.Device, sharing: int) -> int:
@@ -65,19 +70,29 @@ def available_memory() -> int:
 def refuse_too_large(need: Need, free: int, lanes: int, batch_size: int, devices: int) -> None:
     """Refuses a program that does not fit beside what lies on the device already.
 
+    Args:
+        devices: that share the machine's memory; 1 for an accelerator, which has its own.
+
     Raises:
         ValueError: how much is needed, how much there is, and which settings to change.
     """
     if need.lanes <= free:
         return
-    fewer = free * lanes // need.lanes  # all of it grows with the lanes
-    lower = f"lower --lanes to about {fewer}, or" if fewer else f"lower batch_size={batch_size}, or"
+    known = math.isfinite(need.lanes)
+    fewer = int(free * lanes // need.lanes) if known else lanes // 2  # all of it grows with the lanes
+    lower = f"lower --lanes to about {fewer}, or" if fewer > 0 else f"lower batch_size={batch_size}, or"
+    needs = size(int(need.lanes)) if known else "more than its compiler accepts"
     shared = f", one of {devices} that share the machine" if devices > 1 else ""
     raise ValueError(
         f"Expected lanes={lanes} with batch_size={batch_size} to fit into the memory of a device{shared}; a segment "
-        f"needs {size(need.lanes)} beside the {size(need.there)} of backbone and examples, and {size(max(free, 0))} are "
+        f"needs {needs} beside the {size(need.there)} of backbone and examples, and {size(max(free, 0))} are "
         f"free: {lower} take --remat blocks or --precision bfloat16."
     )
+
+
+def exhausted(error: Exception) -> bool:
+    """Whether a device's memory ran out, or would by its compiler's word."""
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 class OutOfMemoryError(Exception):
@@ -107,7 +122,7 @@ def out_of_memory(round: int, engine: Engine, batch_size: int) -> Iterator[None]
         return
     except jax.errors.JaxRuntimeError as error:
         # Of several processes, the others would wait for this one.
-        if "RESOURCE_EXHAUSTED" not in str(error) or engine.lanes == "auto" or jax.process_count() > 1:
+        if not exhausted(error) or engine.lanes == "auto" or jax.process_count() > 1:
             raise
         why = str(error).partition("\n")[0]
     if engine.lanes == 1:

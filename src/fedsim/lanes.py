@@ -11,6 +11,7 @@ device its own block, its own trip count, and no collective inside. The sums ove
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from fedsim import packing, processes, wire
 from fedsim.core import Local, Passes, Reduce, Tree
-from fedsim.device_memory import Need, device_memory, free_memory, refuse_too_large
+from fedsim.device_memory import Need, device_memory, exhausted, free_memory, refuse_too_large
 from fedsim.host import aligned
 from fedsim.programs import (
     Clock,
@@ -73,6 +74,7 @@ class Lanes:
             takes the first where they fit. The same programs run, so the results are equal bit for bit.
         widths: columns of a batch that a step may compute, ascending up to the batch size; None for those that the
             clients' sizes make worthwhile. Each further one compiles another step.
+        may_refuse: whether a program that should not fit by its own analysis is an error; else it is tried.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Lanes:
         segment_steps: int | str = "auto",
         resident: str = "auto",
         widths: tuple[int, ...] | None = None,
+        may_refuse: bool = True,
     ) -> None:
         self.devices = processes.devices(devices)
         self.own = [d for d in self.devices if d.process_index == jax.process_index()]
@@ -110,7 +113,7 @@ class Lanes:
         )
         if self.resident:
             self.x, self.y = self.keep((self.x, self.y))
-        self.widths = widths
+        self.widths, self.may_refuse = widths, may_refuse
         self._programs: dict[Any, Programs] = {}
         self._reply_bytes: dict[Any, int] = {}
         self._gather = self._spread(
@@ -175,26 +178,28 @@ class Lanes:
             reply, names = reply_shapes(local, init_memory, message, self.held, *self.shapes, self.root)
             widths = self._widths_for(local, init_memory, message)
 
-            def made(lanes: int) -> Programs:
+            def made(lanes: int) -> tuple[Programs, Need]:
                 steps = self.resolve_segment(lanes, local.passes.batch_size)
                 shardings, members = (self.everywhere, self.apart), len(sizes)
                 shapes = (reply, names, members, lanes, steps, widths)
-                return make_programs(self._spread, shardings, local, reduce, init_memory, message, *shapes)
+                programs = make_programs(self._spread, shardings, local, reduce, init_memory, message, *shapes)
+                return self._compiled(programs, local, init_memory, message, members)
 
-            free, asked = free_memory(self.own[0], len(self.own)), self.lanes
             platform, own = self.devices[0].platform, own_convolutions(wire.unwrap(reply))
+            sharing = len(self.own) if platform == "cpu" else 1  # host devices share the machine's memory
+            free, asked = free_memory(self.own[0], sharing), self.lanes
             lanes = (
                 choose_lanes(sizes, local.passes, len(self.devices), platform, widths, convolutions=own)
                 if asked == "auto"
                 else int(asked)
             )
-            programs, need = self._compiled(made(lanes), local, init_memory, message, len(sizes))
+            programs, need = made(lanes)
             while asked == "auto" and lanes > 1 and processes.any_true(need.lanes > MEMORY_SHARE * free):
-                lanes //= 2
-                programs, need = self._compiled(made(lanes), local, init_memory, message, len(sizes))
-            if not self._programs:  # later ones, as of a test at the end, do not stop a run that has gone so far
-                refuse_too_large(need, free, lanes, local.passes.batch_size, len(self.own))
-            self.lanes, self._programs[known] = lanes, programs
+                lanes = halved(lanes, need, MEMORY_SHARE * free)
+                programs, need = made(lanes)
+            if self.may_refuse and not self._programs:  # what fitted in a phase's first round may go on
+                refuse_too_large(need, free, lanes, local.passes.batch_size, sharing)
+            self.lanes, self.segment_steps, self._programs[known] = lanes, programs.steps, programs
         return self._programs[known]
 
     def _widths_for(self, local: Local, init_memory: Any, message: Tree) -> tuple[int, ...]:
@@ -240,12 +245,17 @@ class Lanes:
         x, y, at, trip = apart((x, y, at, array(jnp.int32)))
         common = (self.held, shared, own, cohort, clock, self.root)
         state = apart(jax.eval_shape(programs.begin, *common, x, y, at))
-        segment = programs.segment.lower(*common, state, x, y, at, trip).compile()
-        use = segment.memory_analysis()
         held = sum(wire.array_bytes(leaf) for leaf in jax.tree.leaves(self.held))
+        there = held + self.resident * self.row_bytes * len(self.y)
+        try:
+            segment = programs.segment.lower(*common, state, x, y, at, trip).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if not exhausted(error):
+                raise
+            return programs, Need(math.inf, there)  # a TPU's compiler knows the memory and refuses by itself
+        use = segment.memory_analysis()
         lanes = use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes
-        need = Need(lanes - use.alias_size_in_bytes - held, held + self.resident * self.row_bytes * len(self.y))
-        return programs._replace(segment=segment), need
+        return programs._replace(segment=segment), Need(lanes - use.alias_size_in_bytes - held, there)
 
     def reuse(self, lanes: int | str, segment_steps: int | str) -> None:
         """Takes what "auto" chose in an earlier process, so that a resumed run sums in the same order."""
@@ -254,14 +264,21 @@ class Lanes:
 
     def resolve_segment(self, lanes: int, batch_size: int) -> int:
         """Steps a segment: short where a step's batches are large, so that they fit beside the model."""
-        if self.segment_steps == "auto":
-            fit = PREFETCH_BYTES // max(lanes * batch_size * self.row_bytes, 1)
-            self.segment_steps = int(np.clip(fit, 1, 32))
-        return int(self.segment_steps)
+        if self.segment_steps != "auto":
+            return int(self.segment_steps)
+        return int(np.clip(PREFETCH_BYTES // max(lanes * batch_size * self.row_bytes, 1), 1, 32))
 
 
 def _structure(message: Tree) -> tuple[Any, Any]:
     return jax.tree.structure(message), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(message))
+
+
+def halved(lanes: int, need: Need, limit: float) -> int:
+    """The lanes halved until they should fit, since what they need grows with them: each try compiles a program."""
+    fewer = lanes // 2
+    while fewer > 1 and math.isfinite(need.lanes) and processes.any_true(need.lanes * fewer > limit * lanes):
+        fewer //= 2
+    return fewer
 
 
 def own_convolutions(trained: Tree) -> bool:

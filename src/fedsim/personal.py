@@ -99,8 +99,8 @@ def run(
     e = trainer.engine
     engine = Lanes(
         e.held, e.x if x is None else x, e.y, owned.rows, owned.offsets, seed=e.seed, devices=len(e.own), parallel=e.parallel,
-        resident="on" if e.resident else "off",
-    )  # fmt: skip
+        resident="on" if e.resident else "off", may_refuse=False,
+    )  # fmt: skip  # no refusal: the run is done, and its results would be lost
     cohort = Cohort(engine, ids, 1, memory)
     replies, _ = cohort.exchange(message, local, stack(lambda client, reply: jnp.ones(client.n.shape)))
     found = cohort.fetch(replies)

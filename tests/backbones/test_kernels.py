@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ def test_attention_weighs_bfloat16_in_float32() -> None:
     weights = [e for e in jax.make_jaxpr(low)(x).eqns if e.primitive.name == "exp"] or [
         e
         for call in jax.make_jaxpr(low)(x).eqns
-        for sub in jax.core.jaxprs_in_params(call.params)
+        for sub in jax.extend.core.jaxprs_in_params(call.params)
         for e in sub.eqns
         if e.primitive.name == "exp"
     ]
