@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import workloads
-from workloads import EPS, HEADS, IMAGE, LORA_SCALE, PATCH, WIDTH, Workload
+from workloads import EPS, LORA_SCALE, PATCH, Workload
 
 Params = Mapping[str, Any]
 Apply = Callable[[Params, Params, Any], Any]
@@ -25,7 +25,7 @@ def prepared(w: Workload, arrays: workloads.Arrays) -> workloads.Arrays:
     def one(name: str, value: np.ndarray) -> np.ndarray:
         if value.ndim == 4:
             value = value.transpose(2, 3, 1, 0)
-            return value.reshape(-1, WIDTH) if name.startswith("patch_embed") else value
+            return value.reshape(-1, value.shape[-1]) if name.startswith("patch_embed") else value
         if name == "dense.weight":  # torch flattens channels first
             return value.reshape(-1, 64, 12, 12).transpose(2, 3, 1, 0).reshape(-1, value.shape[0])
         return value.T if value.ndim == 2 and name.endswith(".weight") else value
@@ -72,9 +72,9 @@ def cnn(conv: Callable[[Any, Any], Any]) -> Apply:
     return apply
 
 
-def vit(depth: int) -> Apply:
+def vit(w: Workload) -> Apply:
     """The ViT with LoRA on queries and values."""
-    side = IMAGE // PATCH
+    side = w.image // PATCH
 
     def norm(p: Params, name: str, x: Any) -> Any:
         x = x - x.mean(axis=-1, keepdims=True)
@@ -87,7 +87,7 @@ def vit(depth: int) -> Apply:
         q, k, v = jnp.split(linear(p, f"{name}.qkv", x), 3, axis=-1)
         q = q + (x @ p[f"{name}.q_a"] * LORA_SCALE) @ p[f"{name}.q_b"]
         v = v + (x @ p[f"{name}.v_a"] * LORA_SCALE) @ p[f"{name}.v_b"]
-        q, k, v = (t.reshape(*t.shape[:-1], HEADS, -1) for t in (q, k, v))
+        q, k, v = (t.reshape(*t.shape[:-1], w.heads, -1) for t in (q, k, v))
         scores = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k))
         return linear(p, f"{name}.proj", jnp.einsum("bhqk,bkhd->bqhd", scores, v).reshape(x.shape))
 
@@ -96,9 +96,9 @@ def vit(depth: int) -> Apply:
         x = x.astype(jnp.float32) / 127.5 - 1
         x = x.reshape(x.shape[0], side, PATCH, side, PATCH, 3).transpose(0, 1, 3, 2, 4, 5)
         x = linear(p, "patch_embed.proj", x.reshape(x.shape[0], side * side, -1))
-        first = jnp.broadcast_to(p["cls_token"], (x.shape[0], 1, WIDTH))
+        first = jnp.broadcast_to(p["cls_token"], (x.shape[0], 1, w.width))
         x = jnp.concatenate([first, x], axis=1) + p["pos_embed"]
-        for i in range(depth):
+        for i in range(w.depth):
             name = f"blocks.{i}"
             x = x + attention(p, f"{name}.attn", norm(p, f"{name}.norm1", x))
             y = jax.nn.gelu(linear(p, f"{name}.mlp.fc1", norm(p, f"{name}.norm2", x)), approximate=False)
@@ -108,9 +108,15 @@ def vit(depth: int) -> Apply:
     return apply
 
 
+def divide_cpu(devices: int | None) -> None:
+    """Has JAX show the CPU as several devices; before JAX starts."""
+    if devices:
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
 def apply_of(w: Workload, conv: Callable[[Any, Any], Any] = lax_conv) -> Apply:
     """The workload's model."""
-    return cnn(conv) if w.model == "cnn" else vit(w.depth)
+    return cnn(conv) if w.model == "cnn" else vit(w)
 
 
 def weights(w: Workload) -> tuple[workloads.Arrays, workloads.Arrays]:

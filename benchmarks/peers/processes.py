@@ -21,6 +21,11 @@ from driver import MARK
 VARIABLE = "FEDSIM_PEERS_BENCHMARK"
 TICK, CORES = os.sysconf("SC_CLK_TCK"), os.cpu_count() or 1
 PROC = Path("/proc")
+# On a GPU the systems wait beside each other: none may take its memory in advance, as JAX does by default.
+JAX_OPTIONS = {
+    "cpu": {"JAX_PLATFORMS": "cpu"},
+    "gpu": {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+}
 
 
 class SystemFailedError(Exception):
@@ -42,12 +47,13 @@ def busy_seconds() -> float:
 class System:
     """One running system."""
 
-    def __init__(self, command: list[str], log: Path, folder: Path) -> None:
+    def __init__(self, command: list[str], log: Path, folder: Path, platform: str = "cpu") -> None:
         mark = uuid.uuid4().hex
         self._mark = f"{VARIABLE}={mark}".encode()
         self._used: dict[tuple[str, str], int] = {}  # (pid, start time) -> CPU ticks, ended processes included
         self._theirs: dict[tuple[str, str], bool] = {}
         self.peak_pss = 0.0  # MB
+        self.about: dict[str, Any] = {}  # what it says of itself when it is ready
         self.log = log
         self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._began = time.perf_counter()
@@ -59,7 +65,7 @@ class System:
             stderr=subprocess.STDOUT,
             text=True,
             cwd=folder,
-            env=environment | {VARIABLE: mark, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"},
+            env=environment | {VARIABLE: mark, "PYTHONUNBUFFERED": "1", **JAX_OPTIONS[platform]},
             start_new_session=True,
         )
         threading.Thread(target=self._read, daemon=True).start()
@@ -136,11 +142,11 @@ class System:
 
     def ready(self, patience: float) -> float:
         """Seconds from the start of the process until it was ready."""
-        self.wait("ready", patience)
+        self.about = {k: v for k, v in self.wait("ready", patience).items() if k != "event"}
         return time.perf_counter() - self._began
 
-    def round(self, patience: float) -> dict[str, float]:
-        """One round: its seconds, the system's CPU seconds, and the share of all cores that other processes took."""
+    def round(self, patience: float) -> dict[str, Any]:
+        """One round: its seconds, those of them in which JAX compiled (None without JAX), CPU seconds, others' share of cores."""
         assert self._process.stdin is not None
         own, busy, wall = self.cpu_seconds(), busy_seconds(), time.perf_counter()
         try:
@@ -148,10 +154,11 @@ class System:
             self._process.stdin.flush()
         except OSError:
             pass  # it has ended; `wait` says how
-        seconds = self.wait("round", patience)["seconds"]
+        said = self.wait("round", patience)
         wall, busy, own = time.perf_counter() - wall, busy_seconds() - busy, self.cpu_seconds() - own
         self._sample_memory()
-        return {"seconds": seconds, "cpu": own, "others": max(0.0, (busy - own) / (wall * CORES))}
+        found = {"seconds": said["seconds"], "compiling": said["compiling"], "cpu": own}
+        return found | {"others": max(0.0, (busy - own) / (wall * CORES))}
 
     def end(self) -> None:
         """Ends all of this system's processes."""

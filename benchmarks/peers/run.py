@@ -3,12 +3,15 @@
     python benchmarks/peers/run.py                                    # everything
     python benchmarks/peers/run.py --workloads W2 --systems fedsim torch flower --repeats 3
     python benchmarks/peers/run.py --small                            # to see that every system works
+    python benchmarks/peers/run.py --write-docs                       # docs/peers.md from what is kept, nothing measured
+    python benchmarks/peers/run.py --platform gpu                     # on a GPU, with workloads for one
 
 All systems of a workload are started one after another and run two rounds each, in which programs are compiled and actors
 started. Then repeats are interleaved: a repeat is `--rounds` rounds of every system in turn, while the others wait for
 leave, so that a drift of the machine hits all alike. After round 3 each hands in its parameters, and one judge computes the
 loss on examples that no client has; a system that learned something else is void. `--fresh` starts every system anew for
-each repeat instead, alone on the machine. Linux only. See docs/peers.md.
+each repeat instead, alone on the machine. Records of what is not asked for are kept; the table marks those that were not
+measured together with fedsim's. Linux only. See docs/peers.md.
 """
 
 from __future__ import annotations
@@ -17,12 +20,15 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import document
 import install
 import numpy as np
 import tyro
@@ -42,34 +48,45 @@ class Kind(NamedTuple):
     env: str | None
     """Its environment under .envs; None for the one that runs this."""
     more: tuple[str, ...] = ()
-    workloads: tuple[str, ...] = tuple(workloads.WORKLOADS)
+    models: tuple[str, ...] = ("cnn", "vit")
+    """The workloads' models that it runs."""
+    platforms: tuple[str, ...] = ("cpu", "gpu")
 
 
-PEFT_ONLY = ("W2", "W3-4", "W3-8")
-
+CPU, GPU, VIT = ("cpu",), ("gpu",), ("vit",)
+TWO = ("--devices", "2")
 SYSTEMS: dict[str, Kind] = {
     "fedsim": Kind("with_fedsim.py", None),
-    "fedsim-1": Kind("with_fedsim.py", None, ("--devices", "1")),
+    "fedsim-1": Kind("with_fedsim.py", None, ("--devices", "1"), platforms=CPU),
     "torch": Kind("with_torch.py", "torch"),
-    "torch.func": Kind("with_torch_func.py", "torch", workloads=PEFT_ONLY),
+    "torch.func": Kind("with_torch_func.py", "torch", models=VIT),
     "pfl": Kind("with_pfl.py", "pfl"),
     "pfl-2": Kind("with_pfl.py", "pfl", ("--processes", "2")),
-    "flower": Kind("with_flower.py", "flower"),
+    **{f"pfl-{n}": Kind("with_pfl.py", "pfl", ("--processes", str(n)), platforms=GPU) for n in (4, 8)},
+    "flower": Kind("with_flower.py", "flower", platforms=CPU),
+    **{
+        f"flower-{share}": Kind("with_flower.py", "flower", ("--gpu-share", str(share)), platforms=GPU)
+        for share in (1.0, 0.5, 0.25, 0.125)
+    },
     "fedjax": Kind("with_fedjax.py", "fedjax"),
     "drjax": Kind("with_drjax.py", "drjax"),
-    "padded-vmap": Kind("with_padded_vmap.py", None, workloads=PEFT_ONLY),
+    "drjax-2": Kind("with_drjax.py", "drjax", TWO, platforms=CPU),
+    "padded-vmap": Kind("with_padded_vmap.py", None, models=VIT),
+    "padded-vmap-2": Kind("with_padded_vmap.py", None, TWO, models=VIT, platforms=CPU),
 }
-PACKAGES = ("torch", "pfl", "flwr", "ray", "fedjax", "drjax", "jax", "jaxlib", "numpy")
+PACKAGES = ("fedsim-jax", "torch", "pfl", "flwr", "ray", "fedjax", "drjax", "jax", "jaxlib", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What is measured."""
 
-    workloads: tuple[str, ...] = tuple(workloads.WORKLOADS)
-    """Of W1, W2, W3-4, W3-8."""
-    systems: tuple[str, ...] = tuple(SYSTEMS)
-    """Which of them."""
+    workloads: tuple[str, ...] = ()
+    """Of W1, W2, W3-4, W3-8, W3-16, G-B-8, G-B-16, G-Ti-8 (default: those that begin with W; on a GPU with G)."""
+    systems: tuple[str, ...] = ()
+    """Which of them (default: all of the platform)."""
+    platform: Literal["cpu", "gpu"] = "cpu"
+    """Where the systems compute; results on a GPU are kept in a file of their own."""
     repeats: int = 5
     """Interleaved repeats."""
     rounds: int | None = None
@@ -84,12 +101,14 @@ class Options:
     """Seconds after which a start or a round is given up."""
     small: bool = False
     """A few clients and a ViT of one block; no timing worth reporting."""
+    write_docs: bool = False
+    """Measure nothing: write the tables of what is kept into docs/peers.md."""
 
 
 class Measured:
     """One start of a system, and its record."""
 
-    def __init__(self, name: str, workload: str, o: Options, folder: Path) -> None:
+    def __init__(self, name: str, workload: str, o: Options, folder: Path, made: Mapping[str, Any]) -> None:
         kind = SYSTEMS[name]
         self.o, self.out = o, folder / f"{name}-{workload}.npz"
         self.out.unlink(missing_ok=True)
@@ -105,11 +124,17 @@ class Measured:
             str(self.out),
             *kind.more,
         ]
-        command += ["--small"] * o.small + (["--lanes", o.lanes] if name.startswith("fedsim") else [])
+        command += (
+            ["--platform", o.platform]
+            + ["--small"] * o.small
+            + (["--lanes", o.lanes] if name.startswith("fedsim") else [])
+        )
         self.record: dict[str, Any] = {
             "workload": workload,
             "system": name,
-            "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            **made,
+            "versions": versions(kind.env),
+            "time": now(),
             "repeats": [],
             "others": [],
             "cpu": [],
@@ -117,16 +142,19 @@ class Measured:
             "error": None,
         }
         print(f"{workload} {name}: starting", flush=True)
-        self.system = System(command, folder / f"{name}-{workload}.log", folder)
+        self.system = System(command, folder / f"{name}-{workload}.log", folder, o.platform)
         self.done = 0
         try:
             self.record["startup"] = self.system.ready(o.patience)
-            self.record["first"], self.record["warm"] = self.one()["seconds"], self.one()["seconds"]
+            self.record |= self.system.about
+            first = self.one()
+            self.record["first"], self.record["compiling"] = first["seconds"], first["compiling"]
+            self.record["warm"] = self.one()["seconds"]
         except SystemFailedError as failure:
             self.fail(failure)
         print(f"{workload} {name}: {self.record.get('first', 0):.1f} s, {self.record.get('warm', 0):.1f} s", flush=True)
 
-    def one(self) -> dict[str, float]:
+    def one(self) -> dict[str, Any]:
         """A round."""
         figures = self.system.round(self.o.patience)
         self.done += 1
@@ -189,14 +217,16 @@ def rounds_of(workload: str, o: Options) -> int:
 
 def measure(workload: str, o: Options, folder: Path) -> tuple[list[dict[str, Any]], float]:
     """The records of a workload, and the probe loss before the first round."""
-    names = [name for name in SYSTEMS if name in o.systems and workload in SYSTEMS[name].workloads]
-    judge, records, rounds = Judge(workloads.find(workload, o.small)), [], rounds_of(workload, o)
+    w = workloads.find(workload, o.small)
+    names = [name for name in SYSTEMS if name in o.systems and w.model in SYSTEMS[name].models]
+    judge, records, rounds = Judge(w), [], rounds_of(workload, o)
+    made = {"batch": now(), **source()}
     groups = [[name] for _ in range(o.repeats) for name in names] if o.fresh else [names]
     for group in groups:
         running: list[Measured] = []
         try:
             for name in group:
-                running.append(Measured(name, workload, o, folder))
+                running.append(Measured(name, workload, o, folder, made))
             for number in range(1 if o.fresh else o.repeats):
                 turn = number % len(running)  # so that nobody always follows the same one
                 for system in running[turn:] + running[:turn]:
@@ -206,57 +236,106 @@ def measure(workload: str, o: Options, folder: Path) -> tuple[list[dict[str, Any
     return records, judge.start
 
 
-def versions() -> dict[str, dict[str, str]]:
-    """Environment -> package -> version, of those that matter."""
-    found = {}
-    for name in install.REQUIREMENTS:
-        folders = [str(f) for f in (install.ENVS / name / "lib").glob("python3*/site-packages")]
-        there = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions(path=folders)}
-        found[name] = {package: there[package] for package in PACKAGES if package in there}
-    return found
+def now() -> str:
+    """The time, to the second."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def source() -> dict[str, Any]:
+    """fedsim's commit, and whether its source has been changed since; empty outside of a checkout."""
+    from fedsim import record
+
+    return record.commit(Path(record.__file__).parent) or {}
+
+
+def versions(env: str | None) -> dict[str, str]:
+    """Package -> version in an environment, of those that matter."""
+    folders = [str(f) for f in (install.ENVS / env / "lib").glob("python3*/site-packages")] if env else sys.path
+    there = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions(path=folders)}
+    return {package: there[package] for package in PACKAGES if package in there}
+
+
+def completed(o: Options) -> Options:
+    """The options with what is left to the platform filled in."""
+    systems = tuple(name for name, kind in SYSTEMS.items() if o.platform in kind.platforms)
+    work = tuple(document.WORK[o.platform])
+    return dataclasses.replace(o, workloads=o.workloads or work, systems=o.systems or systems)
 
 
 def check(o: Options) -> None:
-    """Refuses unknown names and missing environments before anything is started."""
-    for what, given, known in (("workloads", o.workloads, workloads.WORKLOADS), ("systems", o.systems, SYSTEMS)):
+    """Refuses unknown names, missing environments and a missing GPU before anything is started."""
+    for what, given, known in (("workloads", o.workloads, workloads.ALL), ("systems", o.systems, SYSTEMS)):
         unknown = [name for name in given if name not in known]
         if unknown:
             raise SystemExit(f"Expected {what}={', '.join(unknown)} to be among {', '.join(known)}.")
+    elsewhere = [name for name in o.systems if o.platform not in SYSTEMS[name].platforms]
+    if elsewhere:
+        raise SystemExit(f"Expected systems that run with platform={o.platform}; {', '.join(elsewhere)} do not.")
     if o.repeats < 1 or (o.rounds is not None and o.rounds < 1):
         raise SystemExit(f"Expected repeats={o.repeats} and rounds={o.rounds} >= 1.")
-    envs = {SYSTEMS[name].env for name in o.systems} - {None}
-    missing = sorted(str(name) for name in envs if not install.installed(str(name)))
+    envs = sorted({kind.env for name, kind in SYSTEMS.items() if name in o.systems and kind.env})
+    missing = [name for name in envs if not install.installed(name)]
     if missing:
         raise SystemExit(f"Expected the environments of {', '.join(missing)}; run python benchmarks/peers/install.py.")
+    if o.platform == "gpu":
+        check_gpu(envs)
+
+
+SEES_GPU = """
+try:
+    import torch
+    found = torch.cuda.is_available()
+except ImportError:
+    import jax
+    found = any(d.platform == "gpu" for d in jax.devices("cuda"))
+raise SystemExit(not found)
+"""
+
+
+def check_gpu(envs: Iterable[str]) -> None:
+    """Refuses where fedsim's environment or one of these finds no GPU that it can compute on."""
+    pythons = {"fedsim": sys.executable} | {name: str(install.python_of(name)) for name in envs}
+    blind = [
+        name
+        for name, python in pythons.items()
+        if subprocess.run([python, "-c", SEES_GPU], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+    ]
+    if blind:
+        raise SystemExit(
+            f"Expected a GPU with platform=gpu; the environments of {', '.join(blind)} find none that they can use. "
+            "The peers' come with CUDA by python benchmarks/peers/install.py --cuda, fedsim's by pip install jax[cuda12]."
+        )
+
+
+def merged(before: Iterable[Mapping[str, Any]], new: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """All records, the new ones in place of those of the same systems on the same workloads; the others are kept."""
+    new = list(new)
+    replaced = {(r["workload"], r["system"]) for r in new}
+    return [r for r in before if (r["workload"], r["system"]) not in replaced] + new
 
 
 def main(o: Options) -> None:
     """Measures, prints, writes JSON."""
+    if o.write_docs:
+        document.write()
+        return
+    o = completed(o)
+    check(o)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # this process only judges; JAX reads it when it is imported
     import report
 
-    check(o)
-    file = report.RESULTS / f"peers{'-small' if o.small else ''}.json"
+    name = document.FILES[o.platform].stem
+    file = report.RESULTS / f"{name}{'-small' if o.small else ''}.json"
     before = json.loads(file.read_text()) if file.exists() else {"results": [], "start_loss": {}}
-    records = [r for r in before["results"] if r["workload"] not in o.workloads]  # each carries its own time
+    records: list[Mapping[str, Any]] = before["results"]
     start_loss: dict[str, float] = before["start_loss"]
     with tempfile.TemporaryDirectory() as folder:
         for workload in o.workloads:
             new, start_loss[workload] = measure(workload, o, Path(folder))
-            records += new
-            more = {"start_loss": start_loss, "judged_after_round": JUDGED, "versions_of_peers": versions()}
-            report.write("peers", o, records, more)
-    show(records, start_loss)
-
-
-def show(records: list[dict[str, Any]], start_loss: Mapping[str, float]) -> None:
-    """Prints the table and the verdicts."""
-    present = [w for w in workloads.WORKLOADS if any(r["workload"] == w for r in records)]
-    tables = {w: verdicts.rows(records, w, start_loss[w]) for w in present}
-    print(verdicts.markdown(tables))
-    print("\n| work | target | found | verdict |\n|---|---|---|---|")
-    for workload, table in tables.items():
-        for v in verdicts.verdicts(workload, table):
-            print(f"| {v.workload} | {v.target} | {v.found} | {v.verdict} |")
+            records = merged(records, new)
+            report.write(name, o, records, {"start_loss": start_loss, "judged_after_round": JUDGED})
+    tables = document.tables_of({"results": records, "start_loss": start_loss}, o.platform)
+    print(f"{verdicts.markdown(tables)}\n\n{verdicts.verdicts_markdown(tables)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 import workloads
 from torch import Tensor, nn
-from workloads import EPS, HEADS, LORA_SCALE, PATCH, RANK, WIDTH, Workload
+from workloads import EPS, LORA_SCALE, PATCH, RANK, Workload
 
 
 class Cnn(nn.Module):
@@ -26,27 +26,28 @@ class Cnn(nn.Module):
 class Attention(nn.Module):
     """Self-attention with LoRA on queries and values."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         for part in ("q", "v"):
-            self.register_parameter(f"{part}_a", nn.Parameter(torch.empty(WIDTH, RANK)))
-            self.register_parameter(f"{part}_b", nn.Parameter(torch.empty(RANK, WIDTH)))
+            self.register_parameter(f"{part}_a", nn.Parameter(torch.empty(width, RANK)))
+            self.register_parameter(f"{part}_b", nn.Parameter(torch.empty(RANK, width)))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q = q + (x @ self.q_a * LORA_SCALE) @ self.q_b
         v = v + (x @ self.v_a * LORA_SCALE) @ self.v_b
-        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
     """The feed-forward half of a block."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -55,10 +56,10 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(WIDTH, eps=EPS), Attention()
-        self.norm2, self.mlp = nn.LayerNorm(WIDTH, eps=EPS), Mlp()
+        self.norm1, self.attn = nn.LayerNorm(width, eps=EPS), Attention(width, heads)
+        self.norm2, self.mlp = nn.LayerNorm(width, eps=EPS), Mlp(width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -68,21 +69,21 @@ class Block(nn.Module):
 class Patches(nn.Module):
     """The patch embedding, under the name that checkpoints give it."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, WIDTH, PATCH, PATCH)
+        self.proj = nn.Conv2d(3, width, PATCH, PATCH)
 
 
 class Vit(nn.Module):
-    """Images (B, 64, 64, 3), bytes -> logits of the class token."""
+    """Images (B, image, image, 3), bytes -> logits of the class token."""
 
-    def __init__(self, depth: int, classes: int) -> None:
+    def __init__(self, w: Workload) -> None:
         super().__init__()
-        self.cls_token = nn.Parameter(torch.empty(1, 1, WIDTH))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (workloads.IMAGE // PATCH) ** 2, WIDTH))
-        self.patch_embed = Patches()
-        self.blocks = nn.Sequential(*(Block() for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(WIDTH, eps=EPS), nn.Linear(WIDTH, classes)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, w.width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (w.image // PATCH) ** 2, w.width))
+        self.patch_embed = Patches(w.width)
+        self.blocks = nn.Sequential(*(Block(w.width, w.heads) for _ in range(w.depth)))
+        self.norm, self.head = nn.LayerNorm(w.width, eps=EPS), nn.Linear(w.width, w.classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed.proj(x.permute(0, 3, 1, 2).float() / 127.5 - 1).flatten(2).transpose(1, 2)
@@ -90,10 +91,25 @@ class Vit(nn.Module):
         return self.head(self.norm(self.blocks(x)[:, 0]))
 
 
+def device_of(platform: str) -> torch.device:
+    """Where a torch system computes. On a GPU float32 products are taken in TF32, which is JAX's default there."""
+    if platform != "gpu":
+        return torch.device("cpu")
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    return torch.device("cuda")
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has computed what it was given: a GPU's kernels run behind the program."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def model(w: Workload) -> nn.Module:
     """The workload's model with its initial weights; only what is trained requires a gradient."""
     trained, frozen = workloads.weights(w)
-    made = Cnn(w.classes) if w.model == "cnn" else Vit(w.depth, w.classes)
+    made = Cnn(w.classes) if w.model == "cnn" else Vit(w)
     made.load_state_dict({name: torch.from_numpy(value) for name, value in {**trained, **frozen}.items()})
     for name, parameter in made.named_parameters():
         parameter.requires_grad_(name in trained)
@@ -107,4 +123,4 @@ def trained(made: nn.Module) -> dict[str, nn.Parameter]:
 
 def numpy(parameters: dict[str, Tensor]) -> workloads.Arrays:
     """Copies for `driver.Stopwatch.finish`."""
-    return {name: p.detach().numpy().copy() for name, p in parameters.items()}
+    return {name: p.detach().cpu().numpy().copy() for name, p in parameters.items()}

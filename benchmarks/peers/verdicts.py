@@ -2,7 +2,9 @@
 
 A record is one start of one system on one workload: `workload`, `system`, `startup` (s), `first` and `warm` (s, rounds 1
 and 2), `repeats` (lists of the seconds of its steady rounds), `others` (the share of the CPU that other processes took in
-each), `pss` (MB), `loss` (of the probe examples after the judged round), `error` (None where it ran).
+each), `pss` (MB), `loss` (of the probe examples after the judged round), `error` (None where it ran). Later ones
+also have `compiling` (s of `first` in which JAX compiled, None without JAX), `batch` (which measurement it belongs to),
+`commit`, `changed` and `versions`.
 """
 
 from __future__ import annotations
@@ -38,6 +40,13 @@ class Row(NamedTuple):
     loss: float
     void: str
     """Why this row does not count, or empty."""
+    compiling: float | None = None
+    """Seconds of `first`, where JAX is used and it is known."""
+    commit: str = ""
+    """Short."""
+    batches: frozenset[str | None] = frozenset()
+    apart: bool = False
+    """It was not measured together with fedsim's row, and cannot be compared: the machine's speed drifts."""
 
 
 class Verdict(NamedTuple):
@@ -50,7 +59,7 @@ class Verdict(NamedTuple):
 
 
 def rows(records: Iterable[Record], workload: str, start_loss: float) -> list[Row]:
-    """The rows of a workload, fastest first; those that failed or learned something else are void and last.
+    """The rows of a workload, fastest first, then those measured apart; last the void ones, which failed or learned something else.
 
     Args:
         start_loss: loss of the probe examples before the first round.
@@ -62,7 +71,9 @@ def rows(records: Iterable[Record], workload: str, start_loss: float) -> list[Ro
     losses = [r["loss"] for group in by_system.values() for r in group if not r["error"] and r["loss"] is not None]
     common = median(losses) if losses else start_loss
     made = [row(system, group, common, start_loss) for system, group in by_system.items()]
-    return sorted(made, key=lambda r: (bool(r.void), r.median))
+    together = next((r.batches for r in made if r.system == BASE), None)
+    made = [r._replace(apart=together is not None and not r.batches <= together) for r in made]
+    return sorted(made, key=lambda r: (bool(r.void), r.apart, r.median))
 
 
 def row(system: str, records: Sequence[Record], common: float, start_loss: float) -> Row:
@@ -71,8 +82,10 @@ def row(system: str, records: Sequence[Record], common: float, start_loss: float
     errors = [r["error"] for r in records if r["error"]]
     if not good:
         nothing = float("nan")
-        return Row(system, [], *(nothing,) * 7, nothing, errors[0] if errors else "no steady round")
+        void = errors[0] if errors else "no steady round"
+        return Row(system, [], *(nothing,) * 8, void, batches=batches_of(records), commit=commits_of(records))
     repeats = [median(seconds) for r in good for seconds in r["repeats"]]
+    compiling = [r["compiling"] for r in good if r.get("compiling") is not None]
     losses = [r["loss"] for r in good if r["loss"] is not None]
     worst = max(losses, key=lambda loss: abs(loss - common), default=float("nan"))
     void = errors[0] if errors else ""
@@ -90,7 +103,21 @@ def row(system: str, records: Sequence[Record], common: float, start_loss: float
         max(share for r in good for repeat in r["others"] for share in repeat),
         worst,
         void,
+        median(compiling) if compiling else None,
+        commits_of(records),
+        batches_of(records),
     )
+
+
+def batches_of(records: Sequence[Record]) -> frozenset[str | None]:
+    """The measurements that they belong to; None is that of records from before it was noted."""
+    return frozenset(r.get("batch") for r in records)
+
+
+def commits_of(records: Sequence[Record]) -> str:
+    """Short commits, with a plus where fedsim's source had been changed since."""
+    found = {r["commit"][:7] + "+" * bool(r.get("changed")) for r in records if r.get("commit")}
+    return ", ".join(sorted(found))
 
 
 def fastest(base: Row, others: Sequence[Row]) -> tuple[str, float, list[float]]:
@@ -126,10 +153,10 @@ def ahead(workload: str, base: Row, others: Sequence[Row], *, least_each: float)
 
 def verdicts(workload: str, table: Sequence[Row]) -> list[Verdict]:
     """What the targets say of a workload's rows, for each of fedsim's own."""
-    counting = {r.system: r for r in table if not r.void}
+    counting = {r.system: r for r in table if not r.void and not r.apart}
     own = {name: counting.pop(name) for name in OWN if name in counting}
     if BASE not in own or not counting:
-        return [Verdict(workload, "all", "fedsim's row or all others are void or missing", "not measured")]
+        return [Verdict(workload, "all", "fedsim's row or all others are void, apart or missing", "not measured")]
     found = []
     for name, base in own.items():
         label = "" if name == BASE else f"{name}: "
@@ -150,25 +177,54 @@ def targets(workload: str, base: Row, others: list[Row]) -> list[Verdict]:
     return [*found, against(workload, base, others, ["torch"], 1.0)]
 
 
+RESULT = (
+    "work",
+    "system",
+    "s/round (min-max of repeats)",
+    "times fedsim's",
+    "start-up s",
+    "first round s",
+    "of which compiling",
+    "peak PSS MB",
+    "other CPU, at most",
+    "probe loss",
+    "commit",
+)
+
+
+def line(cells: Iterable[object]) -> str:
+    """One line of a table in Markdown."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def head(names: Sequence[str]) -> list[str]:
+    """The first two lines of a table."""
+    return [line(names), "|" + "---|" * len(names)]
+
+
 def markdown(tables: Mapping[str, Sequence[Row]]) -> str:
-    """One table for docs/peers.md."""
-    lines = [
-        "| work | system | s/round (min-max of repeats) | times fedsim's | start-up s | first round s | peak PSS MB | other "
-        "CPU, at most | probe loss |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """The rows of all workloads as one table."""
+    lines = head(RESULT)
     for workload, table in tables.items():
         base = next((r for r in table if r.system == BASE and not r.void), None)
-        most = max((len(r.repeats) for r in table), default=0)
+        most = max((len(r.repeats) for r in table if not r.apart), default=0)
         for r in table:
+            apart = " (measured apart)" if r.apart else ""
             if not r.repeats:
-                lines.append(f"| {workload} | {r.system} | void: {r.void} | | | | | | |")
+                empty = [""] * (len(RESULT) - 4)
+                lines.append(line([workload, r.system + apart, f"void: {r.void}", *empty, r.commit]))
                 continue
-            times = f"{r.median / base.median:.2f}" if base else ""
-            note = f" ({len(r.repeats)} of {most} repeats)" if len(r.repeats) < most else ""
+            note = apart or (f" ({len(r.repeats)} of {most} repeats)" if len(r.repeats) < most else "")
             note += f" void: {r.void}" if r.void else ""
-            lines.append(
-                f"| {workload} | {r.system}{note} | {r.median:.2f} ({r.low:.2f}-{r.high:.2f}) | {times} | {r.startup:.1f} | "
-                f"{r.first:.1f} | {r.pss:.0f} | {r.others:.0%} | {r.loss:.4f} |"
-            )
+            times = f"{r.median / base.median:.2f}" if base and not r.apart else ""
+            rounds = f"{r.median:.2f} ({r.low:.2f}-{r.high:.2f})"
+            compiling = "" if r.compiling is None else f"{r.compiling:.1f}"
+            cells = [workload, r.system + note, rounds, times, f"{r.startup:.1f}", f"{r.first:.1f}", compiling]
+            lines.append(line([*cells, f"{r.pss:.0f}", f"{r.others:.0%}", f"{r.loss:.4f}", r.commit]))
     return "\n".join(lines)
+
+
+def verdicts_markdown(tables: Mapping[str, Sequence[Row]]) -> str:
+    """What the targets say of all workloads as one table."""
+    found = [v for workload, table in tables.items() for v in verdicts(workload, table)]
+    return "\n".join(head(("work", "target", "found", "verdict")) + [line(v) for v in found])

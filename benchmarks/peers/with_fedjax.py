@@ -47,7 +47,7 @@ def main() -> None:
         jax.block_until_ready(state.params)
 
     fedjax.set_for_each_client_backend("jit")
-    driver.loop(o, round, lambda: jax_models.published(w, state.params))
+    driver.loop(o, round, lambda: jax_models.published(w, state.params), devices=1)
 
 
 if __name__ == "__main__":

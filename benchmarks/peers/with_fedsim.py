@@ -29,6 +29,7 @@ from fedsim.data.partition import Partition
 from fedsim.host import tune_host
 from fedsim.programs import key_for
 
+VIT = "vit_of_peers"  # the name of the workload's ViT in the table of backbones
 PATHS = {
     "conv1": "layers/0",
     "conv2": "layers/1",
@@ -60,13 +61,13 @@ def config_of(w: Workload, folder: Path) -> Config:
     }
     if w.model == "cnn":
         return Config(backbone="cnn", weights="random", peft="full", **common)
-    # The table's ViT-Tiny has positions for 224 px and would resample them in every step; this one has W2's.
-    row = vit_row(workloads.WIDTH, w.depth, workloads.HEADS, workloads.PATCH)
-    BACKBONES["vit_ti16_64px"] = row._replace(config=dataclasses.replace(row.config, image=workloads.IMAGE))
+    # The table's ViTs have positions for 224 px and would resample them in every step; this one has the workload's.
+    row = vit_row(w.width, w.depth, w.heads, workloads.PATCH)
+    BACKBONES[VIT] = row._replace(config=dataclasses.replace(row.config, image=w.image))
     file = folder / "model.safetensors"
     save_file(workloads.weights(w)[1], file)
     lora = {"peft": "lora", "rank": RANK, "lora_alpha": LORA_SCALE * RANK, "targets": ("query", "value")}
-    return Config(backbone="vit_ti16_64px", weights=str(file), **lora, **common)
+    return Config(backbone=VIT, weights=str(file), **lora, **common)
 
 
 def trainer_of(w: Workload, d: workloads.Data, speed: Speed) -> build.Trainer:
@@ -120,7 +121,8 @@ def main() -> None:
     lanes = o.lanes if o.lanes == "auto" else int(o.lanes)
     speed = Speed(lanes=lanes, devices=o.devices, compilation_cache=False)
     tune_host(speed)
-    driver.loop(o, *prepare(w, workloads.data(w), speed))
+    round, trained = prepare(w, workloads.data(w), speed)
+    driver.loop(o, round, trained, devices=jax.local_device_count(), speed=dataclasses.asdict(speed))
 
 
 if __name__ == "__main__":

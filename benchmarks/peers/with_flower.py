@@ -1,5 +1,7 @@
 """Flower: a ServerApp with FedAvg and a ClientApp in the simulation runtime, one core an actor (two actors on two cores).
 
+On a GPU an actor also takes `--gpu-share` of it, so that there are 1 / share of them.
+
 Its sampler draws nodes unseeded, so FedAvg is told here which client each message is for: the same cohorts as the others.
 An actor keeps its model between clients, which Flower's examples do not: they build it anew for every message.
 """
@@ -26,29 +28,34 @@ from workloads import Workload
 
 
 @functools.cache
-def actor(w: Workload) -> tuple[torch.nn.Module, workloads.Data, TensorDataset]:
-    """What an actor keeps: the model, and the examples as a torch data set."""
+def actor(w: Workload, platform: str) -> tuple[torch.nn.Module, torch.device, workloads.Data, TensorDataset]:
+    """What an actor keeps: the model, its device, and the examples as a torch data set."""
     torch.set_num_threads(1)
-    d = workloads.data(w)
-    return torch_models.model(w), d, TensorDataset(torch.from_numpy(d.x), torch.from_numpy(d.y).long())
+    d, device = workloads.data(w), torch_models.device_of(platform)
+    return (
+        torch_models.model(w).to(device),
+        device,
+        d,
+        TensorDataset(torch.from_numpy(d.x), torch.from_numpy(d.y).long()),
+    )
 
 
-def client_app(w: Workload) -> ClientApp:
+def client_app(w: Workload, platform: str) -> ClientApp:
     """Trains one client for an epoch."""
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        model, d, dataset = actor(w)
+        model, device, d, dataset = actor(w, platform)
         model.load_state_dict(message.content["arrays"].to_torch_state_dict(), strict=False)
         client, number = message.content["config"]["client"], message.content["config"]["server-round"]
         optimizer = torch.optim.SGD(torch_models.trained(model).values(), w.lr)
         for x, y in DataLoader(dataset, batch_sampler=workloads.batches(w, d, number, client)):
             optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
+            F.cross_entropy(model(x.to(device)), y.to(device)).backward()
             optimizer.step()
         metrics = MetricRecord({"num-examples": int(d.sizes[client])})
-        arrays = ArrayRecord({name: p.detach() for name, p in torch_models.trained(model).items()})
+        arrays = ArrayRecord({name: p.detach().cpu() for name, p in torch_models.trained(model).items()})
         return Message(content=RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
     return app
@@ -96,8 +103,8 @@ def main() -> None:
         strategy = TimedFedAvg(w, watch)
         strategy.start(grid=grid, initial_arrays=ArrayRecord(start), num_rounds=o.rounds)
 
-    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
-    run_simulation(server_app, client_app(w), num_supernodes=w.clients, backend_config=resources)
+    resources = {"client_resources": {"num_cpus": 1, "num_gpus": o.gpu_share if o.platform == "gpu" else 0.0}}
+    run_simulation(server_app, client_app(w, o.platform), num_supernodes=w.clients, backend_config=resources)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""pfl-research: its FederatedAveraging over a SimulatedBackend, in one process or in two that share a round's clients.
+"""pfl-research: its FederatedAveraging over a SimulatedBackend, in one process or in several that share a round's clients.
 
 pfl draws clients by a function of ours, the same cohorts as the others, and asks for a client's data whenever it draws it.
-It does not shuffle within a client, so the data are given in the workload's order of that round. With two processes it
-balances their load by the clients' sizes, one torch thread each.
+It does not shuffle within a client, so the data are given in the workload's order of that round. With several processes it
+balances their load by the clients' sizes, one torch thread each. On a GPU they share it; pfl would give each a GPU of its own.
 """
 
 from __future__ import annotations
@@ -20,16 +20,26 @@ import workloads
 from workloads import Workload
 
 
-def second_process() -> None:
-    """Starts the other process as torchrun would; both then find each other by these variables, which pfl reads."""
+def other_processes(count: int) -> None:
+    """Starts the others as torchrun would; all then find each other by these variables, which pfl reads."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    shared = {"TORCHELASTIC_RUN_ID": "peers", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"TORCHELASTIC_RUN_ID": "peers", "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(count)}
     os.environ |= shared | {"RANK": "0", "LOCAL_RANK": "0"}
-    second = os.environ | {"RANK": "1", "LOCAL_RANK": "1"}
-    subprocess.Popen([sys.executable, *sys.argv], env=second, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    for rank in map(str, range(1, count)):
+        other = os.environ | {"RANK": rank, "LOCAL_RANK": rank}
+        subprocess.Popen([sys.executable, *sys.argv], env=other, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+def share_gpu() -> None:
+    """Has all processes use the first GPU, with gloo between them: NCCL refuses two on one. Before pfl is imported."""
+    import torch
+
+    os.environ |= {"LOCAL_RANK": "0", "PFL_PYTORCH_DEVICE": "cuda:0"}
+    join = torch.distributed.init_process_group
+    torch.distributed.init_process_group = lambda backend, **more: join(backend="gloo", **more)
 
 
 def clients(w: Workload) -> Iterator[int]:
@@ -42,6 +52,8 @@ def clients(w: Workload) -> Iterator[int]:
 
 def main(o: argparse.Namespace) -> None:
     """Runs the rounds. pfl joins the processes when it is imported."""
+    if o.platform == "gpu":
+        share_gpu()
     import torch
     import torch.nn.functional as F
     import torch_models
@@ -60,8 +72,8 @@ def main(o: argparse.Namespace) -> None:
     if o.processes > 1:
         torch.set_num_threads(1)
     w = workloads.find(o.workload, o.small)
-    d = workloads.data(w)
-    module = torch_models.model(w)
+    d, device = workloads.data(w), torch_models.device_of(o.platform)
+    module = torch_models.model(w).to(device)
     module.loss = lambda x, y: F.cross_entropy(module(x), y)
     module.metrics = lambda x, y: {"loss": Weighted(F.cross_entropy(module(x), y).item() * len(y), len(y))}
     parameters = torch_models.trained(module)
@@ -71,9 +83,8 @@ def main(o: argparse.Namespace) -> None:
 
     def dataset(client: int) -> PyTorchTensorDataset:
         rows = np.concatenate(workloads.batches(w, d, number, client))
-        return PyTorchTensorDataset(
-            (torch.from_numpy(d.x[rows]), torch.from_numpy(d.y[rows]).long()), user_id=str(client)
-        )
+        x, y = torch.from_numpy(d.x[rows]).to(device), torch.from_numpy(d.y[rows]).long().to(device)
+        return PyTorchTensorDataset((x, y), user_id=str(client))
 
     cohorts = clients(w)
     sizes = dict(enumerate(d.sizes.tolist()))
@@ -85,6 +96,7 @@ def main(o: argparse.Namespace) -> None:
         """Leave before every round; without it the second process would begin while others are measured."""
 
         def wait(self) -> None:
+            torch_models.wait(device)
             if rank == 0:
                 watch.begin()
             if o.processes > 1:
@@ -92,13 +104,14 @@ def main(o: argparse.Namespace) -> None:
 
         def on_train_begin(self, *, model):
             if rank == 0:
-                watch.ready()
+                watch.ready(device=str(device))
             self.wait()
             return Metrics()
 
         def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):
             nonlocal number
             number = central_iteration + 2  # iterations count from 0
+            torch_models.wait(device)
             if rank == 0:
                 watch.end(lambda: torch_models.numpy(parameters))
             if central_iteration + 1 < o.rounds:
@@ -118,8 +131,8 @@ def main(o: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     given = driver.options()
-    if given.processes not in (1, 2):
-        raise SystemExit(f"Expected processes={given.processes} to be 1 or 2.")
-    if given.processes == 2 and "RANK" not in os.environ:
-        second_process()
+    if given.processes < 1:
+        raise SystemExit(f"Expected processes={given.processes} >= 1.")
+    if given.processes > 1 and "RANK" not in os.environ:
+        other_processes(given.processes)
     main(given)

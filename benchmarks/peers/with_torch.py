@@ -14,8 +14,9 @@ def main() -> None:
     o = driver.options()
     w = workloads.find(o.workload, o.small)
     d = workloads.data(w)
-    x, y = torch.from_numpy(d.x), torch.from_numpy(d.y).long()
-    model = torch_models.model(w)
+    device = torch_models.device_of(o.platform)
+    x, y = torch.from_numpy(d.x).to(device), torch.from_numpy(d.y).long().to(device)
+    model = torch_models.model(w).to(device)
     parameters = list(torch_models.trained(model).values())
     optimizer = torch.optim.SGD(parameters, w.lr)
 
@@ -35,8 +36,9 @@ def main() -> None:
                 torch._foreach_add_(total, parameters, alpha=int(d.sizes[client]) / examples)
         with torch.no_grad():
             torch._foreach_copy_(parameters, total)
+        torch_models.wait(device)
 
-    driver.loop(o, round, lambda: torch_models.numpy(torch_models.trained(model)))
+    driver.loop(o, round, lambda: torch_models.numpy(torch_models.trained(model)), device=str(device))
 
 
 if __name__ == "__main__":

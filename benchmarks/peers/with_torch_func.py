@@ -24,8 +24,9 @@ def main() -> None:
     o = driver.options()
     w = workloads.find(o.workload, o.small)
     d = workloads.data(w)
-    x, y = torch.from_numpy(d.x), torch.from_numpy(d.y).long()
-    model = torch_models.model(w)
+    device = torch_models.device_of(o.platform)
+    x, y = torch.from_numpy(d.x).to(device), torch.from_numpy(d.y).long().to(device)
+    model = torch_models.model(w).to(device)
     names = list(torch_models.trained(model))
     server = {name: p.detach() for name, p in torch_models.trained(model).items()}
     frozen = {name: p.detach() for name, p in model.named_parameters() if name not in names}
@@ -40,9 +41,9 @@ def main() -> None:
         ids = workloads.cohort(w, number)
         ids = ids[np.argsort(-d.sizes[ids], kind="stable")]
         rows, mask = workloads.padded(w, d, number, ids)
-        rows, mask = torch.from_numpy(rows), torch.from_numpy(mask)
+        rows, mask = torch.from_numpy(rows).to(device), torch.from_numpy(mask).to(device)
         steps = -(-d.sizes[ids] // w.batch_size)
-        weight = torch.from_numpy(d.sizes[ids] / d.sizes[ids].sum()).float()
+        weight = torch.from_numpy(d.sizes[ids] / d.sizes[ids].sum()).float().to(device)
         total = {name: torch.zeros_like(p) for name, p in server.items()}
         for at in range(0, len(ids), CLIENTS_AT_ONCE):
             part = slice(at, at + CLIENTS_AT_ONCE)
@@ -57,9 +58,10 @@ def main() -> None:
             for n, p in stacked.items():
                 total[n] += torch.tensordot(weight[part], p, dims=1)
         server.update(total)
+        torch_models.wait(device)
 
     with sdpa_kernel(SDPBackend.MATH):  # vmap has a batching rule for this form of attention only
-        driver.loop(o, round, lambda: torch_models.numpy(server))
+        driver.loop(o, round, lambda: torch_models.numpy(server), device=str(device))
 
 
 if __name__ == "__main__":

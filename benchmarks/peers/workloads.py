@@ -1,10 +1,12 @@
-"""The work that every system is given: W1, W2 and W3, as NumPy arrays that are the same in every environment.
+"""The work that every system is given: W1, W2, W3 and, for a GPU, G, as NumPy arrays that are the same in every environment.
 
 W1: the CNN of federated EMNIST, all 1,206,590 parameters trained; 500 clients of 20-100 examples, 32 a round, batch 20.
 W2: ViT-Tiny on 64 px images, 5,489,856 frozen parameters, LoRA r=4 on q and v and the head trained, 38,794 in all; 100
     clients of 32 examples, 16 a round, batch 16.
 W3: W2's model and trained part across devices: 512 clients with log-normal sizes (median 9, sigma 0.9, clipped to 2-60),
-    128 a round, local batch 4 (W3-4) or 8 (W3-8).
+    128 a round, local batch 4 (W3-4), 8 (W3-8) or 16 (W3-16).
+G: for a GPU, 128 clients with W3's law of sizes, 32 a round, 224 px: ViT-B/16 with local batch 8 (G-B-8) or 16 (G-B-16),
+    ViT-Ti/16 with 8 (G-Ti-8); trained as in W2.
 
 All: one epoch of SGD at each client, the mean of the clients' parameters weighted by their examples. Images are bytes, and a
 model's first operation scales them. Parameters have the names and layouts of a torch model; LoRA adds x A B with A (in, r)
@@ -20,8 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 SEED = 5
-RANK, LORA_SCALE, EPS = 4, 2.0, 1e-6
-WIDTH, HEADS, PATCH, IMAGE = 192, 3, 16, 64
+RANK, LORA_SCALE, EPS, PATCH = 4, 2.0, 1e-6, 16
 
 Arrays = dict[str, np.ndarray]
 
@@ -44,6 +45,10 @@ class Workload:
     """Law of the clients' sizes: `uniform`, `equal` or `lognormal`."""
     depth: int = 12
     """Blocks of the ViT."""
+    width: int = 192
+    heads: int = 3
+    image: int = 64
+    """Side of the ViT's images in pixels."""
     probe: int = 256
     """Examples that no client has, on which the trained parameters are judged."""
 
@@ -53,7 +58,16 @@ WORKLOADS: dict[str, Workload] = {
     "W2": Workload("W2", "vit", 100, 16, 16, 0.05, 10, "equal"),
     "W3-4": Workload("W3-4", "vit", 512, 128, 4, 0.05, 10, "lognormal"),
     "W3-8": Workload("W3-8", "vit", 512, 128, 8, 0.05, 10, "lognormal"),
+    "W3-16": Workload("W3-16", "vit", 512, 128, 16, 0.05, 10, "lognormal"),
 }
+
+BASE = {"width": 768, "heads": 12, "image": 224}
+GPU_WORKLOADS: dict[str, Workload] = {
+    "G-B-8": Workload("G-B-8", "vit", 128, 32, 8, 0.05, 10, "lognormal", **BASE),
+    "G-B-16": Workload("G-B-16", "vit", 128, 32, 16, 0.05, 10, "lognormal", **BASE),
+    "G-Ti-8": Workload("G-Ti-8", "vit", 128, 32, 8, 0.05, 10, "lognormal", image=224),
+}
+ALL = WORKLOADS | GPU_WORKLOADS
 
 
 class Data(NamedTuple):
@@ -77,8 +91,8 @@ class Data(NamedTuple):
 
 
 def small(w: Workload) -> Workload:
-    """The same work on a few clients and a ViT of one block: seconds, to see that a system works."""
-    return dataclasses.replace(w, clients=12, cohort=6, depth=1, probe=64)
+    """The same work on a few clients and a ViT of one block on 64 px: seconds, to see that a system works."""
+    return dataclasses.replace(w, clients=12, cohort=6, depth=1, image=64, probe=64)
 
 
 def find(name: str, is_small: bool = False) -> Workload:
@@ -87,9 +101,9 @@ def find(name: str, is_small: bool = False) -> Workload:
     Raises:
         ValueError: there is none of that name.
     """
-    if name not in WORKLOADS:
-        raise ValueError(f"Expected workload={name!r} to be one of {', '.join(WORKLOADS)}.")
-    return small(WORKLOADS[name]) if is_small else WORKLOADS[name]
+    if name not in ALL:
+        raise ValueError(f"Expected workload={name!r} to be one of {', '.join(ALL)}.")
+    return small(ALL[name]) if is_small else ALL[name]
 
 
 def client_sizes(w: Workload) -> np.ndarray:
@@ -105,7 +119,7 @@ def client_sizes(w: Workload) -> np.ndarray:
 def data(w: Workload) -> Data:
     """Noisy copies of one random pattern per class, labels drawn at random."""
     rng = np.random.default_rng([SEED, 2])
-    side, channels, coarse = (28, 1, 4) if w.model == "cnn" else (IMAGE, 3, 8)
+    side, channels, coarse = (28, 1, 4) if w.model == "cnn" else (w.image, 3, 8)
     offsets = np.concatenate([[0], np.cumsum(client_sizes(w))])
     count = int(offsets[-1]) + w.probe
     pattern = rng.normal(0, 1, (w.classes, side // coarse, side // coarse, channels)).astype(np.float32)
@@ -137,26 +151,28 @@ def weights(w: Workload) -> tuple[Arrays, Arrays]:
         return kernels | biases | linear("dense", 128, 64 * 12 * 12) | linear("head", w.classes, 128), {}
 
     def norm(name: str) -> Arrays:
-        return {f"{name}.weight": np.ones(WIDTH, np.float32), f"{name}.bias": np.zeros(WIDTH, np.float32)}
+        return {f"{name}.weight": np.ones(w.width, np.float32), f"{name}.bias": np.zeros(w.width, np.float32)}
 
     frozen = {
-        "cls_token": normal(1, 1, WIDTH, scale=0.02),
-        "pos_embed": normal(1, 1 + (IMAGE // PATCH) ** 2, WIDTH, scale=0.02),
-        "patch_embed.proj.weight": normal(WIDTH, 3, PATCH, PATCH, scale=1 / math.sqrt(3 * PATCH * PATCH)),
-        "patch_embed.proj.bias": np.zeros(WIDTH, np.float32),
+        "cls_token": normal(1, 1, w.width, scale=0.02),
+        "pos_embed": normal(1, 1 + (w.image // PATCH) ** 2, w.width, scale=0.02),
+        "patch_embed.proj.weight": normal(w.width, 3, PATCH, PATCH, scale=1 / math.sqrt(3 * PATCH * PATCH)),
+        "patch_embed.proj.bias": np.zeros(w.width, np.float32),
     }
     for i in range(w.depth):
-        frozen |= norm(f"blocks.{i}.norm1") | linear(f"blocks.{i}.attn.qkv", 3 * WIDTH, WIDTH)
-        frozen |= linear(f"blocks.{i}.attn.proj", WIDTH, WIDTH) | norm(f"blocks.{i}.norm2")
-        frozen |= linear(f"blocks.{i}.mlp.fc1", 4 * WIDTH, WIDTH) | linear(f"blocks.{i}.mlp.fc2", WIDTH, 4 * WIDTH)
+        frozen |= norm(f"blocks.{i}.norm1") | linear(f"blocks.{i}.attn.qkv", 3 * w.width, w.width)
+        frozen |= linear(f"blocks.{i}.attn.proj", w.width, w.width) | norm(f"blocks.{i}.norm2")
+        frozen |= linear(f"blocks.{i}.mlp.fc1", 4 * w.width, w.width) | linear(
+            f"blocks.{i}.mlp.fc2", w.width, 4 * w.width
+        )
     frozen |= norm("norm")
     trained = {}
     for i in range(w.depth):
         for part in ("q", "v"):
-            bound = 1 / math.sqrt(WIDTH)
-            trained[f"blocks.{i}.attn.{part}_a"] = rng.uniform(-bound, bound, (WIDTH, RANK)).astype(np.float32)
-            trained[f"blocks.{i}.attn.{part}_b"] = np.zeros((RANK, WIDTH), np.float32)
-    return trained | linear("head", w.classes, WIDTH), frozen
+            bound = 1 / math.sqrt(w.width)
+            trained[f"blocks.{i}.attn.{part}_a"] = rng.uniform(-bound, bound, (w.width, RANK)).astype(np.float32)
+            trained[f"blocks.{i}.attn.{part}_b"] = np.zeros((RANK, w.width), np.float32)
+    return trained | linear("head", w.classes, w.width), frozen
 
 
 def cohort(w: Workload, round: int) -> np.ndarray:

@@ -20,6 +20,8 @@ from fedsim.config import Speed
 PEERS = Path(__file__).parents[2] / "benchmarks" / "peers"
 sys.path.insert(0, str(PEERS))
 
+import document
+import driver
 import jax_models
 import processes
 import run
@@ -32,7 +34,7 @@ import workloads
 @pytest.fixture(autouse=True)
 def keep_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """fedsim's side adds a row to the table of backbones; it is taken away again."""
-    monkeypatch.setitem(BACKBONES, "vit_ti16_64px", BACKBONES["vit_ti16"])
+    monkeypatch.setitem(BACKBONES, with_fedsim.VIT, BACKBONES["vit_ti16"])
 
 
 def count(arrays: workloads.Arrays) -> int:
@@ -139,7 +141,8 @@ def test_void_rows_do_not_count() -> None:
     assert [r.system for r in table] == ["fedsim", "flower", "drjax", "torch", "pfl"]
     text = verdicts.markdown({"W2": table})
     assert len(text.splitlines()) == 2 + 5
-    assert "| W2 | flower | 1.40 (1.40-1.40) | 1.40 | 2.0 | 9.0 | 500 | 2% | 1.0100 |" in text
+    assert "| W2 | flower | 1.40 (1.40-1.40) | 1.40 | 2.0 | 9.0 |  | 500 | 2% | 1.0100 |  |" in text
+    assert all(line.count("|") == len(verdicts.RESULT) + 1 for line in text.splitlines())
     assert "torch void: loss 1.2000" in text and "void: ended instead of 'ready'" in text
     assert said([record("fedsim", [1.0], loss=float("nan")), *others]) == {"all": "not measured"}
 
@@ -148,6 +151,93 @@ def test_several_starts_are_one_row() -> None:
     starts = [record("fedsim", [s], startup=s) for s in (1.0, 3.0, 2.0)]
     row = verdicts.rows(starts, "W2", 2.0)[0]
     assert (row.repeats, row.median, row.startup) == ([1.0, 3.0, 2.0], 2.0, 2.0)
+
+
+def test_a_row_measured_apart_from_fedsims_is_marked_and_does_not_count() -> None:
+    """The machine's speed drifts by a factor of two within an hour."""
+    ours = record("fedsim", [1.0] * 5, batch="b", commit="0123456789", changed=True, compiling=6.25)
+    other, apart = record("torch", [1.4] * 5, batch="b", compiling=None), record("flower", [0.5] * 5, batch="a")
+    old = record("pfl", [0.4] * 5)  # from before batches were noted
+    assert said([ours, other, apart, old]) == {AHEAD: "met", "at least 1x of torch": "met"}
+    text = verdicts.markdown({"W2": verdicts.rows([ours, other, apart, old], "W2", 2.0)})
+    assert "| W2 | fedsim | 1.00 (1.00-1.00) | 1.00 | 2.0 | 9.0 | 6.2 | 500 | 2% | 1.0000 | 0123456+ |" in text
+    assert "| W2 | flower (measured apart) | 0.50 (0.50-0.50) |  | " in text and "| W2 | pfl (measured apart) |" in text
+    # Two starts of one system, one of them in another measurement than fedsim's: they make one row, which is apart.
+    table = verdicts.rows([ours, record("torch", [1.4], batch="b"), record("torch", [1.4], batch="a")], "W2", 2.0)
+    assert [r.apart for r in table] == [False, True]
+    assert said([ours, apart]) == {"all": "not measured"}
+    assert said([record("fedsim", [1.0] * 5), record("torch", [1.4] * 5)])[AHEAD] == "met"  # old records are read
+
+
+def test_records_of_what_was_not_asked_for_are_kept() -> None:
+    before = [record("fedsim", [1.0]), record("torch", [1.0]), record("fedsim", [3.0], workload="W1")]
+    new = [record("fedsim", [2.0]), record("fedsim", [2.5])]  # two starts
+    found = {(r["workload"], r["system"], r["repeats"][0][0]) for r in run.merged(before, new)}
+    assert found == {("W2", "torch", 1.0), ("W1", "fedsim", 3.0), ("W2", "fedsim", 2.0), ("W2", "fedsim", 2.5)}
+
+
+def test_the_documents_tables_are_those_of_the_kept_records() -> None:
+    """`run.py --write-docs` writes them."""
+    text = document.DOCUMENT.read_text()
+    assert document.written(text) == text
+    assert document.inserted("<!-- table a -->old<!-- end of a -->\n", {"a": "new"}) == (
+        "<!-- table a -->\n\nnew\n\n<!-- end of a -->\n"
+    )
+    with pytest.raises(ValueError, match="table a"):
+        document.inserted("", {"a": "new"})
+
+
+def test_kept_records_have_commits() -> None:
+    for platform in document.FILES:
+        content = document.kept(platform)
+        assert all(r["commit"] for r in (content["results"] if content else []))
+
+
+def test_systems_have_scripts_and_platforms_their_rows() -> None:
+    assert all((PEERS / kind.script).exists() for kind in run.SYSTEMS.values())
+    cpu, gpu = run.completed(run.Options()), run.completed(run.Options(platform="gpu"))
+    assert cpu.workloads == ("W1", "W2", "W3-4", "W3-8", "W3-16") and gpu.workloads == ("G-B-8", "G-B-16", "G-Ti-8")
+    assert {"drjax-2", "padded-vmap-2", "fedsim-1"} <= set(cpu.systems) and "flower-0.25" not in cpu.systems
+    assert {"pfl-8", "flower-0.25", "torch.func"} <= set(gpu.systems) and "fedsim-1" not in gpu.systems
+    with pytest.raises(SystemExit, match=r"platform=cpu; flower-0\.25 do not"):
+        run.check(run.completed(run.Options(systems=("flower-0.25",))))
+
+
+def test_without_a_gpu_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "SEES_GPU", "raise SystemExit(1)")
+    with pytest.raises(SystemExit, match="Expected a GPU with platform=gpu; the environments of fedsim find none"):
+        run.main(run.Options(platform="gpu", systems=("fedsim",)))
+
+
+@pytest.mark.parametrize("name", ["G-B-8", "G-Ti-8"])
+def test_models_for_a_gpu_have_their_published_sizes(name: str) -> None:
+    """ViT-B/16 has 85.8 million parameters without a head, ViT-Ti/16 5.5 million (their papers' tables)."""
+    w = workloads.GPU_WORKLOADS[name]
+    block = 12 * w.width**2 + 13 * w.width  # qkv, proj, two of the feed-forward part, two norms
+    rest = w.width * (3 * workloads.PATCH**2 + 1 + 1 + 197 + 2)  # patches and their bias, class token, positions, norm
+    assert count(workloads.weights(w)[1]) == w.depth * block + rest
+    assert w.depth * block + rest == {768: 85_798_656, 192: 5_524_416}[w.width]
+
+
+def test_compiling_counts_nested_and_parallel_spans_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = driver.CompileClock.__new__(driver.CompileClock)  # without listening to JAX
+    clock.spans = []
+    for until, duration in ((2.0, 1.0), (3.0, 0.5), (3.5, 2.0), (10.0, 1.0)):  # 1-2, 2.5-3, 1.5-3.5, 9-10
+        monkeypatch.setattr("driver.time.perf_counter", lambda until=until: until)
+        clock.note("/jax/core/compile/jaxpr_trace_duration", duration, fun_name="f")
+    clock.note("/jax/checkpoint/write/duration", 5.0)
+    assert clock.seconds == 3.5
+
+
+def test_padded_vmap_on_two_devices_learns_the_same() -> None:
+    few = {"clients": 6, "cohort": 4, "depth": 1, "classes": 5, "probe": 8}
+    w = dataclasses.replace(workloads.WORKLOADS["W3-16"], **few)
+    d = workloads.data(w)
+    one, two = with_padded_vmap.prepare(w, d), with_padded_vmap.prepare(w, d, devices=2)
+    for round, _ in (one, two):
+        round(1)
+    for key, value in one[1]().items():
+        np.testing.assert_allclose(two[1]()[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
 
 
 SCRIPT = """
