@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-# The package looks for a TPU through jax only where it is asked to; this benchmark compares CPUs.
+# By hand it runs on the CPU; run.py says where else.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import driver
