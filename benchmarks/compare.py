@@ -25,6 +25,7 @@ import tyro
 MACHINE = ("processor", "cores", "device", "platform", "python", "versions")
 ROWS = {
     "batch_shapes": ("work", "devices", "lanes", "widths"),
+    "client_count": ("form", "members", "population", "devices", "lanes", "least_seconds"),
     "layers": ("backbone", "variant"),
     "peers": ("workload", "system"),
     "population": ("clients", "examples"),
@@ -95,10 +96,15 @@ def adopted(found: dict[str, Any]) -> dict[str, Any]:
             "results": {k: found[k] for k in kept if k in found},
         }
     cells = found.get("cells")
-    if found.keys() == {"cells"} and cells and all("population" in cell for cell in cells.values()):
+    if found.keys() == {"cells"} and cells and all({"form", "population"} <= cell.keys() for cell in cells.values()):
         about = (*MACHINE, "git", "processes")
-        first = next(iter(cells.values()))  # each cell says where it was measured; what differs is not looked for
-        results = {name: {k: v for k, v in cell.items() if k not in about} for name, cell in cells.items()}
+        first = cells[next(iter(cells))]  # each cell says where it was measured; what differs is not looked for
+        rows = [
+            # Earlier files do not say these two, and give lanes to the store, which has none.
+            {"devices": 1, "least_seconds": 4.0, **cell} if cell["form"] != "memory" else {**cell, "lanes": None}
+            for cell in cells.values()
+        ]
+        results = [{k: v for k, v in row.items() if k not in about and v is not None} for row in rows]
         return {k: first[k] for k in about if k in first} | {"benchmark": "client_count", "results": results}
     return found
 

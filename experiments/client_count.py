@@ -6,6 +6,9 @@ Data:     Fashion-MNIST (`fedsim data fetch fashion_mnist`). Clients have 2 to 6
           of them own 13 million, so they draw theirs from the 54,000 training images with replacement.
 Models:   a perceptron, all of it trained (109,386 parameters), and a ViT of two blocks, LoRA r=4 and head (1,354).
 Rounds:   8 for the accuracy, the first one compiles; then on until the timed ones have taken `seconds`.
+Devices:  one. Lanes are a device's, so that on two devices the same `lanes` would be twice as many, and the smallest cohort
+          that fills them another one.
+Checked:  the index takes at most 64 bytes a client, the store's included, and 4 an example.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -44,6 +47,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "ViT, LoRA": {"backbone": "vit_tiny", "image_size": 28, "weights": "random", "peft": "lora", "rank": 4, "lr": 0.5},
 }
 ROUNDS, BATCH = 8, 8
+DEVICES = 1
+CLIENT_BYTES, EXAMPLE_BYTES = 64, 4  # most that the index may take
+EARLIER = {"devices": 1, "least_seconds": 4.0}  # of cells that do not say: the defaults then
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Options:
     lanes: int = 4
     """Lanes, the same in all cells."""
     seconds: float = 4.0
-    """Timed rounds of a cell take at least this together."""
+    """Timed rounds of a cell take at least this together; a cell of other lanes or seconds is another cell."""
     small: bool = False
     """A few small cells; no figure worth reporting."""
     fresh: bool = False
@@ -72,12 +78,38 @@ class Options:
     """Internal: measure this cell (form, clients a round, population) in this process."""
 
 
-def cells(o: Options) -> Iterator[tuple[str, int, int]]:
-    """Form, clients a round, population of every cell, and (memory, clients a round, clients seen) of the store."""
+class Cell(NamedTuple):
+    """What a cell measures: another value is another cell."""
+
+    form: str
+    """A key of `FORMS`, or "memory": the store alone."""
+    members: int
+    population: int  # of "memory", clients seen
+    devices: int = 0  # this and the rest are not the store's
+    lanes: int = 0
+    least_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        text = f"{self.form} / {self.members} / {self.population}"
+        if self.form == "memory":
+            return text
+        return f"{text} / {self.devices} x {self.lanes} lanes / {self.least_seconds:g} s"
+
+
+def cell_of(found: dict[str, Any]) -> Cell:
+    """The cell that the figures of a file belong to, whatever their key there is."""
+    asked: dict[str, Any] = {**EARLIER, **found}
+    names = Cell._fields[:3] if found["form"] == "memory" else Cell._fields
+    return Cell(*(asked[name] for name in names))
+
+
+def cells(o: Options) -> Iterator[Cell]:
+    """Every cell of the rounds, and of the store."""
+    common = (DEVICES, o.lanes, o.seconds)
     for population in o.populations:
-        yield from (("perceptron", m, population) for m in o.cohorts if 10 * m <= population)
-    yield from (("ViT, LoRA", m, max(o.populations)) for m in o.vit_cohorts)
-    yield from (("memory", 1000, n) for n in o.seen)
+        yield from (Cell("perceptron", m, population, *common) for m in o.cohorts if 10 * m <= population)
+    yield from (Cell("ViT, LoRA", m, max(o.populations), *common) for m in o.vit_cohorts)
+    yield from (Cell("memory", 1000, n) for n in o.seen)
 
 
 def resident(field: str) -> int:
@@ -116,7 +148,7 @@ def problem(o: Options, form: str, members: int, population: int) -> build.Probl
     sizes = np.clip(np.rint(9 * np.exp(rng.normal(0, 0.9, population))), 2, 60).astype(np.int64)
     rows = examples.train[rng.integers(0, len(examples.train), sizes.sum(), dtype=np.int32)]
     owned = by_size(rows, sizes)
-    speed = Speed(lanes=o.lanes, compilation_cache=False, cache="off")
+    speed = Speed(lanes=o.lanes, devices=DEVICES, compilation_cache=False, cache="off")
     return build.Problem(config, speed, examples, owned, (), {})
 
 
@@ -174,8 +206,9 @@ def measure(o: Options, form: str, members: int, population: int) -> dict[str, A
             facts["per_client_bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(cohort.done[0].info.clients))
             compiled[0] = 0
     facts["compiled_later"] += compiled[0]
-    index = p.partition.rows.nbytes + p.partition.offsets.nbytes + met.nbytes
-    facts |= {"index_bytes": index, "index_limit": 64 * population + 4 * len(p.partition.rows), "rounds": round}
+    taken = p.partition.rows.nbytes + p.partition.offsets.nbytes + met.nbytes
+    limit = CLIENT_BYTES * population + EXAMPLE_BYTES * len(p.partition.rows)
+    facts |= {"index_bytes": taken, "index_limit": limit, "rounds": round}
     return facts | {name: float(np.median(values)) for name, values in found.items()}
 
 
@@ -216,28 +249,65 @@ def measure_memory(members: int, seen: int) -> dict[str, Any]:
     return facts | {name: float(np.median(series)) for name, series in found.items()}
 
 
-def name_of(form: str, members: int, population: int) -> str:
-    return f"{form} / {members} / {population}"
+def read(file: Path) -> dict[Cell, dict[str, Any]]:
+    """The cells of a file, by what they measure: keys of earlier files do not say all of it."""
+    found = json.loads(file.read_text())["cells"].values() if file.exists() else ()
+    return {cell_of(one): one for one in found}
 
 
-def run(o: Options, file: Path) -> dict[str, Any]:
+def run(o: Options, file: Path) -> dict[Cell, dict[str, Any]]:
     """Measures the cells that the file does not have, and writes it after each."""
-    have = json.loads(file.read_text()) if file.exists() and not o.fresh else {"cells": {}}
-    for form, members, population in cells(o):
-        name = name_of(form, members, population)
-        if name in have["cells"]:
+    have = {} if o.fresh else read(file)
+    for cell in cells(o):
+        if cell in have:
             continue
         command = [sys.executable, __file__, f"--lanes={o.lanes}", f"--seconds={o.seconds}"]
-        command += ["--child", form, str(members), str(population)]
+        command += ["--child", cell.form, str(cell.members), str(cell.population)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise SystemExit(f"{name}: {done.stderr}")
+            raise SystemExit(f"{cell}: {done.stderr}")
+        asked = {name: value for name, value in cell._asdict().items() if value}
         machine = {key: value for key, value in record.machine().items() if key != "platform"}  # the kernel
-        cell = {"form": form, "members": members, "population": population, "lanes": o.lanes, **machine}
-        have["cells"][name] = cell | json.loads(done.stdout.splitlines()[-1])
-        print(f"{name}: done", flush=True)
-        record.write_json(file, have)
+        have[cell] = {**asked, **machine, **json.loads(done.stdout.splitlines()[-1])}
+        print(f"{cell}: done", flush=True)
+        record.write_json(file, {"cells": {str(name): one for name, one in have.items()}})
     return have
+
+
+def chosen(o: Options, have: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cells that the options ask for, of those that there are.
+
+    Raises:
+        SystemExit: rounds are asked for, and there are none of these options.
+    """
+    asked = list(cells(o))
+    found = [cell for cell in asked if cell in have]
+    if any(cell.lanes for cell in asked) and not any(cell.lanes for cell in found):
+        raise SystemExit(
+            f"Expected the file to have cells of these options, as {asked[0]}; it has: {', '.join(map(str, have))}."
+        )
+    return [have[cell] for cell in found]
+
+
+def index(found: list[dict[str, Any]]) -> str:
+    """What the index takes, the rounds' and the store's together, beside its limit.
+
+    Raises:
+        SystemExit: it takes more.
+    """
+    # The limit is that of the examples and CLIENT_BYTES a client.
+    rounds = {
+        CLIENT_BYTES - (c["index_limit"] - c["index_bytes"]) / c["population"] for c in found if "index_bytes" in c
+    }
+    store = {c["index_bytes_client"] for c in found if c["form"] == "memory"}
+    own, kept = max(rounds, default=0.0), max(store, default=0.0)
+    text = (
+        f"Index: at most {own:.1f} B a client for partition and visits, and {kept:.1f} B for each client that keeps "
+        f"something, {own + kept:.1f} of {CLIENT_BYTES} B; and {EXAMPLE_BYTES} B an example."
+    )
+    if own + kept > CLIENT_BYTES:
+        raise SystemExit(f"{text} That is more than the limit.")
+    return text
 
 
 def tables(found: list[dict[str, Any]]) -> str:
@@ -312,8 +382,8 @@ def main(o: Options) -> None:
             o, cohorts=(10, 100), populations=(1000, 10_000), vit_cohorts=(10, 100), seen=(1000, 2000), seconds=0.5
         )
     file = RESULTS / f"client_count{suffix}.json"
-    found = list((json.loads(file.read_text()) if o.table else run(o, file))["cells"].values())
-    print(tables(found))
+    found = chosen(o, read(file) if o.table else run(o, file))
+    print(f"{tables(found)}\n\n{index(found)}")
     draw(found, IMAGES / f"client_count{suffix}.png")
 
 

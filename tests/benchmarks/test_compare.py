@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "compare.py"
-COMMITTED = [*(ROOT / "benchmarks" / "results").glob("*.json"), ROOT / "experiments" / "results" / "client_count.json"]
+COMMITTED = [f for f in (ROOT / "benchmarks" / "results").glob("*.json") if not f.stem.endswith("-small")]
+COMMITTED += [ROOT / "experiments" / "results" / "client_count.json"]
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +85,17 @@ def test_client_count_and_profiles_are_compared(compare: ModuleType, tmp_path: P
         (tmp_path / "file.json").write_text(json.dumps(content))
         return compare.read(str(tmp_path / "file.json"))
 
-    cell = {"population": 10, "seconds": 0.5, "git": {"commit": "a"}, "versions": {"jax": "1"}, "processes": 1}
-    found = read({"cells": {"perceptron / 5 / 10": cell}})
+    cell = {"form": "mlp", "members": 5, "population": 10, "lanes": 4, "seconds": 0.5, "processes": 1}
+    cell |= {"git": {"commit": "a"}, "versions": {"jax": "1"}}
+    store = {**cell, "form": "memory", "gather_ms": 2}
+    found = read({"cells": {"mlp / 5 / 10": cell, "memory / 5 / 10": store}})
     assert (found["benchmark"], found["git"], found["versions"]) == ("client_count", {"commit": "a"}, {"jax": "1"})
-    assert list(compare.by_path(found)) == ["perceptron / 5 / 10 / population", "perceptron / 5 / 10 / seconds"]
+    name = "form mlp, members 5, population 10, devices 1, lanes 4, least_seconds 4.0 / seconds"
+    assert next(iter(compare.by_path(found))) == name
+    assert "form memory, members 5, population 10 / gather_ms" in compare.by_path(found)
+    newer = {**cell, "devices": 1, "least_seconds": 4.0, "seconds": 1.0}
+    rows, _ = compare.compare(found, read({"cells": {"mlp / 5 / 10 / 1 x 4 lanes / 4 s": newer}}))
+    assert [(row.name, row.ratio) for row in rows] == [(name, 2.0)]
 
     profile = {
         "schema": 1,
