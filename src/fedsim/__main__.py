@@ -57,11 +57,8 @@ def profile(argv: Sequence[str]) -> int:
     options = parse(ProfileOptions, argv, "fedsim profile")
     config = options.config()
     positive(repeats=options.repeats)
-    from fedsim import build
     from fedsim import profile as profiling
 
-    build.check(config, options.speed)
-    build.fetch_missing(config)
     profiling.profile(
         config,
         options.speed,

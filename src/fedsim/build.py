@@ -340,9 +340,18 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
 
 def example_flops(problem: Problem, trainer: Trainer) -> flops.Flops:
     """What one example costs in a training step of this phase, counted by `flops.training_flops`; traces, computes nothing."""
+    return flops.training_flops(trainer.model, *example(problem), cached=trainer.cached)
+
+
+def example(problem: Problem) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of one input as training reads it: texts are cut to the longest."""
     x = jax.tree.leaves(problem.dataset.x)[0]
-    shape = x.shape[1:] if problem.texts is None else (problem.texts.longest,)
-    return flops.training_flops(trainer.model, shape, x.dtype, cached=trainer.cached)
+    return x.shape[1:] if problem.texts is None else (problem.texts.longest,), x.dtype
+
+
+def setup_bytes(trainer: Trainer) -> int:
+    """Bytes that a client is given once, before its first round."""
+    return sum(wire.price(jax.eval_shape(trainer.algorithm.setup, trainer.model.frozen)).values())
 
 
 def written(algorithm: Algorithm, frozen: Mapping[str, Any]) -> set[str]:

@@ -1,4 +1,4 @@
-"""`fedsim run --dry-run`: what a run would do, send and need. Reads the data, traces the programs, trains nothing."""
+"""`fedsim run --dry-run`: what a run would do, send and need. Reads the data, compiles the programs, trains nothing."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedsim import build, packing, plan, wire
+from fedsim import build, flops, plan
 from fedsim.backbones.load import draw
 from fedsim.build import Phase, Problem
 from fedsim.config import Config, Speed
 from fedsim.core import Passes
 from fedsim.data.dataset import stream
 from fedsim.features import use_cache
-from fedsim.lanes import choose_lanes, own_convolutions
+from fedsim.host import tune_host
+from fedsim.rehearsal import rehearse
 from fedsim.report import duration, exact_size, size
 
 SAMPLED_ROUNDS = 5  # cohorts drawn to know what an average round does
@@ -28,7 +29,7 @@ class PhaseEstimate(NamedTuple):
     phase: Phase
     trained: int  # parameters
     frozen: int
-    up: int  # bytes of one client's message (of FedAvg; algorithms that send more are counted when they run)
+    up: int  # bytes of one client in a round, the mean over the first cohort; see `rehearsal`
     down: int
     setup: int  # bytes, one client, once
     full: int  # bytes of one message of full fine-tuning
@@ -41,11 +42,12 @@ class PhaseEstimate(NamedTuple):
     flops: float  # of one example, forward and backward
     prefix_flops: float  # of one example through the cached stages, once; 0 without a cache
     cached: bool
-    memory: dict[str, int]  # bytes by part
+    memory: dict[str, int]  # bytes by part, of each device
 
 
 def dry_run(config: Config, speed: Speed) -> list[PhaseEstimate]:
     """Estimates every phase and prints plan, bytes, memory and time."""
+    tune_host(speed)
     problem = build.problem(config, speed)
     found = [estimate(problem, phase) for phase in build.phases(config)]
     print_estimate(problem, found, matmul_speed(speed.precision))
@@ -53,7 +55,11 @@ def dry_run(config: Config, speed: Speed) -> list[PhaseEstimate]:
 
 
 def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
-    """One phase from shapes, the partition and drawn cohorts; no parameter is loaded."""
+    """One phase from its programs, which are compiled, the partition and drawn cohorts.
+
+    Raises:
+        ValueError: lanes that were asked for and do not fit into the memory.
+    """
     config, dataset, parts = phase.config, problem.dataset, problem.partition
     model = build.split_model(config, dataset, problem.speed)
     plain = build.split_model(config, dataset)  # without what is computed twice to save memory
@@ -64,38 +70,20 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
         stream(config.seed, f"sample {round}").choice(parts.clients, config.clients_per_round, replace=False)
         for round in range(1, SAMPLED_ROUNDS + 1)
     ]
-    lanes, widths = problem.speed.lanes, packing.choose_widths(parts.sizes, passes)
-    if lanes == "auto":
-        first, own = parts.sizes[cohorts[0]], own_convolutions(model.trained)
-        lanes = choose_lanes(first, passes, devices, jax.default_backend(), widths, convolutions=own)
+    rehearsed = rehearse(problem, phase, cohorts[0])
+    lanes, widths = rehearsed.lanes, rehearsed.widths
     plans = [
         plan.make(ids, parts.rows, parts.offsets, passes, config.seed, round, devices, lanes, widths=widths)
         for round, ids in enumerate(cohorts, 1)
     ]
-    trained, frozen = _nbytes(model.trained), _nbytes(model.frozen)
-    x = jax.tree.map(lambda a: jax.ShapeDtypeStruct((config.batch_size, *a.shape[1:]), a.dtype), dataset.x)
-    inner = jax.eval_shape(model.prefix, model.frozen, x) if cached else x
-    features, apply = (
-        jax.eval_shape(plain.prefix, plain.frozen, x) if cached else x,
-        plain.suffix if cached else plain.apply,
-    )
-    grad = jax.jit(lambda t, f, x: jax.grad(lambda t: apply(t, f, x).sum())(t))
-    adam = 3 if "adam" in config.optimizer else 1
-    memory = {
-        "backbone": frozen * jnp.dtype(problem.speed.precision).itemsize // 4,
-        "examples": _nbytes(dataset.x) if not cached else _rows(inner, config.batch_size, len(dataset.y)),
-        f"{devices * lanes} lanes of trained parameters, gradients and optimizer": devices
-        * lanes
-        * trained
-        * (2 + adam),
-    }
+    shape, dtype = build.example(problem)
     return PhaseEstimate(
         phase=phase,
         trained=_count(model.trained),
         frozen=_count(model.frozen),
-        up=sum(wire.price_shapes(model.trained, wire.codec(config.codec_up)).values()),
-        down=sum(wire.price_shapes(model.trained, wire.codec(config.codec_down)).values()),
-        setup=frozen,
+        up=round(rehearsed.up),
+        down=round(rehearsed.down),
+        setup=rehearsed.setup,
         full=build.full_bytes(model),
         steps=float(np.mean([(p.count > 0).sum() for p in plans])),
         examples=float(np.mean([p.count.sum() for p in plans])),
@@ -103,10 +91,15 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
         lanes=lanes,
         occupancy=float(np.mean([p.occupancy[0] for p in plans])),
         row_occupancy=float(np.mean([p.occupancy[1] for p in plans])),
-        flops=_flops(grad, plain.trained, plain.frozen, features) / config.batch_size,
-        prefix_flops=_flops(jax.jit(plain.prefix), plain.frozen, x) / config.batch_size if cached else 0.0,
+        flops=flops.training_flops(plain, shape, dtype, cached=cached).total,
+        prefix_flops=flops.forward_flops(plain, shape, dtype, stop=plain.cut) if cached else 0.0,
         cached=cached,
-        memory=memory,
+        memory={
+            "backbone and examples": rehearsed.need.there,
+            f"{lanes} lane{'s' * (lanes > 1)} with activations, batches, parameters and optimizers": int(
+                rehearsed.need.lanes
+            ),
+        },
     )
 
 
@@ -128,6 +121,8 @@ def matmul_speed(precision: str = "float32") -> float:
 def print_estimate(problem: Problem, found: list[PhaseEstimate], flops_per_second: float) -> None:
     """Prints the estimate for people."""
     config = problem.config
+    if jax.default_backend() != "cpu":  # host devices share what was measured, others have as much each
+        flops_per_second *= found[0].devices
     print(
         f"{config.dataset}: {len(problem.dataset.train)} training, {len(problem.dataset.validation)} validation, "
         f"{len(problem.dataset.test)} test examples, {len(problem.dataset.classes)} classes; "
@@ -157,7 +152,8 @@ def print_estimate(problem: Problem, found: list[PhaseEstimate], flops_per_secon
             f"  one client   up {exact_size(e.up)}, down {exact_size(e.down)} a round; full fine-tuning {exact_size(e.full)}"
         )
         print(f"  all rounds   {exact_size(sent)} both ways; once per client the backbone, {exact_size(e.setup)}")
-        print(f"  memory       {', '.join(f'{name} {size(n)}' for name, n in e.memory.items())}, and activations")
+        each = "" if e.devices == 1 else "each device: "
+        print(f"  memory       {each}{', '.join(f'{name} {size(n)}' for name, n in e.memory.items())}")
         print(f"  time         about {duration(seconds)}{' from cached features' if e.cached else ''}")
     if once:
         print(f"\nfrozen layers, once per example: about {duration(once)}")
@@ -170,16 +166,3 @@ def print_estimate(problem: Problem, found: list[PhaseEstimate], flops_per_secon
 
 def _count(shapes: dict[str, Any]) -> int:
     return sum(int(np.prod(s.shape, dtype=np.int64)) for s in shapes.values())
-
-
-def _nbytes(tree: Any) -> int:
-    return sum(wire.array_bytes(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def _rows(batch: Any, batch_size: int, rows: int) -> int:
-    return _nbytes(batch) // batch_size * rows
-
-
-def _flops(program: Any, *shapes: Any) -> float:
-    """FLOPs of one call as XLA counts them before optimisation; no compilation."""
-    return float((program.lower(*shapes).cost_analysis() or {}).get("flops", 0.0))

@@ -114,6 +114,7 @@ class Lanes:
         if self.resident:
             self.x, self.y = self.keep((self.x, self.y))
         self.widths, self.may_refuse = widths, may_refuse
+        self.need = Need(0, 0)  # of the programs that were made last
         self._programs: dict[Any, Programs] = {}
         self._reply_bytes: dict[Any, int] = {}
         self._gather = self._spread(
@@ -199,7 +200,8 @@ class Lanes:
                 programs, need = made(lanes)
             if self.may_refuse and not self._programs:  # what fitted in a phase's first round may go on
                 refuse_too_large(need, free, lanes, local.passes.batch_size, sharing)
-            self.lanes, self.segment_steps, self._programs[known] = lanes, programs.steps, programs
+            self.lanes, self.segment_steps, self.need = lanes, programs.steps, need
+            self._programs[known] = programs
         return self._programs[known]
 
     def _widths_for(self, local: Local, init_memory: Any, message: Tree) -> tuple[int, ...]:

@@ -20,12 +20,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedsim import build, lengths, peaks, profile_report, record
+from fedsim import build, peaks, profile_report, record
 from fedsim.build import Phase, Problem
 from fedsim.config import Config, Speed, require_known
-from fedsim.features import use_cache
 from fedsim.host import cpu_devices, divide_cpu, tune_host
-from fedsim.profile_round import apart, memory, pieces, run_round, throughput, tile_notes
+from fedsim.profile_round import apart, memory, pieces, run_round, step_rows, throughput, tile_notes
+from fedsim.rehearsal import stand_in
 
 WORTH = 0.05  # a setting is recommended where it gains more than this
 BATCH = "batch_size"  # the one option of a sweep that is no `Speed`: it changes what is simulated
@@ -124,19 +124,21 @@ def recommend(
 
 def fill(problem: Problem, phase: Phase) -> Problem:
     """The problem with random features where the phase would read cached ones; values change no time."""
-    model = build.split_model(phase.config, problem.dataset, problem.speed)
-    if not use_cache(problem.speed, model, problem.dataset.x, phase.config):
-        return problem
-    x, texts = problem.dataset.x, lengths.entering(problem.texts, model, 0)
-    one = jax.tree.map(lambda a: a[:1], x)
-    one = texts.cut(one, texts.longest) if texts else one
-    rng, count = np.random.default_rng(0), len(problem.dataset.y)
+    rng = np.random.default_rng(0)
 
-    def drawn(s: Any) -> np.ndarray:
-        return np.resize(rng.normal(size=(min(count, 256), *s.shape[1:])).astype(s.dtype), (count, *s.shape[1:]))
+    def drawn(count: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        return np.resize(rng.normal(size=(min(count, 256), *shape)).astype(dtype), (count, *shape))
 
-    features = jax.tree.map(drawn, jax.eval_shape(model.prefix, model.frozen, one))
-    return problem._replace(cuts=(model.cut,), cache={(problem.speed.precision, model.cut): features})
+    return stand_in(problem, phase, drawn)
+
+
+def divided(speed: Speed, asked: Mapping[str, Sequence[Any]]) -> Speed:
+    """The speed, a CPU being divided into as many devices as any setting takes; as set, it has no more of them than usual."""
+    usual = cpu_devices()
+    most = max(usual, *(n or 1 for n in (speed.devices, *asked.get("devices", ()))))
+    if divide_cpu(most) and most > usual and speed.devices is None and jax.default_backend() == "cpu":
+        return dataclasses.replace(speed, devices=usual)
+    return speed
 
 
 def profile(
@@ -162,12 +164,12 @@ def profile(
         ValueError: as `build.check` and `parse_sweep`, before anything is measured.
     """
     asked = parse_sweep(sweep)
-    usual, most = cpu_devices(), max(n or 1 for n in (speed.devices, *asked.get("devices", ())))
-    if most > usual and divide_cpu(most) and speed.devices is None and jax.default_backend() == "cpu":
-        speed = dataclasses.replace(speed, devices=usual)
+    speed = divided(speed, asked)
     build.check(config, speed)
     tune_host(speed)
-    problem = problem or build.problem(config, speed)
+    if problem is None:
+        build.fetch_missing(config)
+        problem = build.problem(config, speed)
     phase = build.phases(config)[0 if head else -1]
     problem = problem._replace(speed=speed, trainers=None)
     out.mkdir(parents=True, exist_ok=True)
@@ -195,7 +197,7 @@ def profile(
             "apart": apart(problem, now, repeats),
             "memory": memory(now, seen),
             "steps": halves,
-            "tiles": tile_notes(now.trainer.model, seen.plans[0].rows.shape[2] * phase.config.batch_size),
+            "tiles": tile_notes(now.trainer.model, *step_rows(seen.plans)),
         }
     lanes = int(engine.lanes)
     del now, engine, seen  # the next engine needs the memory

@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import math
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedsim import build, network, peaks, personal, plots, processes, record, report, wire
+from fedsim import build, network, peaks, personal, plots, processes, record, report
 from fedsim.backbones.own import file_of, identity
 from fedsim.build import Phase, Problem, Trainer
 from fedsim.checkpoint import KEEP
@@ -32,6 +33,7 @@ from fedsim.host import compile_clock, divide_cpu, interruptible, tune_host
 from fedsim.memory import Memory, Table
 from fedsim.programs import key_for
 from fedsim.progress import Progress
+from fedsim.rehearsal import rehearse
 from fedsim.shared_checkpoints import SharedCheckpoints
 
 
@@ -127,7 +129,9 @@ def simulate(
     """
     began = time.perf_counter()
     clock = compile_clock()
+    phases = build.phases(config)
     if fresh:
+        refuse_later_phases(config, speed, problem, phases)
         shape = list(jax.tree.leaves(problem.dataset.x)[0].shape[1:])
         facts = {"classes": list(problem.dataset.classes), "input_shape": shape}
         own = identity(config.backbone)
@@ -139,7 +143,6 @@ def simulate(
     fleet = network.fleet(config)
 
     # --- where to start: round 0, or after the last good checkpoint
-    phases = build.phases(config)
     round, stopped, elapsed = 0, "rounds", 0.0
     totals, best, stale = {"up": 0, "down": 0, "simulated_seconds": 0.0}, -1.0, 0
     met = np.zeros(problem.partition.clients, np.int32)  # (N,): the last round in which a client was in the cohort
@@ -320,6 +323,19 @@ def simulate(
     progress.message("done")
 
 
+def refuse_later_phases(config: Config, speed: Speed, problem: Problem, phases: Sequence[Phase]) -> None:
+    """Has lanes that were asked for and do not fit in a later phase refused before the first one runs.
+
+    The first phase refuses by itself in its first round, and lanes that nobody asked for are halved until they fit.
+
+    Raises:
+        ValueError: see `rehearsal.rehearse`.
+    """
+    for phase in phases[1:] if speed.lanes != "auto" else ():
+        ids = np.arange(min(invited(config), problem.partition.clients))
+        rehearse(problem._replace(trainers=None), phase, ids)
+
+
 def exchange_round(key: jax.Array, algorithm: Algorithm, server: Any, cohort: Cohort) -> tuple[Any, dict[str, Any]]:
     """The algorithm's round: the new server, and metrics on the host. Where nobody reports, the server as it was."""
     if not cohort.present.any() and not algorithm.runs_empty:
@@ -364,8 +380,7 @@ def prepare(
     # Of several processes the first one has the folder; the others keep the same rows in main memory.
     file = directory / f"memory-{phase.name}.rows" if directory is not None and processes.is_first() else None
     memory = Memory(trainer.algorithm.memory, engine.held, file, KEEP)
-    setup = sum(wire.price(jax.eval_shape(trainer.algorithm.setup, trainer.model.frozen)).values())
-    return Current(phase, trainer, server, memory, counted, setup)
+    return Current(phase, trainer, server, memory, counted, build.setup_bytes(trainer))
 
 
 def utilisation(trainer: Trainer, speed: Speed, rate: float) -> float | None:
