@@ -86,7 +86,8 @@ def measure(o: Options, clients: int, examples: int) -> dict[str, Any]:
         "largest_client": int(owned.sizes.max()),
         "cohorts": {},
     }
-    problem = build.Problem(config, report.speed(), data, owned, (), {})
+    speed = dataclasses.replace(report.speed(), devices=1)  # the plan that is made alone is one device's too
+    problem = build.Problem(config, speed, data, owned, (), {})
     trainer = build.trainer(problem, build.phases(config)[-1])
     engine, algorithm = trainer.engine, trainer.algorithm
     for size in (m for m in o.cohorts if 10 * m <= clients):

@@ -1,6 +1,7 @@
-"""The engine's own cost of several devices and processes: the same work on 1 to 8 host devices, in one process and two.
+"""The engine's own cost of several devices and processes: the same work on 1 to 8 host devices, in one process and more.
 
     python benchmarks/scaling.py                    # ViT-Ti/16 with LoRA at 64 px, 5 interleaved repeats
+    python benchmarks/scaling.py --processes 2 4    # the devices also spread over four processes
     python benchmarks/scaling.py --small            # to see that it works
 
 Host devices share the machine's cores, so nothing here can become faster: what N devices take beyond the time of one is
@@ -31,7 +32,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- scaling: begin -->", "<!-- scaling: end -->"
 CLASSES, LR = 20, 0.01
 PARTS = ("plan", "put", "gather", "begin", "segment", "end", "fetch")
-HOW = {"shard_map": "shard_map", "pmap": "pmap", "gloo": "shard_map, two processes (gloo)"}
+HOW = {"shard_map": "shard_map", "pmap": "pmap", "gloo": "shard_map, {} processes (gloo)"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Options:
     """Lanes of all devices together in the strong form, and of 8 devices in the weak one."""
     devices: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of devices; each divides `lanes`."""
+    processes: tuple[int, ...] = (2,)
+    """Numbers of processes, beside one; each has those settings whose devices it divides."""
     repeats: int = 5
     """Timed repeats, after one that compiles."""
     small: bool = False
@@ -65,11 +68,21 @@ class Setting(NamedTuple):
 
     how: str
     devices: int  # of all processes
+    processes: int = 1
 
-    @property
-    def processes(self) -> int:
-        """How many processes it takes."""
-        return 2 if self.how == "gloo" else 1
+    def __str__(self) -> str:
+        return "-".join(map(str, self))
+
+
+def settings_of(o: Options) -> list[Setting]:
+    """Every way to run; the first is one device in one process."""
+    alone = [Setting(how, n) for how in ("shard_map", "pmap") for n in o.devices]
+    return alone + [Setting("gloo", n, p) for p in o.processes for n in o.devices if n % p == 0]
+
+
+def label(how: str, processes: int) -> str:
+    """A way to run for people, without its devices."""
+    return HOW[how].format(processes)
 
 
 # --- a worker: one process of one setting
@@ -82,9 +95,9 @@ def work(setting: Setting, number: int, at: str, folder: Path, o: Options) -> No
     from fedsim import processes
     from fedsim.host import tune_host
 
-    tune_host(report.speed())
     if setting.processes > 1:
-        processes.distributed(at, setting.processes, number)
+        processes.distributed(at, setting.processes, number)  # before all that asks JAX for devices
+    tune_host(report.speed())
     start = time.perf_counter()
     rounds = {kind: prepared(setting, kind, o) for kind in ("strong", "weak")}
     built = time.perf_counter() - start
@@ -94,7 +107,7 @@ def work(setting: Setting, number: int, at: str, folder: Path, o: Options) -> No
         result = run()
         first[kind] = time.perf_counter() - start
         if kind == "strong" and number == 0:
-            np.savez(folder / f"{setting.how}-{setting.devices}.npz", **result)
+            np.savez(folder / f"{setting}.npz", **result)
     answer({"built": built, "first": first})
     for asked in sys.stdin:
         kind = asked.strip()
@@ -237,7 +250,7 @@ class Workers:
 
 def compare(folder: Path, settings: Sequence[Setting]) -> dict[Setting, float]:
     """The largest difference of a setting's result from that of one device, relative to its largest entry."""
-    results = {s: np.load(folder / f"{s.how}-{s.devices}.npz") for s in settings}
+    results = {s: np.load(folder / f"{s}.npz") for s in settings}
     reference = results[settings[0]]
     largest = max(float(np.abs(reference[name]).max()) for name in reference)
     apart = {}
@@ -256,8 +269,11 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
     figure = Figure(figsize=(9.0, 3.8), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("strong", "weak"), strict=True):
-        for (how, name), color in zip(HOW.items(), plots.COLORS, strict=False):
-            line = [(row["devices"], row["ratio"]) for row in rows if (row["kind"], row["how"]) == (kind, how)]
+        ways = list(dict.fromkeys((row["how"], row["processes"]) for row in rows))
+        for (how, processes), color in zip(ways, plots.COLORS, strict=False):
+            same = [row for row in rows if (row["kind"], row["how"], row["processes"]) == (kind, how, processes)]
+            line = [(row["devices"], row["ratio"]) for row in same]
+            name = label(how, processes)
             axes.plot(*zip(*line, strict=True), "o-", color=color, label=name, linewidth=1.8, markersize=5)
         plots.style(axes)
         axes.set_xscale("log", base=2)
@@ -280,8 +296,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells = ["", "", "", "", ""]
         if p:
             cells = [f"{1e3 * s:.1f}" for s in (p["plan"], p["put"], p["gather"], p["segment"], p["end"] + p["fetch"])]
-        start = f"| {row['kind']} | {HOW[row['how']]} | {row['devices']} | {row['median']:.3f} | {row['ratio']:.2f} |"
-        lines.append(f"{start} {' | '.join(cells)} |")
+        cells = [row["kind"], label(row["how"], row["processes"]), f"{row['devices']}", *cells]
+        cells[3:3] = [f"{row['median']:.3f}", f"{row['ratio']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -297,13 +314,16 @@ def main(o: Options) -> None:
         raise SystemExit(
             f"Expected devices={o.devices} to hold 1 and to divide lanes={o.lanes} and clients={o.clients}."
         )
-    settings = [Setting(how, n) for how in ("shard_map", "pmap") for n in o.devices]
-    settings += [Setting("gloo", n) for n in o.devices if n % 2 == 0]
+    if min(o.processes, default=2) < 2:
+        raise SystemExit(f"Expected processes={o.processes} to be 2 or more each; one is measured anyway.")
+    settings = settings_of(o)
     with tempfile.TemporaryDirectory() as name:
         workers = []
         for setting in settings:
             workers.append(Workers(setting, Path(name), o))
-            print(f"{HOW[setting.how]}, {setting.devices} devices: {workers[-1].about}", flush=True)
+            print(
+                f"{label(setting.how, setting.processes)}, {setting.devices} devices: {workers[-1].about}", flush=True
+            )
         apart = compare(Path(name), settings)
         seconds: dict[tuple[Setting, str], list[float]] = {(s, k): [] for s in settings for k in ("strong", "weak")}
         parts: dict[Setting, list[dict[str, float]]] = {s: [] for s in settings}
@@ -345,7 +365,7 @@ def main(o: Options) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         own, where, place, options = json.loads(sys.argv[3])
-        options["devices"] = tuple(options["devices"])
+        options |= {name: tuple(options[name]) for name in ("devices", "processes")}
         work(Setting(*own), int(sys.argv[2]), where, Path(place), Options(**options))
     else:
         main(tyro.cli(Options, description=__doc__))
