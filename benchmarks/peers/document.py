@@ -1,4 +1,4 @@
-"""The tables of docs/peers.md, written between markers from the kept records: pure functions, and one that writes the file.
+"""The tables of docs/peers.md, written between markers from the kept records.
 
 A table stands between `<!-- table NAME -->` and `<!-- end of NAME -->`; the rest of the document is written by hand.
 """

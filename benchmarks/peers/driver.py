@@ -43,8 +43,8 @@ def options() -> argparse.Namespace:
 class CompileClock:
     """Seconds that JAX has spent tracing, lowering and compiling in this process since this clock was made.
 
-    Tracing a function traces the compiled functions that it calls, and JAX reports both; threads may compile side by side.
-    So it is the length of the union of all spans that counts.
+    Tracing a function traces the compiled functions that it calls, and JAX reports both; threads may compile side
+    by side. So it is the length of the union of all spans that counts.
     """
 
     def __init__(self) -> None:

@@ -146,7 +146,7 @@ class System:
         return time.perf_counter() - self._began
 
     def round(self, patience: float) -> dict[str, Any]:
-        """One round: its seconds, those of them in which JAX compiled (None without JAX), CPU seconds, others' share of cores."""
+        """One round: its seconds, those in which JAX compiled (None without JAX), CPU seconds, others' share of cores."""
         assert self._process.stdin is not None
         own, busy, wall = self.cpu_seconds(), busy_seconds(), time.perf_counter()
         try:

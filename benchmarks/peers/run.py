@@ -303,7 +303,7 @@ def check_gpu(envs: Iterable[str]) -> None:
     if blind:
         raise SystemExit(
             f"Expected a GPU with platform=gpu; the environments of {', '.join(blind)} find none that they can use. "
-            "The peers' come with CUDA by python benchmarks/peers/install.py --cuda, fedsim's by pip install jax[cuda12]."
+            "Peers get CUDA by python benchmarks/peers/install.py --cuda, fedsim's by pip install 'jax[cuda12]'."
         )
 
 

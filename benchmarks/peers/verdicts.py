@@ -59,7 +59,7 @@ class Verdict(NamedTuple):
 
 
 def rows(records: Iterable[Record], workload: str, start_loss: float) -> list[Row]:
-    """The rows of a workload, fastest first, then those measured apart; last the void ones, which failed or learned something else.
+    """The rows of a workload, fastest first, then those measured apart, then the void: failed, or learned something else.
 
     Args:
         start_loss: loss of the probe examples before the first round.

@@ -2,7 +2,8 @@
 
 pfl draws clients by a function of ours, the same cohorts as the others, and asks for a client's data whenever it draws it.
 It does not shuffle within a client, so the data are given in the workload's order of that round. With several processes it
-balances their load by the clients' sizes, one torch thread each. On a GPU they share it; pfl would give each a GPU of its own.
+balances their load by the clients' sizes, one torch thread each. On a GPU they share it; by itself pfl gives
+each a GPU of its own.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ WORKLOADS: dict[str, Workload] = {
     "W3-16": Workload("W3-16", "vit", 512, 128, 16, 0.05, 10, "lognormal"),
 }
 
-# The wide model gets a lower rate: at 0.05 the order within clients alone moves its loss by a tenth of the fall and more.
+# The wide model gets a lower rate: at 0.05 the order within clients alone moves its loss by over a tenth of the fall.
 BASE = {"width": 768, "heads": 12, "image": 224}
 GPU_WORKLOADS: dict[str, Workload] = {
     "G-B-8": Workload("G-B-8", "vit", 128, 32, 8, 0.01, 10, "lognormal", **BASE),
