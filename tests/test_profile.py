@@ -86,6 +86,16 @@ def test_values_of_a_sweep() -> None:
     assert found == {"lanes": (1, 2), "parallel": ("pmap",), "batch_size": (8,)}
 
 
+def test_a_cpu_is_divided_into_as_many_devices_as_any_setting_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(profile, "divide_cpu", lambda devices: asked.append(devices) or True)
+    monkeypatch.setattr(profile, "cpu_devices", lambda: 2)
+    assert profile.divided(Speed(), {"devices": (1, 4)}) == Speed(devices=2), "as set, it is what it would be"
+    assert profile.divided(Speed(devices=1), {"devices": (1, 2)}) == Speed(devices=1)
+    assert profile.divided(Speed(), {}) == Speed()
+    assert asked == [4, 2, 2]
+
+
 def row(name: str, value: object, rate: float) -> dict:
     return {"changes": {name: value}, "examples_per_second": rate}
 

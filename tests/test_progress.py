@@ -24,6 +24,9 @@ def line(number: int, **changes) -> dict:
         "flops_per_second": 45.67e9,
         "mfu": None,
         "lane_occupancy": 0.9,
+        "row_occupancy": 0.75,
+        "examples_per_second": 345.0,
+        "most_memory": 3 * 2**29,
     }
     return made | changes
 
@@ -127,6 +130,8 @@ def test_live_display_says_what_the_machine_does() -> None:
         with Progress(20, console=console) as progress:
             progress.update(line(1, **changes))
         assert shown in text(console) and "lanes 90% full" in text(console)
+        assert "345 examples/s" in text(console) and "rows 75% real" in text(console) and "1.50 GiB" in text(console)
+    assert plain_line(line(1, mfu=0.4123), 20, None).split()[-2:] == ["41.2%", "–"]
     assert plain_line(line(1, flops_per_second=None), 20, None).split()[-2:] == ["–", "–"]
 
 

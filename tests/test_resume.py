@@ -20,6 +20,7 @@ from fedsim import record
 
 ROUNDS, EVERY = 30, 2
 TIMES = {"seconds", "compile_seconds", "clients_per_second", "examples_per_second", "flops_per_second", "mfu"}
+TIMES |= {"most_memory"}
 
 # Every client counts its visits and keeps its last change, which pulls at its next reply: a lost or doubled visit shows.
 REMEMBERS = """

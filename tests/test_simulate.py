@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("compile_once")
 FIXTURES = Path(__file__).parent / "fixtures" / "data"
 SPEED = Speed(devices=1, lanes=2, compilation_cache=False)
 TIMES = {"seconds", "compile_seconds", "clients_per_second", "examples_per_second", "flops_per_second", "mfu"}
+TIMES |= {"most_memory"}
 
 
 @pytest.fixture(scope="module")

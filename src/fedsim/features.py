@@ -34,24 +34,15 @@ def run_stages(
     Args:
         devices: of this process, over which a batch is split; default: its first.
     """
-    mesh = Mesh(np.array(devices or jax.local_devices()[:1]), ("batch",))
-    everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("batch"))
-    run = jax.jit(
-        jax.shard_map(
-            lambda held, x: model.run(held, x, start, stop),
-            mesh=mesh,
-            in_specs=(P(), P("batch")),
-            out_specs=P("batch"),
-            check_vma=False,
-        )
-    )
+    run, everywhere, split = program(model, start, stop, devices or jax.local_devices()[:1])
     held = jax.device_put(jax.tree.map(aligned, frozen), everywhere)
     texts = lengths.entering(texts, model, start)
     if texts is not None:
         x = texts.cut(x, texts.longest)
     count = jax.tree.leaves(x)[0].shape[0]
-    size = -(-FEATURE_BATCH // mesh.size) * mesh.size
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((mesh.size, *a.shape[1:]), a.dtype), x)
+    many = len(split.device_set)
+    size = -(-FEATURE_BATCH // many) * many
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((many, *a.shape[1:]), a.dtype), x)
     out = jax.tree.map(lambda a: zeros((count, *a.shape[1:]), a.dtype), jax.eval_shape(run, held, one))
     waiting: deque[tuple[np.ndarray, Any]] = deque()  # so that the host fetches one batch while the next is computed
 
@@ -71,6 +62,18 @@ def run_stages(
     while waiting:
         receive()
     return out
+
+
+def program(
+    model: peft.Model, start: int, stop: int, devices: Sequence[jax.Device]
+) -> tuple[Any, NamedSharding, NamedSharding]:
+    """The jitted stages start..stop - 1, (held, x) -> their output, and how both arguments lie on the devices."""
+    mesh = Mesh(np.array(devices), ("batch",))
+    specs = P(), P("batch")
+    run = jax.shard_map(
+        lambda held, x: model.run(held, x, start, stop), mesh=mesh, in_specs=specs, out_specs=specs[1], check_vma=False
+    )
+    return jax.jit(run), NamedSharding(mesh, specs[0]), NamedSharding(mesh, specs[1])
 
 
 def use_cache(speed: Speed, model: peft.Model, x: Any, config: Config | None = None) -> bool:

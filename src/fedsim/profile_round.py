@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -223,20 +223,21 @@ def apart(problem: Problem, now: Current, repeats: int) -> dict[str, float]:
             checkpoints.wait()
         found["checkpoint"] = statistics.median(waited)
     if trainer.cached:
-        found["features, once"] = feature_seconds(problem, trainer.model, repeats)
+        found["features, once"] = feature_seconds(problem, trainer.model, trainer.engine.own, repeats)
     return found
 
 
-def feature_seconds(problem: Problem, model: peft.Model, repeats: int) -> float:
+def feature_seconds(problem: Problem, model: peft.Model, devices: Sequence[jax.Device], repeats: int) -> float:
     """Seconds of the frozen stages on all examples: those of one batch of every length, times how many batches have it."""
     x, texts = problem.dataset.x, lengths.entering(problem.texts, model, 0)
-    held = {k: jnp.full(s.shape, 0.01, s.dtype) for k, s in model.frozen.items() if k in model.below}
-    prefix, size = jax.jit(lambda held, x: model.run(held, x, 0, model.cut)), features.FEATURE_BATCH
-    rows = np.arange(len(problem.dataset.y))
+    prefix, everywhere, split = features.program(model, 0, model.cut, devices)
+    held = {k: np.full(s.shape, 0.01, s.dtype) for k, s in model.frozen.items() if k in model.below}
+    held = jax.device_put(held, everywhere)
+    size, rows = -(-features.FEATURE_BATCH // len(devices)) * len(devices), np.arange(len(problem.dataset.y))
     whole = 0.0
     for length, count in Counter(length for _, length in lengths.batches(rows, size, texts)).items():
         batch = jax.tree.map(lambda a: np.resize(a[:size], (size, *a.shape[1:])), x)
-        batch = jax.device_put(batch if texts is None or length is None else texts.cut(batch, length))
+        batch = jax.device_put(batch if texts is None or length is None else texts.cut(batch, length), split)
         jax.block_until_ready(prefix(held, batch))
         whole += count * _median(lambda batch=batch: jax.block_until_ready(prefix(held, batch)), repeats)
     return whole

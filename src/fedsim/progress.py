@@ -149,8 +149,16 @@ class Progress:
                 Text(f"accuracy {share(seen['accuracy'])}", style="bold green") if seen else "–",
                 Text("speed", style="dim"),
                 f"{speed(line['clients_per_second'])} clients/s",
+                f"{speed(line.get('examples_per_second'))} examples/s",
             )
-            figures.add_row(Text("engine", style="dim"), work(line), f"lanes {line['lane_occupancy']:.0%} full")
+            figures.add_row(
+                Text("engine", style="dim"),
+                work(line),
+                f"lanes {line['lane_occupancy']:.0%} full",
+                Text("memory", style="dim"),
+                size(line["most_memory"]) if "most_memory" in line else "–",
+                f"rows {line['row_occupancy']:.0%} real" if "row_occupancy" in line else "",
+            )
             parts.append(figures)
         if self._message:
             parts.append(Text(self._message, style="dim", no_wrap=True, overflow="ellipsis"))
@@ -165,7 +173,7 @@ COLUMNS = (
     ("up", 8),
     ("down", 8),
     ("clients/s", 9),
-    ("GFLOP/s", 7),
+    ("GFLOP/s", 7),  # or MFU, with a percent sign
     ("left", 10),
 )
 
@@ -192,7 +200,7 @@ def plain_line(line: Round, rounds: int, left: float | None) -> str:
         size(line["total_bytes_up"]),
         size(line["total_bytes_down"]),
         speed(rate),
-        "–" if line.get("flops_per_second") is None else speed(line["flops_per_second"] / 1e9),
+        work(line).removesuffix(" GFLOP/s").removeprefix("MFU "),
         "–" if left is None else duration(left),
     )
     return aligned(f"{line['round']}/{rounds}", cells, rounds)

@@ -27,7 +27,7 @@ from fedsim.core import Algorithm, Population
 from fedsim.data import require_given
 from fedsim.data.dataset import Source, stream
 from fedsim.data.show import draw as draw_partition
-from fedsim.device_memory import OutOfMemoryError, out_of_memory
+from fedsim.device_memory import OutOfMemoryError, most_memory, out_of_memory
 from fedsim.flops import Flops
 from fedsim.host import compile_clock, divide_cpu, interruptible, tune_host
 from fedsim.memory import Memory, Table
@@ -257,6 +257,7 @@ def simulate(
                 "lane_occupancy": float(np.mean([e.occupancy[0] for e in cohort.done] or [0.0])),
                 "row_occupancy": float(np.mean([e.occupancy[1] for e in cohort.done] or [0.0])),
                 "simulated": None if config.reliable else simulated,
+                "most_memory": most_memory(engine.own[0]),
                 "bitwise": bitwise,
             }
             processes.by_first(functools.partial(record.append, directory, line))
