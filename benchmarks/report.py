@@ -53,11 +53,12 @@ def write(
     """Writes `place(name, options)` with machine, versions, commit and load.
 
     Args:
-        more: further entries beside `results`.
+        more: further entries beside `results`, in the place of none of these.
         machine: `record.machine()` of the process that measured; default: of this one, which then opens its devices.
     """
     file = place(name, options)
     content = {
+        **(more or {}),
         "benchmark": name,
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -66,7 +67,6 @@ def write(
         "processor": processor(),
         "cores": os.cpu_count(),
         "load": os.getloadavg(),
-        **(more or {}),
         "results": results,
     }
     RESULTS.mkdir(exist_ok=True)

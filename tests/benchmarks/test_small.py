@@ -1,0 +1,42 @@
+"""Benchmarks run as a user runs them, small: they end well and write figures, with where and with what they were measured.
+
+Left out are those that take long even so, as they compile much or start many processes (`accelerator.py`,
+`batch_shapes.py`, `convolution.py`, `population.py`, `scaling.py`), `startup.py` (packaged weights), `tpu_compile.py`
+(a TPU's compiler), and `compare.py` and `tables.py`, which measure nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["allocator", "head_cache", "lanes", "layers", "length_buckets", "scan_blocks", "streaming"]
+)
+def test_a_small_run_writes_its_figures(
+    name: str, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a copy of the scripts, since results go beside them."""
+    for script in BENCHMARKS.glob("*.py"):
+        shutil.copy(script, tmp_path)
+    command = [sys.executable, f"{name}.py", "--small"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = (tmp_path / "results").iterdir()
+    assert file.name == f"{name}-small.json"
+    found = json.loads(file.read_text())
+    assert found["benchmark"] == name and found["options"]["small"] and found["command"] == command[1:]
+    assert found["device"]["count"] >= 1 and found["cores"] >= 1 and found["processor"]
+    assert found["versions"]["jax"] and "git" in found
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    assert importlib.import_module("compare").by_path(found), "figures, each with a path of its own"
