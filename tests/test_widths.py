@@ -126,13 +126,3 @@ def test_random_changes_of_an_example_do_not_depend_on_the_width():
     for draw in (jax.random.split, lambda k, n: jax.random.normal(k, (n, 5)), lambda k, n: jax.random.uniform(k, (n,))):
         a, b = draw(key, 8)[:3], draw(key, 3)
         assert bool((a == b).all())
-
-
-def test_momentum_does_not_move_on_a_step_without_rows():
-    """A wave of empty clients computes nothing at all, and leaves no trace."""
-    task = tiny_task(passes=Passes(1, None, 8))
-    task = task._replace(optimizer=lambda lr: optax.sgd(0.1, momentum=0.9))
-    with_empty = ((*COHORTS[0], 3),)
-    a = run(ALGORITHMS["fed_avg"], tiny_problem(), COHORTS[:1], task=task)[0]
-    b = run(ALGORITHMS["fed_avg"], tiny_problem(), with_empty, task=task, lanes=1)[0]
-    same(a, b, "a client without examples", rtol=1e-5)

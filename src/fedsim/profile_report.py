@@ -159,7 +159,7 @@ def draw(result: Result, out: Path) -> list[Path]:
 
 
 def draw_sweep(axes: Axes, result: Result) -> None:
-    """Examples a second against lanes, where lanes were varied; else of every setting."""
+    """Examples a second against lanes, where lanes were varied, and as set."""
     from fedsim.plots import COLORS, INK, style
 
     rows = [row for row in result["sweep"] if set(row["changes"]) == {"lanes"} and "error" not in row]
