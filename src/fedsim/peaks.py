@@ -39,6 +39,8 @@ TABLE: tuple[tuple[tuple[str, ...], Peak | None], ...] = (
     (("tpu", "v5"), Peak("TPU v5p", 459e12, 459e12, 2765e9, TPU + "v5p")),
     (("tpu", "v4", "lite"), None),  # v4i, of which nothing published was found
     (("tpu", "v4"), Peak("TPU v4", 275e12, 275e12, 1200e9, TPU + "v4 (not seen itself)")),
+    (("gh200",), None),  # a Grace beside it: other memory, other clocks
+    (("gb200",), None),
     (("b200",), Peak("B200", 2250e12, 1100e12, 8000e9, NVIDIA + "HGX B200 (not seen itself)")),
     (("h200",), Peak("H200", 989.4e12, 494.7e12, 4800e9, NVIDIA + "H200 SXM (not seen itself)")),
     (("h100", "pcie"), Peak("H100 PCIe", 756e12, 378e12, 2000e9, NVIDIA + "H100 PCIe (not verified)")),
@@ -72,7 +74,7 @@ def share(devices: Sequence[Any]) -> Peak:
 
 @functools.cache
 def measured(device: Any) -> Peak:
-    """The best of a few matrix products of 1024 x 1024, and of a few copies of 64 MiB (read and written)."""
+    """The best of a few matrix products of 1024 x 1024 (of an accelerator, 8192), and of copies of 64 MiB (read and written)."""
     import jax
     import jax.numpy as jnp
 
@@ -86,7 +88,8 @@ def measured(device: Any) -> Peak:
         return min(seconds)
 
     product, copy = jax.jit(jnp.matmul), jax.jit(lambda a: -a)
+    size = 1024 if device.platform == "cpu" else 8192  # smaller ones are over before an accelerator is busy
     with jax.default_device(device):
-        rates = {t: 2 * 1024**3 / best(product, *[jnp.ones((1024, 1024), t)] * 2) for t in (jnp.bfloat16, jnp.float32)}
+        rates = {t: 2 * size**3 / best(product, *[jnp.ones((size, size), t)] * 2) for t in (jnp.bfloat16, jnp.float32)}
         moved = 2 * 64 * 2**20 / best(copy, jnp.ones((64 * 2**18,), jnp.float32))
     return Peak(f"{device.device_kind} here", rates[jnp.bfloat16], rates[jnp.float32], moved, "measured")
