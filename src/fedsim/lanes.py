@@ -176,13 +176,13 @@ class Lanes:
         """
         known = (local, reduce, init_memory, _structure(message), len(sizes))
         if known not in self._programs:
-            reply, names = reply_shapes(local, init_memory, message, self.held, *self.shapes, self.root)
+            reply, of_step, of_finish = reply_shapes(local, init_memory, message, self.held, *self.shapes, self.root)
             widths = self._widths_for(local, init_memory, message)
 
             def made(lanes: int) -> tuple[Programs, Need]:
                 steps = self.resolve_segment(lanes, local.passes.batch_size)
                 shardings, members = (self.everywhere, self.apart), len(sizes)
-                shapes = (reply, names, members, lanes, steps, widths)
+                shapes = (reply, of_step, of_finish, members, lanes, steps, widths)
                 programs = make_programs(self._spread, shardings, local, reduce, init_memory, message, *shapes)
                 return self._compiled(programs, local, init_memory, message, members)
 

@@ -156,12 +156,12 @@ def takes_rows(
 
 def reply_shapes(
     local: Local, init_memory: Any, message: Tree, held: Tree, x: Tree, y: Array, root: Array
-) -> tuple[Tree, list[str]]:
-    """Shapes of one client's reply (packets whole) and names of all metrics; computes nothing."""
+) -> tuple[Tree, Metrics, list[str]]:
+    """Shapes of one client's reply (packets whole) and of a step's metrics, names of those of `finish`; computes nothing."""
     shared, own, _ = split_message(message)
     traced = one_client(local, init_memory, message, nullcontext)
     reply, metrics, final = jax.eval_shape(traced, held, shared, own, x, y, root)
-    return reply, [*metrics, *final]
+    return reply, metrics, list(final)
 
 
 def reply_bytes(local: Local, init_memory: Any, message: Tree, held: Tree, x: Tree, y: Array, root: Array) -> int:
@@ -196,7 +196,8 @@ def make_programs(
     init_memory: Any,
     message: Tree,
     one_reply: Tree,
-    names: Sequence[str],
+    of_step: Metrics,
+    of_finish: Sequence[str],
     members: int,
     lanes: int,
     steps: int,
@@ -206,7 +207,7 @@ def make_programs(
 
     Args:
         shardings: of what every device holds whole, and of what is split over them.
-        one_reply, names: of `reply_shapes`.
+        one_reply, of_step, of_finish: of `reply_shapes`.
         members: cohort size M.
         lanes, steps: a device's lanes, a segment's steps.
         widths: columns of a batch that a step may compute, ascending; a step of width 0 computes nothing.
@@ -256,17 +257,16 @@ def make_programs(
         batch = batch_at(x, y, at, clients.key)
         # The values do not matter, every client starts afresh at its first step; the shapes do.
         carry = mapped(local.start, held)(msg, clients, batch)
-        _, metrics = jax.eval_shape(mapped(local.step, held), msg, carry, batch)
         per_slot = slots.id.shape
         return State(
             carry=carry,
-            sums={name: jnp.zeros((lanes,), jnp.float32) for name in metrics},
+            sums={name: jnp.zeros((lanes,), jnp.float32) for name in of_step},
             rows=jnp.zeros((lanes,), jnp.float32),
             total=reduce.zero(wire.unwrap(one_reply), members),
             weight=jnp.zeros((), jnp.float32),
             counted=jnp.zeros((2,), jnp.int32),
             memory=memory,
-            metrics={name: jnp.full(per_slot, jnp.nan, jnp.float32) for name in names},
+            metrics={name: jnp.full(per_slot, jnp.nan, jnp.float32) for name in (*of_step, *of_finish)},
             seen_rows=jnp.zeros(per_slot, jnp.float32),
             nbytes={name: jnp.zeros(per_slot, jnp.uint32) for name, _ in packets(one_reply)},
         )
@@ -300,8 +300,7 @@ def make_programs(
 
             def stepped(width: int) -> tuple[Tree, Metrics]:
                 if width == 0:
-                    metrics = jax.eval_shape(mapped(local.step, held), msg, carry, batch)[1]
-                    return carry, jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics)
+                    return carry, {name: jnp.zeros((lanes, *m.shape), m.dtype) for name, m in of_step.items()}
                 x, y, mask = jax.tree.map(lambda a: a[:, :width], (batch.x, batch.y, batch.mask))
                 new, metrics = mapped(local.step, held)(msg, carry, batch._replace(x=x, y=y, mask=mask))
                 # An empty step changes nothing, momentum and decay included: the whole carry is selected.
