@@ -694,7 +694,10 @@ def test_a_stopped_flora_goes_on_bit_for_bit(ran, tmp_path):
     resumed = fedsim.run(resume=stopped, quiet=True)
     assert (stopped / record.TRAINED).read_bytes() == (whole.directory / record.TRAINED).read_bytes()
     for a, b in zip(whole.rounds, resumed.rounds, strict=True):
-        timeless = [{k: v for k, v in json.loads(json.dumps(line)).items() if "second" not in k and k != "most_memory"} for line in (a, b)]
+        timeless = [
+            {k: v for k, v in json.loads(json.dumps(line)).items() if "second" not in k and k != "most_memory"}
+            for line in (a, b)
+        ]
         assert timeless[0] == timeless[1]
 
 
