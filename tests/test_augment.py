@@ -97,6 +97,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_neither_lanes_nor_devices_change_what_is_drawn(config: Config) -> None:
     def after_a_round(config: Config, **speed: int) -> np.ndarray:
         t = build.trainer(build.problem(config, Speed(**speed)), build.phases(config)[0])  # type: ignore[arg-type]

@@ -107,8 +107,9 @@ def test_before_the_first_checkpoint_it_starts_anew_and_may_halve_twice(
     assert [line["round"] for line in run.rounds] == [1, 2, 3, 4] and not any(line["bitwise"] for line in run.rounds)
 
 
-@pytest.mark.parametrize(("every", "from_round"), [pytest.param(2, 3, marks=pytest.mark.slow), (9, 1)])
-@pytest.mark.parametrize("algorithm", ["mine", pytest.param("fed_sa_lora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("every", "from_round"), [(2, 3), (9, 1)])
+@pytest.mark.parametrize("algorithm", ["mine", "fed_sa_lora"])
 def test_what_clients_keep_is_that_of_the_checkpoint(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, every: int, from_round: int
 ) -> None:

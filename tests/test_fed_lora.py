@@ -544,6 +544,7 @@ def test_contract_with_options(text, check):
     CHECKS[check](find(text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["flora(ranks=(1, 2))", "het_lora(gamma=0.5)", "flex_lora(ranks=(1, 2))"])
 def test_bytes_with_options(text):
     CHECKS["bytes equal the packed messages"](find(text))

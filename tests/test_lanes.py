@@ -79,7 +79,7 @@ def counting(task):
     )
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", [pytest.param(c, marks=pytest.mark.slow) if c == LONG else c for c in CHECKS])
 def test_contract_of_an_algorithm_with_memory(check):
     CHECKS[check](counting)
 

@@ -278,6 +278,7 @@ def config(file: Path, data: Path, name: str = "bare", **more: Any) -> Config:
     return Config(**options | more)
 
 
+@pytest.mark.slow
 def test_cached_head_tuning_equals_uncached(file: Path, blobs: Callable[..., Path], tmp_path: Path) -> None:
     setting = config(file, blobs(tmp_path), peft="head")
     runs = {
@@ -290,7 +291,9 @@ def test_cached_head_tuning_equals_uncached(file: Path, blobs: Callable[..., Pat
         assert not np.allclose(leaf, peft.start(make(file, "bare", "head"), None, 0)[0][path])
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    "name", [form if form == "bare" else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+)
 def test_a_run_and_its_predictions(name: str, file: Path, blobs: Callable[..., Path], tmp_path: Path) -> None:
     setting = config(
         file, blobs(tmp_path), name, targets=lora_targets(name), head_rounds=1, rounds=12, lr=0.02, optimizer="adam"

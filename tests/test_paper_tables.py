@@ -31,6 +31,7 @@ def command(environment: dict[str, str], *argv: str) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.slow
 def test_json_holds_the_table(environment: dict[str, str]) -> None:
     done = command(environment, "fedpeft", "--table", "communication", "--json")
     assert done.returncode == 0, done.stderr

@@ -69,6 +69,7 @@ def test_scores_equal_a_loop_over_clients(config: Config, devices: int) -> None:
         np.testing.assert_allclose(found.loss["tuned"][client], losses.mean(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_a_client_keeps_is_tested_and_left_alone(config: Config, tmp_path: Path) -> None:
     """FedSA-LoRA: a client met by the run answers with its own B, a new one as the global model; nothing is written."""
     kept = config.replace(

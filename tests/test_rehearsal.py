@@ -37,7 +37,7 @@ def rehearsed(config: Config, speed: Speed = SPEED) -> list[Rehearsal]:
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"codec_up": "float16"}, id="codec"),
+        pytest.param({"codec_up": "float16"}, id="codec", marks=pytest.mark.slow),
         pytest.param({"algorithm": "fed_sa_lora", "head_rounds": 0}, id="clients keep B"),
         pytest.param({"algorithm": "fed_ex_lora", "head_rounds": 0}, id="another message", marks=pytest.mark.slow),
         pytest.param({"algorithm": "flora", "head_rounds": 0}, id="stacked", marks=pytest.mark.slow),

@@ -283,6 +283,7 @@ def test_a_run_in_progress_is_not_resumed_by_another_process(place: Place) -> No
         process.communicate()
 
 
+@pytest.mark.slow
 def test_what_the_memory_case_remembers(place: Place, uninterrupted: Callable[[str], record.Run]) -> None:
     """The case is a case: clients do come again, and what they kept is what they get."""
     visits: list[Any] = [line["metrics"]["visits"] for line in uninterrupted("memory").rounds]

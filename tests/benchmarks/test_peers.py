@@ -73,7 +73,8 @@ def test_layouts_return(name: str) -> None:
     assert all(np.array_equal(back[key], value) for key, value in trained.items())
 
 
-@pytest.mark.parametrize(("name", "clients"), [("W1", 3), pytest.param("W3-4", 6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "clients"), [("W1", 3), ("W3-4", 6)])
 def test_fedsim_and_plain_jax_learn_the_same(name: str, clients: int) -> None:
     """With one batch a client the order within a client does not matter, so the parameters are equal, not only the loss."""
     few = {"clients": clients, "cohort": clients - 1, "classes": 5}  # so few clients do not hold all 62 classes

@@ -113,6 +113,7 @@ def test_a_search_ends_where_a_rate_diverges(here: Any, scores: list[float], tri
     assert found == {rate: of[rate] for rate in grid[:tried]}
 
 
+@pytest.mark.slow
 def test_a_small_pass(here: Any, toy: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rate with the best validation is taken, test rows are drawn and unseen in the search, no run is repeated.
 
