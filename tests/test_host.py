@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -83,6 +84,29 @@ def test_devices_divide_a_cpu_and_a_resumed_run_has_as_many(
     # Three, which is not what is taken where nothing is said.
     assert fresh(DIVIDED, *options.split(), "--rounds=2", "--devices=3", "--quiet", "--out=run") == ["3", "2"]
     assert fresh(RESUMED) == ["3"]
+
+
+@pytest.mark.parametrize("algorithm", ["fed_sa_lora", pytest.param("flora", marks=pytest.mark.slow)])
+def test_no_program_of_a_run_makes_host_devices_wait_for_each_other(
+    tmp_path: Path, environment: dict[str, str], blobs: Callable[..., Path], algorithm: str
+) -> None:
+    """In none is a collective, in which XLA's threads may stand still for ever: of rounds, evaluation, clients' tests."""
+    options = (
+        f"run --dataset {blobs(tmp_path)} --backbone mlp --weights random --peft lora --rank 2 --targets layers/* "
+        f"--clients 8 --devices 2 --clients-per-round 4 --rounds 3 --head-rounds 1 --algorithm {algorithm} --local-test 0.2 --quiet "
+        "--no-head-baseline --no-compilation-cache --server-optimizer adam --out run"
+    )
+    dump = f"--xla_dump_to={tmp_path / 'programs'} --xla_dump_hlo_as_text"
+    own = environment | {"XLA_FLAGS": f"{environment.get('XLA_FLAGS', '')} {dump}"}
+    command = [sys.executable, "-m", "fedsim", *options.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    texts = [file.read_text() for file in (tmp_path / "programs").glob("*after_optimizations.txt")]
+    assert sum("num_partitions=2" in text for text in texts) > 5, "the programs of two devices"
+    waits = [
+        text.partition("\n")[0] for text in texts if re.search(r"all-(reduce|gather|to-all)|collective|permute", text)
+    ]
+    assert waits == []
 
 
 def test_devices_of_a_cpu_share_what_is_kept() -> None:

@@ -115,7 +115,7 @@ class Cohort:
         shared = engine.put(shared)
         own = engine.split(jax.tree.map(lambda a: self._by_slot(plan, jnp.asarray(a)), own))
 
-        state = None
+        state: Any = None
         for start in range(0, plan.rows.shape[1], programs.steps):
             x, y, at, trip = self._segment(plan, start, programs)  # while the devices run the one before
             if state is None:
@@ -123,10 +123,10 @@ class Cohort:
             elif not engine.resident:
                 jax.block_until_ready(state)  # so that batches of two segments at most lie on the devices
             state = programs.segment(engine.held, shared, own, slots, clock, engine.root, state, x, y, at, trip)
-        member = engine.split(plan.member)
         key = key_for(engine.root, "reduce", self.round, len(self.done))
-        result, info, rows, nbytes = programs.end(state, member, engine.put(args), key)
-        self._keep(plan, rows)
+        whole, member = engine.together((state._replace(carry=(), memory=(), nbytes=()), engine.split(plan.member)))
+        result, info = programs.end(whole, member, engine.put(args), key)
+        self._keep(plan, state.memory)
         up = {
             name: int(turn.reports.sum()) * wire.array_bytes(leaf)
             for name, leaf in wire.named_leaves(programs.reply)
@@ -136,7 +136,7 @@ class Cohort:
             Exchanged(
                 {name: int(each[self.reports].sum()) for name, each in down.items()},
                 up,
-                nbytes,
+                state.nbytes,
                 turn,
                 int(plan.length.max()),
                 plan.occupancy,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -76,8 +75,8 @@ def evaluator(
     """A function server -> metrics over these rows of the engine's examples (docs/evaluation.md defines them).
 
     `loss`, `accuracy`, `balanced_accuracy`, `macro_f1`, and `top5` of more than five classes or `auroc` of two. One
-    compiled step over batches of equal shape; each batch is split over the devices. Sums of losses are float32 per batch
-    and added on the host in float64; counts are whole numbers.
+    compiled step over batches of equal shape; each batch is split over the devices. Sums of losses are float32 per batch and
+    device, and added on the host in float64; counts are whole numbers.
 
     Args:
         batch: examples of a step; "auto" as `Speed.eval_batch` says.
@@ -89,18 +88,23 @@ def evaluator(
     size = -(-min(batch, max(len(rows), 1)) // devices) * devices
     batches = lengths.batches(np.asarray(rows, np.int32), size, texts)
     index = [np.pad(part, (0, size - len(part))).reshape(devices, size // devices) for part, _ in batches]
-    masks = engine.put([(np.arange(size) < len(part)).astype(np.float32) for part, _ in batches])
+    masks = engine.split([(np.arange(size) < len(part)).astype(np.float32).reshape(devices, -1) for part, _ in batches])
 
-    @partial(jax.jit, static_argnames="length")
-    def step(held: Tree, server: Tree, before: Counts, x: Tree, y: Array, mask: Array, length: int | None) -> Any:
-        x, y = jax.tree.map(lambda a: a.reshape(size, *a.shape[2:]), (x, y))
-        if texts is not None and length is not None:
-            x = texts.cut(x, length)
-        logits = predict(held, server, (), x)
-        sums = masked_sums(logits, y, mask)
-        if logits.shape[1] == 2:
-            sums["margin"] = logits[:, 1] - logits[:, 0]
-        return counted(before, logits, y, mask), sums
+    def scored(length: int | None) -> Callable[..., tuple[Counts, dict[str, Array]]]:
+        """The program of one length: each device counts and sums its own rows, and none waits for another."""
+
+        def step(held: Tree, server: Tree, before: Counts, x: Tree, y: Array, mask: Array) -> Any:
+            if texts is not None and length is not None:
+                x = texts.cut(x, length)
+            logits = predict(held, server, (), x)
+            sums = masked_sums(logits, y, mask)
+            if logits.shape[1] == 2:
+                sums["margin"] = logits[:, 1] - logits[:, 0]
+            return counted(before, logits, y, mask), sums
+
+        return engine.spread(step, (False, False, True, True, True, True))
+
+    steps = {length: scored(length) for length in {length for _, length in batches}}
 
     def classes(server: Tree) -> int:
         one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), engine.x)
@@ -111,28 +115,30 @@ def evaluator(
     def evaluate(server: Tree) -> dict[str, float]:
         if not zero:
             count = classes(server)
-            zero.append(engine.put(Counts(jnp.zeros((count, count), jnp.int32), jnp.zeros((), jnp.int32))))
+            none = np.zeros((devices, count, count), np.int32), np.zeros(devices, np.int32)
+            zero.append(Counts(*engine.split(none)))
         counts = zero[0]
         parts: list[dict[str, Array]] = []
         for rows, mask, (_, length) in zip(index, masks, batches, strict=True):
             x, y = engine.gather(rows)
             if parts and not engine.resident:
                 jax.block_until_ready(parts[-1])  # so that two batches at most lie on the devices
-            counts, sums = step(engine.held, server, counts, x, y, mask, length=length)
+            counts, sums = steps[length](engine.held, server, counts, x, y, mask)
             parts.append(sums)
-        found, host = processes.fetch((counts, parts))
+        split, host = processes.fetch((counts, parts))
+        confusion, top = split.confusion.sum(axis=0), split.top.sum(axis=0)
         total = sum(len(part) for part, _ in batches)
         scores = {
-            "loss": float(np.sum([np.float64(p["loss"]) for p in host])) / total,
-            "accuracy": int(np.trace(found.confusion)) / total,
-            **metrics.from_counts(found.confusion),
+            "loss": float(np.sum([p["loss"] for p in host], dtype=np.float64)) / total,
+            "accuracy": int(np.trace(confusion)) / total,
+            **metrics.from_counts(confusion),
         }
-        if len(found.confusion) > metrics.TOP:
-            scores[f"top{metrics.TOP}"] = int(found.top) / total
-        if len(found.confusion) == 2:
-            margins = np.concatenate([p["margin"][: len(part)] for p, (part, _) in zip(host, batches, strict=True)])
+        if len(confusion) > metrics.TOP:
+            scores[f"top{metrics.TOP}"] = int(top) / total
+        if len(confusion) == 2:
+            margins = [p["margin"].reshape(-1)[: len(part)] for p, (part, _) in zip(host, batches, strict=True)]
             labels = np.asarray(engine.y)[np.concatenate([part for part, _ in batches])]
-            scores["auroc"] = metrics.auroc(margins, labels == 1)
+            scores["auroc"] = metrics.auroc(np.concatenate(margins), labels == 1)
         return scores
 
     return evaluate

@@ -117,7 +117,7 @@ class Lanes:
         self.need = Need(0, 0)  # of the programs that were made last
         self._programs: dict[Any, Programs] = {}
         self._reply_bytes: dict[Any, int] = {}
-        self._gather = self._spread(
+        self._gather = self.spread(
             lambda x, y, rows: (jax.tree.map(lambda leaf: leaf[rows], x), y[rows]), (False, False, True)
         )
 
@@ -150,7 +150,16 @@ class Lanes:
         """Gives every device its block of arrays (D, ...)."""
         return processes.put(tree, self.apart)
 
-    def _spread(self, fn: Callable[..., Any], mapped: Sequence[bool], donate: Sequence[int] = ()) -> Callable[..., Any]:
+    def together(self, tree: Tree) -> Tree:
+        """What is split over the devices (D, ...), for a program that sums over them: of host devices, on the host.
+
+        A collective of host devices blocks threads of XLA that another of them may need to get there: with as many devices
+        as cores, a run stood still now and then until XLA gave up. So no program of theirs has one.
+        """
+        shared = len(self.devices) > 1 and self.devices[0].platform == "cpu" and not processes.several()
+        return jax.device_get(tree) if shared else tree
+
+    def spread(self, fn: Callable[..., Any], mapped: Sequence[bool], donate: Sequence[int] = ()) -> Callable[..., Any]:
         """Runs `fn` on every device: mapped arguments lose their leading device axis, results gain one."""
         if self.parallel == "pmap":
             axes = tuple(0 if m else None for m in mapped)
@@ -181,9 +190,9 @@ class Lanes:
 
             def made(lanes: int) -> tuple[Programs, Need]:
                 steps = self.resolve_segment(lanes, local.passes.batch_size)
-                shardings, members = (self.everywhere, self.apart), len(sizes)
+                members = len(sizes)
                 shapes = (reply, of_step, of_finish, members, lanes, steps, widths)
-                programs = make_programs(self._spread, shardings, local, reduce, init_memory, message, *shapes)
+                programs = make_programs(self.spread, self.everywhere, local, reduce, init_memory, message, *shapes)
                 return self._compiled(programs, local, init_memory, message, members)
 
             platform, own = self.devices[0].platform, own_convolutions(wire.unwrap(reply))

@@ -193,7 +193,7 @@ def step_programs(now: Current, plan: planning.Plan, size: int, repeats: int) ->
         def lane_step(held: Any, params: Any, x: Any, y: Any, root: Any, fn: Any = fn) -> Any:
             return jax.vmap(partial(fn, held), in_axes=(0, 0, 0, None))(params, x, y, root)
 
-        program: Any = engine._spread(lane_step, (False, True, True, True, False))
+        program: Any = engine.spread(lane_step, (False, True, True, True, False))
         args = (engine.held, params, x, y, engine.root)
         compiled = program.lower(*args).compile()
         jax.block_until_ready(compiled(*args))

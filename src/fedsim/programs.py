@@ -190,7 +190,7 @@ class Spread(Protocol):
 
 def make_programs(
     spread: Spread,
-    shardings: tuple[NamedSharding, NamedSharding],
+    everywhere: NamedSharding,
     local: Local,
     reduce: Reduce,
     init_memory: Any,
@@ -206,14 +206,13 @@ def make_programs(
     """Builds `begin`, `segment` and `end` for one `Local` and `Reduce`. Nothing is compiled before the first call.
 
     Args:
-        shardings: of what every device holds whole, and of what is split over them.
+        everywhere: the sharding of what every device holds whole.
         one_reply, of_step, of_finish: of `reply_shapes`.
         members: cohort size M.
         lanes, steps: a device's lanes, a segment's steps.
         widths: columns of a batch that a step may compute, ascending; a step of width 0 computes nothing.
     """
     _, _, (treedef, own_part) = split_message(message)
-    everywhere, apart = shardings
     axes = treedef.unflatten([0 if own else None for own in own_part])
 
     def join(shared: list[Any], own: list[Any], slot: Array) -> Tree:
@@ -360,13 +359,13 @@ def make_programs(
             metrics[name] = (jnp.where(share > 0, m, 0.0) * share).sum() / jnp.maximum(share.sum(), 1.0)
         counted = state.counted.sum(axis=0)
         info = Info(metrics, ordered, state.weight.sum(), counted[0], counted[1])
-        return reduce.done(total, args, key), info, state.memory, state.nbytes
+        return reduce.done(total, args, key), info
 
     broadcast = (False, False, True, True, False, False)  # held, shared, own, slots, clock, root
     return Programs(
         begin=spread(begin, (*broadcast, True, True, True)),
         segment=spread(segment, (*broadcast, True, True, True, True, True), donate=(6,)),
-        end=jax.jit(end, out_shardings=(everywhere, everywhere, apart, apart)),
+        end=jax.jit(end, out_shardings=everywhere),
         reply=one_reply,
         lanes=lanes,
         steps=steps,

@@ -17,7 +17,7 @@ from fedsim.features import use_cache
 from fedsim.host import zeros
 from fedsim.lanes import Lanes, message_bytes
 from fedsim.memory import Memory
-from fedsim.programs import Programs, key_for
+from fedsim.programs import Programs, State, key_for
 
 
 class Rehearsal(NamedTuple):
@@ -71,13 +71,18 @@ def answer_ones(engine: Lanes) -> list[Asked]:
         down = sum(float(each.mean()) for each in message_bytes(message, len(sizes)).values())
         asked.append(Asked(down, engine.reply_bytes(local, init_memory, message), real.widths))
 
-        def end(*args: Any) -> Any:
-            shapes = jax.eval_shape(real.end, *args)
-            return engine.put(jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes))
+        def ones(shapes: Tree) -> Tree:
+            return jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes)
 
-        return real._replace(
-            begin=lambda *args: jax.eval_shape(real.begin, *args), segment=lambda *args: args[6], end=end
-        )
+        def begin(*args: Any) -> State:
+            state = jax.eval_shape(real.begin, *args)
+            memory, nbytes = engine.split(ones((state.memory, state.nbytes)))
+            return state._replace(memory=memory, nbytes=nbytes)
+
+        def end(*args: Any) -> Any:
+            return engine.put(ones(jax.eval_shape(real.end, *args)))
+
+        return real._replace(begin=begin, segment=lambda *args: args[6], end=end)
 
     engine.programs = programs  # pyrefly: ignore[bad-assignment]
     return asked
