@@ -335,6 +335,7 @@ def refuse_later_phases(config: Config, speed: Speed, problem: Problem, phases: 
     for phase in phases[1:] if speed.lanes != "auto" else ():
         ids = np.arange(min(invited(config), problem.partition.clients))
         rehearse(problem._replace(trainers=None), phase, ids)
+        gc.collect()  # its engine, which refers to itself, before the first phase needs the memory
 
 
 def exchange_round(key: jax.Array, algorithm: Algorithm, server: Any, cohort: Cohort) -> tuple[Any, dict[str, Any]]:
