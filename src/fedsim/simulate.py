@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import math
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,6 +87,8 @@ def run(
             progress.message("reading the data")
             problem = processes.each(lambda: build.problem(config, speed, data))
         problem = problem._replace(speed=speed)  # a shared one may have been made for another
+        if resume is None:
+            refuse_later_phases(config, speed, problem)
         directory = directory or by_first(lambda: record.folder(out, config))
         by_first(lambda: stack.enter_context(record.lock(directory)))
         checkpoints = stack.enter_context(SharedCheckpoints(directory / record.CHECKPOINTS))
@@ -131,7 +132,6 @@ def simulate(
     clock = compile_clock()
     phases = build.phases(config)
     if fresh:
-        refuse_later_phases(config, speed, problem, phases)
         shape = list(jax.tree.leaves(problem.dataset.x)[0].shape[1:])
         facts = {"classes": list(problem.dataset.classes), "input_shape": shape}
         own = identity(config.backbone)
@@ -324,7 +324,7 @@ def simulate(
     progress.message("done")
 
 
-def refuse_later_phases(config: Config, speed: Speed, problem: Problem, phases: Sequence[Phase]) -> None:
+def refuse_later_phases(config: Config, speed: Speed, problem: Problem) -> None:
     """Has lanes that were asked for and do not fit in a later phase refused before the first one runs.
 
     The first phase refuses by itself in its first round, and lanes that nobody asked for are halved until they fit.
@@ -332,7 +332,7 @@ def refuse_later_phases(config: Config, speed: Speed, problem: Problem, phases: 
     Raises:
         ValueError: see `rehearsal.rehearse`.
     """
-    for phase in phases[1:] if speed.lanes != "auto" else ():
+    for phase in build.phases(config)[1:] if speed.lanes != "auto" else ():
         ids = np.arange(min(invited(config), problem.partition.clients))
         rehearse(problem._replace(trainers=None), phase, ids)
         gc.collect()  # its engine, which refers to itself, before the first phase needs the memory
