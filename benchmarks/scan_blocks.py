@@ -133,7 +133,7 @@ def main(o: Options) -> None:
             f"{key:24} step {row['median']:.3f} s, compile {row['compile']:.1f} s (trace {row['trace']:.1f}, "
             f"lower {row['lower']:.1f}), {(row['temporary_bytes'] or 0) / 1e6:,.0f} MB, differs by {apart:.1e}"
         )
-    report.write("scan_blocks", o, rows, {"device": jax.devices()[0].device_kind})
+    report.write("scan_blocks", o, rows)
 
 
 if __name__ == "__main__":
