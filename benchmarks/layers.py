@@ -75,8 +75,12 @@ def plain_linear(self: layers.Linear, x: jax.Array) -> jax.Array:
     return y if self.bias is None else y + self.bias[...]
 
 
-def plain_attention(self: layers.Attention, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Batch and heads as two axes, batch and tokens first; no prefix, no adapter."""
+def plain_attention(
+    self: layers.Attention, x: jax.Array, mask: jax.Array | None = None, read: int | None = None
+) -> jax.Array:
+    """Batch and heads as two axes, batch and tokens first; every token's output; no prefix, no adapter."""
+    if read is not None:
+        raise ValueError(f"Expected read={read} to be None: the plain attention computes all tokens.")
 
     def split(y: jax.Array) -> jax.Array:
         return y.reshape(*y.shape[:-1], self.heads, -1)  # (B, T, H, D/H)
@@ -89,17 +93,23 @@ def plain_attention(self: layers.Attention, x: jax.Array, mask: jax.Array | None
     return self.output(mixed.reshape(x.shape))
 
 
+def plain_block(block: type) -> Callable[..., None]:
+    """The block's `__init__`, every token computed in the last one too."""
+    make = block.__init__
+    return lambda self, config, read=None, *, rngs: make(self, config, rngs=rngs)
+
+
 PLAIN: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "gelu": ((vit, "gelu", plain_gelu), (bert, "gelu", plain_gelu)),
     "norm": ((layers.LayerNorm, "__call__", plain_norm),),
     "rows": ((layers.Linear, "__call__", plain_linear),),
     "heads": ((layers.Attention, "__call__", plain_attention),),
+    "read": tuple((block, "__init__", plain_block(block)) for block in (vit.Block, bert.Block)),
 }
 """What was changed -> where its plain form goes."""
 
-STEPS = {"plain": ("gelu", "norm", "rows", "heads")}
-STEPS |= {"gelu": ("norm", "rows", "heads"), "gelu, norm": ("rows", "heads"), "gelu, norm, rows": ("heads",), "all": ()}
-"""Variant -> the forms that are still plain."""
+STEPS = {", ".join(list(PLAIN)[:kept]) or "plain": tuple(PLAIN)[kept:] for kept in range(len(PLAIN))} | {"all": ()}
+"""Variant, by what is kept -> the forms that are still plain."""
 
 
 @contextlib.contextmanager
@@ -203,7 +213,7 @@ def of_backbone(name: str, o: Options) -> list[dict[str, Any]]:
         about = program.about()
         rows.append({**row, **about})
         print(
-            f"{name:10} {variant:18} wall {row['median_wall'] * 1e3:8.1f} ms {row['ratio_wall']:5.2f}x   "
+            f"{name:10} {variant:32} wall {row['median_wall'] * 1e3:8.1f} ms {row['ratio_wall']:5.2f}x   "
             f"CPU {row['median_cpu'] * 1e3:8.1f} ms {row['ratio_cpu']:5.2f}x (least {row['ratio_least_cpu']:4.2f}x)   "
             f"{about['transposing_copies']:3} copies {about['temporary_bytes'] / 1e6:7.1f} MB  differs by {apart:.0e}",
             flush=True,

@@ -16,9 +16,11 @@ def vit(kind: str, **options: object) -> flops.Flops:
 
 
 # A product of (a, b) with (b, c) is 2abc; attention has two of (T, D) with (D, T).
-BLOCK = 2 * TOKENS * (4 * WIDTH * WIDTH + 2 * WIDTH * HIDDEN) + 2 * 2 * TOKENS * TOKENS * WIDTH
+MIX = 2 * TOKENS * WIDTH  # one token's scores, or its mixed values
+BLOCK = TOKENS * (2 * (4 * WIDTH * WIDTH + 2 * WIDTH * HIDDEN) + 2 * MIX)
+LAST = TOKENS * 2 * 2 * WIDTH * WIDTH + 2 * (2 * WIDTH * WIDTH + 2 * WIDTH * HIDDEN) + 2 * MIX  # keys and values of all
 EMBED, HEAD = 2 * (TOKENS - 1) * PATCH * WIDTH, 2 * WIDTH * CLASSES
-FORWARD = EMBED + BLOCKS * BLOCK + HEAD
+FORWARD = EMBED + (BLOCKS - 1) * BLOCK + LAST + HEAD
 
 
 def test_forward_is_the_sum_of_products() -> None:
@@ -26,6 +28,7 @@ def test_forward_is_the_sum_of_products() -> None:
     model = peft.build("vit_tiny", CLASSES, input_shape=SHAPE, peft="head")
     assert flops.forward_flops(model, SHAPE) == FORWARD
     assert flops.forward_flops(model, SHAPE, start=1, stop=2) == BLOCK
+    assert flops.forward_flops(model, SHAPE, start=2, stop=3) == LAST
 
 
 def test_head_alone_needs_its_own_gradient_only() -> None:
@@ -34,7 +37,7 @@ def test_head_alone_needs_its_own_gradient_only() -> None:
 
 def test_full_is_three_products_for_each_but_the_patches() -> None:
     """Attention's products have no weights: their gradients are activations', twice."""
-    attention = BLOCKS * 2 * 2 * TOKENS * TOKENS * WIDTH
+    attention = ((BLOCKS - 1) * TOKENS + 1) * 2 * MIX
     found = vit("full")
     assert found.activations == FORWARD - EMBED + attention
     assert found.weights == FORWARD - attention
@@ -49,13 +52,12 @@ def test_bias_needs_no_gradient_of_a_matrix() -> None:
 def test_lora_pays_its_factors_three_times_and_stops_at_the_first() -> None:
     rank, layers = 2, ("blocks/1/attention/query",)
     found = vit("lora", rank=rank, targets=layers)
-    factors = 2 * TOKENS * rank * 2 * WIDTH
+    factors = 2 * rank * 2 * WIDTH  # only the class token asks in the last block
     assert found.forward == FORWARD + factors
     assert found.weights == factors + HEAD
-    # From the head down to the query: no value, no key, nothing of block 0.
-    through = HEAD + 2 * TOKENS * (WIDTH * WIDTH + 2 * WIDTH * HIDDEN)
-    mixing = 2 * TOKENS * TOKENS * WIDTH  # from the mixed values to the scores; from the scores to the query
-    assert found.activations == through + 2 * mixing + 2 * TOKENS * rank * WIDTH
+    # From the head down to the query: no value, no key, nothing of block 0. Mixed values to scores, scores to query.
+    through = HEAD + 2 * (WIDTH * WIDTH + 2 * WIDTH * HIDDEN)
+    assert found.activations == through + 2 * MIX + 2 * rank * WIDTH
 
 
 def test_cached_features_start_at_the_first_trained_stage() -> None:

@@ -78,25 +78,30 @@ class Embeddings(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each followed by residual sum and LayerNorm (post-norm)."""
+    """Attention and MLP, each followed by residual sum and LayerNorm (post-norm).
 
-    def __init__(self, c: BertConfig, *, rngs: nnx.Rngs) -> None:
+    Args:
+        read: how many tokens, the first ones, are read by what follows: only they are computed beyond keys and values.
+    """
+
+    def __init__(self, c: BertConfig, read: int | None = None, *, rngs: nnx.Rngs) -> None:
         self.attention = Attention(c.width, c.heads, rngs=rngs)
         self.norm1 = LayerNorm(c.width, eps=c.eps, rngs=rngs)
         self.mlp = MLP(c.width, c.hidden, gelu, rngs=rngs)
         self.norm2 = LayerNorm(c.width, eps=c.eps, rngs=rngs)
         self.prompt: nnx.Param | None = nnx.data(None)
         self.keep_prompt = False
+        self.read = read
 
     def __call__(self, h: dict[str, jax.Array]) -> dict[str, jax.Array]:
         x, mask = h["x"], h["mask"]
         if self.prompt is not None:
             x, mask = append(x, self.prompt[...]), append_true(mask, self.prompt.shape[0])
-        x = self.norm1(x + self.attention(x, mask))
+        x = self.norm1(x[:, : self.read] + self.attention(x, mask, self.read))
         x = self.norm2(x + self.mlp(x))
         if self.prompt is not None and not self.keep_prompt:
-            return {"x": x[:, : h["x"].shape[1]], "mask": h["mask"]}
-        return {"x": x, "mask": mask}
+            x, mask = x[:, : h["x"].shape[1]], h["mask"]
+        return {"x": x, "mask": mask[:, : self.read]}
 
 
 class Bert(nnx.Module):
@@ -108,7 +113,8 @@ class Bert(nnx.Module):
                 f"Expected tokens={input_shape[-1]} <= {c.tokens}, the backbone's positions; cut the texts."
             )
         self.embeddings = Embeddings(c, rngs=rngs)
-        self.blocks = nnx.List([Block(c, rngs=rngs) for _ in range(c.depth)])
+        last = None if c.pool == "mean" else 1
+        self.blocks = nnx.List([Block(c, last if i == c.depth - 1 else None, rngs=rngs) for i in range(c.depth)])
         self.pooler: Linear | None = nnx.data(Linear(c.width, c.width, rngs=rngs) if c.pool == "pooler" else None)
         self.head = Linear(c.width, classes, rngs=rngs)
         self.config = c
@@ -120,15 +126,15 @@ class Bert(nnx.Module):
 
     def pool(self, h: dict[str, jax.Array]) -> jax.Array:
         """Features (B, D) of whole sequences; a shallow prompt, which came along up to here, is left out."""
+        if self.config.pool != "mean":
+            first = h["x"][:, 0]
+            return first if self.pooler is None else jnp.tanh(self.pooler(first))
         first_block = self.blocks[0]
         kept = first_block.prompt.shape[0] if first_block.keep_prompt and first_block.prompt is not None else 0
         x, mask = (leaf[:, : leaf.shape[1] - kept] for leaf in (h["x"], h["mask"]))
-        if self.config.pool == "mean":
-            mask = mask.astype(x.dtype)[..., None]  # (B, T, 1)
-            # An empty slot of a batch has no token at all: 0 / 1, not 0 / 0.
-            return jnp.sum(x * mask, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
-        first = x[:, 0]
-        return first if self.pooler is None else jnp.tanh(self.pooler(first))
+        mask = mask.astype(x.dtype)[..., None]  # (B, T, 1)
+        # An empty slot of a batch has no token at all: 0 / 1, not 0 / 0.
+        return jnp.sum(x * mask, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
 
     def stages(self) -> list[Stage]:
         """The forward pass in order; see `layers.Stage`."""

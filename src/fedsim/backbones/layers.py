@@ -223,10 +223,13 @@ class Attention(nnx.Module):
         self.prefix_key = param("prefix_key", (tokens, width), rngs)
         self.prefix_value = param("prefix_value", (tokens, width), rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """x (B, T, D), mask (B, T) bool, true where a token may be looked at -> (B, T, D)."""
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None, read: int | None = None) -> jax.Array:
+        """x (B, T, D), mask (B, T) bool, true where a token may be looked at -> (B, T, D).
 
-        size, tokens, width = x.shape
+        Args:
+            read: return only the first so many tokens, (B, read, D), and ask for no others.
+        """
+        size, _, width = x.shape
         heads, depth = self.heads, width // self.heads
 
         def split(y: jax.Array) -> jax.Array:
@@ -234,7 +237,7 @@ class Attention(nnx.Module):
             y = y.reshape(size, y.shape[1], heads, depth).transpose(0, 2, 1, 3)
             return y.reshape(size * heads, y.shape[2], depth)
 
-        query, key, value = self.query(x), self.key(x), self.value(x)
+        query, key, value = self.query(x[:, :read]), self.key(x), self.value(x)
         if self.prefix_key is not None and self.prefix_value is not None:
             key, value = append(key, self.prefix_key[...]), append(value, self.prefix_value[...])
             mask = None if mask is None else append_true(mask, self.prefix_key.shape[0])
@@ -245,8 +248,8 @@ class Attention(nnx.Module):
             scores = jnp.where(jnp.repeat(mask, heads, axis=0)[:, None, :], scores, -1e9)
         weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         mixed = jnp.einsum("nqk,nkd->nqd", weights, value)
-        mixed = mixed.reshape(size, heads, tokens, depth).transpose(0, 2, 1, 3)
-        y = self.output(mixed.reshape(x.shape))
+        mixed = mixed.reshape(size, heads, mixed.shape[1], depth).transpose(0, 2, 1, 3)
+        y = self.output(mixed.reshape(size, -1, width))
         return y if self.adapter is None else y + self.adapter(y)
 
 

@@ -73,9 +73,13 @@ class LayerScale(nnx.Module):
 
 
 class Block(nnx.Module):
-    """LayerNorm and attention, LayerNorm and MLP, each added to its input."""
+    """LayerNorm and attention, LayerNorm and MLP, each added to its input.
 
-    def __init__(self, c: VitConfig, *, rngs: nnx.Rngs) -> None:
+    Args:
+        read: how many tokens, the first ones, are read by what follows: only they are computed beyond keys and values.
+    """
+
+    def __init__(self, c: VitConfig, read: int | None = None, *, rngs: nnx.Rngs) -> None:
         self.norm1 = LayerNorm(c.width, eps=c.eps, rngs=rngs)
         self.attention = Attention(c.width, c.heads, rngs=rngs)
         self.scale1: LayerScale | None = nnx.data(LayerScale(c.width, rngs=rngs) if c.layer_scale else None)
@@ -84,13 +88,14 @@ class Block(nnx.Module):
         self.scale2: LayerScale | None = nnx.data(LayerScale(c.width, rngs=rngs) if c.layer_scale else None)
         self.prompt: nnx.Param | None = nnx.data(None)
         self.keep_prompt = False
+        self.read = read
 
     def __call__(self, x: jax.Array) -> jax.Array:
         tokens = x.shape[1]
         if self.prompt is not None:
             x = append(x, self.prompt[...])
-        y = self.attention(self.norm1(x))
-        x = x + (y if self.scale1 is None else self.scale1(y))
+        y = self.attention(self.norm1(x), read=self.read)
+        x = x[:, : self.read] + (y if self.scale1 is None else self.scale1(y))
         y = self.mlp(self.norm2(x), x)
         x = x + (y if self.scale2 is None else self.scale2(y))
         return x[:, :tokens] if self.prompt is not None and not self.keep_prompt else x
@@ -102,7 +107,8 @@ class Vit(nnx.Module):
     def __init__(self, c: VitConfig, classes: int, input_shape: Shape | None = None, *, rngs: nnx.Rngs) -> None:
         _grid(prepared_shape(input_shape or (c.image, c.image), c.pixels), c)
         self.embeddings = Embeddings(c, rngs=rngs)
-        self.blocks = nnx.List([Block(c, rngs=rngs) for _ in range(c.depth)])
+        last = 1 if c.pool == "cls" else None
+        self.blocks = nnx.List([Block(c, last if i == c.depth - 1 else None, rngs=rngs) for i in range(c.depth)])
         self.norm = LayerNorm(c.width, eps=c.eps, rngs=rngs)
         self.head = Linear(c.width, classes, rngs=rngs)
         self.config = c
