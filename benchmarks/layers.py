@@ -2,6 +2,7 @@
 
     python benchmarks/layers.py                          # ViT-Ti/16, MiniLM-L6 and ViT-S/14 with LoRA
     python benchmarks/layers.py --backbones vit_ti16 --lanes 16
+    python benchmarks/layers.py --hlo programs           # and writes the compiled programs there, a file each
     python benchmarks/layers.py --small                  # a tiny model, to see that it works
 
 All variants run in one process, one repeat of each, then the next. Given are the median and the least wall-clock time
@@ -17,6 +18,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -51,6 +53,8 @@ class Options:
     """Of LoRA on query and value; the head is trained beside it."""
     repeats: int = 15
     """Timed repeats, after one that compiles."""
+    hlo: Path | None = None
+    """Folder for the compiled programs as XLA writes them, BACKBONE-VARIANT.txt."""
     small: bool = False
     """A tiny model, few repeats; no timing worth reporting."""
 
@@ -93,7 +97,7 @@ def plain_attention(
     return self.output(mixed.reshape(x.shape))
 
 
-def plain_block(block: type) -> Callable[..., None]:
+def plain_block(block: Any) -> Callable[..., None]:
     """The block's `__init__`, every token computed in the last one too."""
     make = block.__init__
     return lambda self, config, read=None, *, rngs: make(self, config, rngs=rngs)
@@ -211,6 +215,9 @@ def of_backbone(name: str, o: Options) -> list[dict[str, Any]]:
             row[f"ratio_{clock}"] = float(np.median(before) / np.median(now))
             row[f"ratio_least_{clock}"] = min(before) / min(now)
         about = program.about()
+        if o.hlo is not None:
+            o.hlo.mkdir(parents=True, exist_ok=True)
+            (o.hlo / f"{name}-{variant.replace(', ', '-')}.txt").write_text(program.compiled.as_text() or "")
         rows.append({**row, **about})
         print(
             f"{name:10} {variant:32} wall {row['median_wall'] * 1e3:8.1f} ms {row['ratio_wall']:5.2f}x   "

@@ -63,7 +63,7 @@ def child(cache: str, examples: int | None) -> dict[str, Any]:
     start = time.perf_counter()
     import jax
 
-    from fedsim import build, checkpoint, data, record, simulate
+    from fedsim import build, checkpoint, data, record, resuming, simulate
     from fedsim.config import Speed, main_job
 
     imported = time.perf_counter()
@@ -97,7 +97,7 @@ def child(cache: str, examples: int | None) -> dict[str, Any]:
         (build, "features", "features"),
         (build, "trainer", "weights"),
         (simulate, "prepare", "weights"),
-        (simulate, "fingerprint", "fingerprint"),
+        (resuming, "fingerprint", "fingerprint"),
         (checkpoint.Checkpoints, "save", "checkpoint"),
     ):
         replace(place, name, partial(timed, what=what))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +93,49 @@ def test_examples_on_the_host_give_the_same_scores(problem: dict) -> None:
         return evaluate(engine.put({"w": problem["w"]}))
 
     assert scores("on") == scores("off")
+
+
+def scarce(spread: Callable[..., Any], most: int, tried: list[int]) -> Callable[..., Any]:
+    """`Lanes.spread` with programs of evaluation that run out of memory with more than `most` rows a device."""
+
+    def programs(*args: Any) -> Callable[..., Any]:
+        program = spread(*args)
+
+        def run(*given: Any) -> Any:
+            tried.append(given[-1].shape[1])
+            if tried[-1] > most:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1099511627776 bytes.")
+            return program(*given)
+
+        return run
+
+    return programs
+
+
+def test_memory_that_runs_out_costs_half_the_batch(problem: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, offsets, tried = {"b": problem["b"]}, np.array([0, ROWS]), []
+    engine = Lanes(held, problem["x"], problem["y"], np.arange(ROWS), offsets, devices=2)
+    server = engine.put({"w": problem["w"]})
+
+    def made(size: int) -> Callable[[Any], dict[str, float]]:
+        return evaluator(engine, lambda held, server, memory, x: linear(server, held, x), np.arange(ROWS), size)
+
+    fits = made(16)(server)
+    monkeypatch.setattr(engine, "spread", scarce(engine.spread, 8, tried))
+    evaluate = made(50)
+    with pytest.warns(UserWarning, match=r"batches of \d+ examples .* --eval-batch") as warned:
+        assert evaluate(server) == pytest.approx(fits, rel=1e-6)
+    assert [int(str(w.message).split()[3]) for w in warned] == [50, 26]
+    assert tried == [25, 13, *[7] * 5]
+    assert evaluate(server) == pytest.approx(fits, rel=1e-6)
+    assert tried[7:] == [7] * 5, "what fitted is kept"
+
+    monkeypatch.setattr(engine, "spread", scarce(Lanes.spread.__get__(engine), 0, tried))
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match=r"a single example of each device .* lower --lanes"),
+    ):
+        made(4)(server)
 
 
 @pytest.mark.parametrize(("classes", "extra"), [(2, "auroc"), (8, "top5")])

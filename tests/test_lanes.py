@@ -99,6 +99,33 @@ def test_engine_equals_client_by_client(passes):
     assert memory.state()[0].tolist() == [1.0] * len(COHORT)
 
 
+@pytest.mark.parametrize("resident", ["on", "off"])
+def test_batches_of_two_segments_at_most_are_under_way(monkeypatch, resident):
+    """Before the batches of segment k are made, segment k - 2 has been waited for, and k - 1 has not."""
+    made, ended, waited = [], [], []
+    gather, copy, wait = lanes_module.Lanes.gather, jnp.copy, jax.block_until_ready
+
+    def gathered(engine, rows):
+        if ended:
+            made.append((len(ended), len(waited)))
+        return gather(engine, rows)
+
+    def marked(value):
+        ended.append(copy(value))
+        return ended[-1]
+
+    def ready(values):
+        waited.extend(v for v in jax.tree.leaves(values) if any(v is end for end in ended))
+        return wait(values)
+
+    monkeypatch.setattr(lanes_module.Lanes, "gather", gathered)
+    monkeypatch.setattr(jnp, "copy", marked)
+    monkeypatch.setattr(jax, "block_until_ready", ready)
+    passes = Passes(2, None, 4)
+    run(counting, tiny_problem(), (COHORT,), task=tiny_task(passes=passes), lanes=2, segment_steps=3, resident=resident)
+    assert made == [(k, k - 1) for k in range(1, len(ended))] and len(made) > 2
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 def test_examples_streamed_from_the_host_give_the_same_bits(devices):
     """Batches of the host go through the resident path's program, segment by segment: every bit is the same."""

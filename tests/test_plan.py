@@ -165,6 +165,20 @@ def test_seed_round_client_and_epoch_give_other_orders() -> None:
     assert len(set(seen)) == len(seen) == 12
 
 
+@LAW
+@given(SIZES, st.integers(1, 3), st.integers(0, 9))
+def test_an_epoch_is_ordered_by_the_hash(sizes: list[int], epochs: int, round: int) -> None:
+    ids, counts = population(sizes)[0], np.array(sizes)
+    member, _, _, example = plan.batches(ids, counts[ids], Passes(epochs, batch_size=7), 5, round, exchange=2)
+    found = iter(zip(member.tolist(), example.tolist(), strict=True))
+    for place, client in enumerate(ids.tolist()):
+        for epoch in range(epochs):
+            chance = [int(plan.mix(5, round, 2, client, epoch, i)) for i in range(sizes[client])]
+            for i in np.argsort(np.array(chance, np.uint64)).tolist():
+                assert next(found) == (place, i)
+    assert next(found, None) is None
+
+
 def test_without_shuffling_rows_come_in_their_order() -> None:
     made = make([5], Passes(epochs=2, batch_size=2, shuffle=False), lanes=1)
     assert by_member(made)[0] == [[0, 1], [2, 3], [4], [0, 1], [2, 3], [4]]

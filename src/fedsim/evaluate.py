@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jax import Array
 
 from fedsim import lengths, metrics, processes
 from fedsim.core import Batch, Metrics, Params, Tree
+from fedsim.device_memory import exhausted
 from fedsim.lanes import Lanes
 from fedsim.lengths import Lengths
 
@@ -74,6 +76,7 @@ def evaluator(
 ) -> Callable[[Tree], dict[str, float]]:
     """A function server -> metrics over these rows of the engine's examples (docs/evaluation.md defines them).
 
+    Where a device's memory runs out, it warns and halves the batch until it fits; nothing of the server is lost by that.
     `loss`, `accuracy`, `balanced_accuracy`, `macro_f1`, and `top5` of more than five classes or `auroc` of two. One
     compiled step over batches of equal shape; each batch is split over the devices. Sums of losses are float32 per batch and
     device, and added on the host in float64; counts are whole numbers.
@@ -81,12 +84,47 @@ def evaluator(
     Args:
         batch: examples of a step; "auto" as `Speed.eval_batch` says.
         texts: lengths of the engine's examples, where they are texts: one step is compiled for each bucket in use.
+
+    Raises, of the function:
+        ValueError: not even one example of each device fits.
     """
-    devices = len(engine.devices)
+    devices, rows = len(engine.devices), np.asarray(rows, np.int32)
     if isinstance(batch, str):
         batch = CPU_BATCH if engine.devices[0].platform == "cpu" else ACCELERATOR_BATCH
     size = -(-min(batch, max(len(rows), 1)) // devices) * devices
-    batches = lengths.batches(np.asarray(rows, np.int32), size, texts)
+    whole = one_pass(engine, predict, rows, size, texts)
+
+    def evaluate(server: Tree) -> dict[str, float]:
+        nonlocal size, whole
+        while True:
+            try:
+                return whole(server)
+            except jax.errors.JaxRuntimeError as error:
+                # Of several processes, the others would wait for this one.
+                if not exhausted(error) or processes.several():
+                    raise
+                if size == devices:
+                    raise ValueError(
+                        "Expected a single example of each device to fit into its memory in evaluation; lower --lanes, or take "
+                        "--precision bfloat16."
+                    ) from error
+            half = -(-size // (2 * devices)) * devices
+            warnings.warn(
+                f"Expected batches of {size} examples to fit into the device's memory in evaluation; going on with {half}. "
+                f"--eval-batch {half} starts with that.",
+                stacklevel=2,
+            )
+            size, whole = half, one_pass(engine, predict, rows, half, texts)
+
+    return evaluate
+
+
+def one_pass(
+    engine: Lanes, predict: Predict, rows: np.ndarray, size: int, texts: Lengths | None
+) -> Callable[[Tree], dict[str, float]]:
+    """What `evaluator` does, in batches of `size` examples, a multiple of the devices' number."""
+    devices = len(engine.devices)
+    batches = lengths.batches(rows, size, texts)
     index = [np.pad(part, (0, size - len(part))).reshape(devices, size // devices) for part, _ in batches]
     masks = engine.split([(np.arange(size) < len(part)).astype(np.float32).reshape(devices, -1) for part, _ in batches])
 
@@ -120,9 +158,8 @@ def evaluator(
         counts = zero[0]
         parts: list[dict[str, Array]] = []
         for rows, mask, (_, length) in zip(index, masks, batches, strict=True):
+            jax.block_until_ready(parts[-2:-1])  # so that two batches at most lie on the devices
             x, y = engine.gather(rows)
-            if parts and not engine.resident:
-                jax.block_until_ready(parts[-1])  # so that two batches at most lie on the devices
             counts, sums = steps[length](engine.held, server, counts, x, y, mask)
             parts.append(sums)
         split, host = processes.fetch((counts, parts))

@@ -120,18 +120,18 @@ def longest_first(steps: np.ndarray, order: np.ndarray, devices: int, lanes: int
         order: (M,) clients, those with most steps first.
         slots: clients that fit on one device.
     """
-    device, lane, begin = (np.zeros(len(steps), np.int64) for _ in range(3))
-    used = np.zeros(devices, np.int64)
+    places = [(0, 0, 0)] * len(steps)  # lists: the loop reads and writes single numbers, which is slow in arrays
+    used = [0] * devices
     # Ties go to the device whose turn it is, so that equal clients spread over devices before they fill lanes.
     heap = [(0, place, d) for place in range(lanes) for d in range(devices)]
     for member, span in zip(order.tolist(), steps[order].tolist(), strict=True):
-        load, place, d = heapq.heappop(heap)
-        while used[d] == slots:  # a full device takes no more clients; its lanes leave the heap
-            load, place, d = heapq.heappop(heap)
-        device[member], lane[member], begin[member] = d, place, load
+        while used[heap[0][2]] == slots:  # a full device takes no more clients; its lanes leave the heap
+            heapq.heappop(heap)
+        load, place, d = heap[0]
+        places[member] = d, place, load
         used[d] += 1
-        heapq.heappush(heap, (load + span, place, d))
-    return Places(device, lane, begin)
+        heapq.heapreplace(heap, (load + span, place, d))
+    return _places(places)
 
 
 def waves(steps: np.ndarray, last: np.ndarray, order: np.ndarray, devices: int, lanes: int) -> Places:
@@ -142,13 +142,13 @@ def waves(steps: np.ndarray, last: np.ndarray, order: np.ndarray, devices: int, 
         last: (M,) rows of each client's last batch.
         order: (M,) clients, those with most steps first, of these those with most rows.
     """
-    device, lane, begin = (np.zeros(len(steps), np.int64) for _ in range(3))
+    places = [(0, 0, 0)] * len(steps)
+    spans, ends = steps.tolist(), last.tolist()
     for d in range(devices):
         own = order[d::devices]  # dealt out, so that devices have about the same work
-        device[own] = d
         left: dict[int, list[tuple[int, int]]] = {}  # steps -> (rows of the last batch, client), fewest rows first
         for member in own[::-1].tolist():
-            left.setdefault(int(steps[member]), []).append((int(last[member]), member))
+            left.setdefault(spans[member], []).append((ends[member], member))
         counts = sorted(left)
         start = 0
         while counts:
@@ -165,12 +165,17 @@ def waves(steps: np.ndarray, last: np.ndarray, order: np.ndarray, devices: int, 
                     if not fits:
                         break
                     member = group.pop(fits - 1)[1]
-                    lane[member], begin[member] = place, start + span - free
+                    places[member] = d, place, start + span - free
                     free -= counts[at]
                     if not group:
                         del left[counts.pop(at)]
             start += span
-    return Places(device, lane, begin)
+    return _places(places)
+
+
+def _places(found: list[tuple[int, int, int]]) -> Places:
+    """From (device, lane, begin) of each client."""
+    return Places(*np.array(found, np.int64).reshape(-1, 3).T)
 
 
 def pack(work: Work, devices: int, lanes: int, widths: Sequence[int]) -> tuple[Places, np.ndarray]:

@@ -76,8 +76,8 @@ def answer_ones(engine: Lanes) -> list[Asked]:
 
         def begin(*args: Any) -> State:
             state = jax.eval_shape(real.begin, *args)
-            memory, nbytes = engine.split(ones((state.memory, state.nbytes)))
-            return state._replace(memory=memory, nbytes=nbytes)
+            weight, memory, nbytes = engine.split(ones((state.weight, state.memory, state.nbytes)))
+            return state._replace(weight=weight, memory=memory, nbytes=nbytes)
 
         def end(*args: Any) -> Any:
             return engine.put(ones(jax.eval_shape(real.end, *args)))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-import hashlib
-import importlib.metadata
 import math
 import time
 from contextlib import ExitStack
@@ -16,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedsim import build, network, peaks, personal, plots, processes, record, report
-from fedsim.backbones.own import file_of, identity
+from fedsim import build, network, peaks, personal, plots, processes, record, report, resuming
+from fedsim.backbones.own import identity
 from fedsim.build import Phase, Problem, Trainer
 from fedsim.checkpoint import KEEP
 from fedsim.cohort import Cohort
@@ -29,7 +27,7 @@ from fedsim.data.show import draw as draw_partition
 from fedsim.device_memory import OutOfMemoryError, most_memory, out_of_memory
 from fedsim.flops import Flops
 from fedsim.host import compile_clock, divide_cpu, interruptible, tune_host
-from fedsim.memory import Memory, Table
+from fedsim.memory import Memory
 from fedsim.programs import key_for
 from fedsim.progress import Progress
 from fedsim.rehearsal import rehearse
@@ -88,7 +86,7 @@ def run(
             problem = processes.each(lambda: build.problem(config, speed, data))
         problem = problem._replace(speed=speed)  # a shared one may have been made for another
         if resume is None:
-            refuse_later_phases(config, speed, problem)
+            refuse_lanes(config, speed, problem)
         directory = directory or by_first(lambda: record.folder(out, config))
         by_first(lambda: stack.enter_context(record.lock(directory)))
         checkpoints = stack.enter_context(SharedCheckpoints(directory / record.CHECKPOINTS))
@@ -138,7 +136,7 @@ def simulate(
         facts |= {"backbone_hash": own} if own else {}
         processes.by_first(lambda: record.start(directory, config, speed, facts))
 
-    inputs = fingerprint(config, problem)
+    inputs = resuming.fingerprint(config, problem)
     processes.agree("the data", inputs)
     fleet = network.fleet(config)
 
@@ -164,10 +162,10 @@ def simulate(
             engine.reuse(extra["lanes"], extra["segment_steps"])
             if not (extra.get("bitwise", True) or reduced):  # what an earlier process found to fit
                 engine.lanes = extra["lanes"]
-            return checkpoint_shapes(tried["now"], extra)
+            return resuming.shapes(tried["now"].server, tried["now"].memory, engine.population, extra)
 
         def wanted(round: int, extra: dict[str, Any]) -> dict[str, Any]:
-            ours = expected(config, speed, tried["now"].trainer, inputs)
+            ours = resuming.expected(config, speed, tried["now"].trainer, inputs)
             return ours | ({"lanes": extra["lanes"]} if reduced else {})
 
         found = checkpoints.restore(template, wanted, lambda state: tried["now"].memory.damage(state["memory"]))
@@ -175,7 +173,7 @@ def simulate(
             round, state, extra = found
             now = tried["now"]
             now = now._replace(server=now.trainer.engine.put(state["server"]))
-            restore_memory(now.memory, state["memory"])
+            resuming.restore_memory(now.memory, state["memory"])
             met = np.array(state["met"])
             totals, best, stale = extra["totals"], extra["best"], extra["stale"]
             start_scores, stopped, elapsed = extra["start"], extra["stopped"], extra["elapsed"]
@@ -272,7 +270,7 @@ def simulate(
             if asked or stopped != "rounds" or round == config.rounds or round % speed.checkpoint_every == 0:
                 state = {"server": server, "memory": processes.by_first(memory.seal), "met": met}
                 extra = {
-                    **expected(config, speed, trainer, inputs),
+                    **resuming.expected(config, speed, trainer, inputs),
                     "bitwise": bitwise,
                     "totals": totals,
                     "best": best,
@@ -324,15 +322,15 @@ def simulate(
     progress.message("done")
 
 
-def refuse_later_phases(config: Config, speed: Speed, problem: Problem) -> None:
-    """Has lanes that were asked for and do not fit in a later phase refused before the first one runs.
+def refuse_lanes(config: Config, speed: Speed, problem: Problem) -> None:
+    """Has lanes that were asked for refused where they do not fit in one of the phases, before any of them begins.
 
-    The first phase refuses by itself in its first round, and lanes that nobody asked for are halved until they fit.
+    Lanes that nobody asked for are halved until they fit; a batch that is too large for a single one ends the first round.
 
     Raises:
         ValueError: see `rehearsal.rehearse`.
     """
-    for phase in build.phases(config)[1:] if speed.lanes != "auto" else ():
+    for phase in build.phases(config) if speed.lanes != "auto" else ():
         ids = np.arange(min(invited(config), problem.partition.clients))
         rehearse(problem._replace(trainers=None), phase, ids)
         gc.collect()  # its engine, which refers to itself, before the first phase needs the memory
@@ -390,59 +388,3 @@ def utilisation(trainer: Trainer, speed: Speed, rate: float) -> float | None:
     devices = trainer.engine.devices
     limit = peaks.known(devices[0].device_kind)
     return None if limit is None else rate / (len(devices) * limit.flops(speed.precision))
-
-
-def restore_memory(memory: Memory, table: Table) -> None:
-    """Goes on from a checkpoint's table; the rows are in process 0's file, and the other processes get them from it."""
-    if processes.is_first():
-        memory.restore(table)
-    if processes.several():
-        rows, ids = processes.by_first(memory.state)
-        if not processes.is_first():
-            memory.scatter(ids, rows)
-
-
-def expected(config: Config, speed: Speed, trainer: Trainer, inputs: str) -> dict[str, Any]:
-    """What a checkpoint must agree with for the run to go on bit for bit: options, inputs, devices, what `auto` chose."""
-    engine = trainer.engine
-    return {
-        "config": config.hash(),
-        "inputs": inputs,
-        "parallel": engine.parallel,
-        "precision": speed.precision,
-        "remat": speed.remat,
-        "devices": [len(engine.own)] * jax.process_count() if processes.several() else len(engine.devices),
-        "device": engine.devices[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-        "lanes": engine.lanes,
-        "segment_steps": engine.segment_steps,
-    }
-
-
-def fingerprint(config: Config, problem: Problem) -> str:
-    """A hash of examples, partition and, where they are files, algorithm, backbone, network: edits are noticed on resuming."""
-    data, owned = problem.dataset, problem.partition
-    digest = hashlib.sha256()
-    for part in (
-        *jax.tree.leaves(data.x),
-        data.y,
-        data.train,
-        data.validation,
-        data.test,
-        *owned,
-        *(problem.local_test or ()),
-    ):
-        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
-    for file in (file_of(config.algorithm), file_of(config.backbone), *network.files(config)):
-        digest.update(file.read_bytes() if file.is_file() else b"")
-    digest.update((identity(config.backbone) or "").encode())
-    return digest.hexdigest()[:16]
-
-
-def checkpoint_shapes(now: Current, extra: dict[str, Any]) -> dict[str, Any]:
-    """Shapes of a checkpoint's arrays: the server's are known, the number of clients with a memory stands in `extra`."""
-    return {
-        "server": now.server,
-        "memory": now.memory.shapes(extra["memory_count"]),
-        "met": np.zeros(now.trainer.engine.population, np.int32),
-    }

@@ -33,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def whole(block: type) -> Callable[..., None]:
+def whole(block: Any) -> Callable[..., None]:
     """The block's `__init__`, reading all tokens wherever it stands."""
     make = block.__init__
     return lambda self, config, read=None, *, rngs: make(self, config, rngs=rngs)
