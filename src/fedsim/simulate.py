@@ -25,6 +25,7 @@ from fedsim.data import require_given
 from fedsim.data.dataset import Source, stream
 from fedsim.data.show import draw as draw_partition
 from fedsim.device_memory import OutOfMemoryError, most_memory, out_of_memory
+from fedsim.features import use_cache
 from fedsim.flops import Flops
 from fedsim.host import compile_clock, divide_cpu, interruptible, tune_host
 from fedsim.memory import Memory
@@ -325,12 +326,16 @@ def simulate(
 def refuse_lanes(config: Config, speed: Speed, problem: Problem) -> None:
     """Has lanes that were asked for refused where they do not fit in one of the phases, before any of them begins.
 
-    Lanes that nobody asked for are halved until they fit; a batch that is too large for a single one ends the first round.
+    A first phase that computes no frozen features is left out: before its first round, which refuses, nothing takes long.
+    Lanes that nobody asked for are halved until they fit; a batch too large for a single one is refused in the first round.
 
     Raises:
         ValueError: see `rehearsal.rehearse`.
     """
-    for phase in build.phases(config) if speed.lanes != "auto" else ():
+    first, *later = build.phases(config)
+    model = build.split_model(first.config, problem.dataset, speed)
+    phases = [first, *later] if use_cache(speed, model, problem.dataset.x, first.config) else later
+    for phase in phases if speed.lanes != "auto" else ():
         ids = np.arange(min(invited(config), problem.partition.clients))
         rehearse(problem._replace(trainers=None), phase, ids)
         gc.collect()  # its engine, which refers to itself, before the first phase needs the memory
