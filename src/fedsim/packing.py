@@ -18,7 +18,7 @@ import numpy as np
 from fedsim.core import Passes
 
 STEP_ROWS = 2.0  # what a step costs beside its rows, in rows; from processor time on a CPU, docs/lanes.md
-WORTH = 0.04  # of all rows that a further width must save: it costs the compilation of another step
+WORTH = 0.02  # of all rows that a further width must save: it costs the compilation of another step, kept on disk
 MOST_WIDTHS = 4
 TILE = 8  # rows that an accelerator's matrix unit takes at a time (TPU: 8 x 128 numbers); what is beyond is padded
 
