@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fedsim
-from fedsim import build, record
+from fedsim import build, record, simulate
 from fedsim import lanes as lanes_module
 from fedsim.config import Config, Speed
 from fedsim.estimate import dry_run
@@ -68,6 +68,7 @@ def test_lanes_that_do_not_fit_in_a_phase_are_refused_before_the_first(
 ) -> None:
     head, full = (part.need.lanes for part in rehearsed(config))
     assert head < full
+    monkeypatch.setattr(simulate, "LONG", 0)
     appended: list[int] = []
     append = record.append
     monkeypatch.setattr(record, "append", lambda folder, line: (appended.append(line["round"]), append(folder, line)))

@@ -35,6 +35,9 @@ from fedsim.rehearsal import rehearse
 from fedsim.shared_checkpoints import SharedCheckpoints
 
 
+LONG = 1000  # examples whose frozen features take longer than tracing and compiling a phase's programs once more
+
+
 def run(
     config: Config | None = None,
     speed: Speed | None = None,
@@ -326,7 +329,8 @@ def simulate(
 def refuse_lanes(config: Config, speed: Speed, problem: Problem) -> None:
     """Has lanes that were asked for refused where they do not fit in one of the phases, before any of them begins.
 
-    A first phase that computes no frozen features is left out: before its first round, which refuses, nothing takes long.
+    A first phase without many frozen features to compute is left out: before its first round, which refuses, nothing takes
+    as long as looking would.
     Lanes that nobody asked for are halved until they fit; a batch too large for a single one is refused in the first round.
 
     Raises:
@@ -334,7 +338,8 @@ def refuse_lanes(config: Config, speed: Speed, problem: Problem) -> None:
     """
     first, *later = build.phases(config)
     model = build.split_model(first.config, problem.dataset, speed)
-    phases = [first, *later] if use_cache(speed, model, problem.dataset.x, first.config) else later
+    long = len(problem.dataset.y) > LONG and use_cache(speed, model, problem.dataset.x, first.config)
+    phases = [first, *later] if long else later
     for phase in phases if speed.lanes != "auto" else ():
         ids = np.arange(min(invited(config), problem.partition.clients))
         rehearse(problem._replace(trainers=None), phase, ids)

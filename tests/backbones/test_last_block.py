@@ -61,8 +61,13 @@ def outcome(name: str, kind: str) -> tuple[Any, Any, Any]:
     return logits, grads, jax.tree.map(lambda a: a.shape, entering)
 
 
-@pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("kind", KINDS)
+BRIEF = {("vit", "lora"), ("bert", "prompt"), ("bert_pooler", "shallow"), ("vit_mean", "shallow")}
+CASES = [
+    pytest.param(name, kind, marks=() if (name, kind) in BRIEF else pytest.mark.slow) for name in ROWS for kind in KINDS
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_logits_and_gradients_equal_the_whole_block(monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
     for row in ROWS:
         monkeypatch.setitem(BACKBONES, row, ROWS[row])
