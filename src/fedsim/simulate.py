@@ -34,7 +34,6 @@ from fedsim.progress import Progress
 from fedsim.rehearsal import rehearse
 from fedsim.shared_checkpoints import SharedCheckpoints
 
-
 LONG = 1000  # examples whose frozen features take longer than tracing and compiling a phase's programs once more
 
 
