@@ -62,9 +62,8 @@ def outcome(name: str, kind: str) -> tuple[Any, Any, Any]:
 
 
 BRIEF = {("vit", "lora"), ("bert", "prompt"), ("bert_pooler", "shallow"), ("vit_mean", "shallow")}
-CASES = [
-    pytest.param(name, kind, marks=() if (name, kind) in BRIEF else pytest.mark.slow) for name in ROWS for kind in KINDS
-]
+SLOW = {("vit", kind) for kind in KINDS} | {("bert_pooler", kind) for kind in KINDS} | {("bert_mean", "full")}
+CASES = [*sorted(BRIEF), *(pytest.param(*case, marks=pytest.mark.slow) for case in sorted(SLOW - BRIEF))]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
