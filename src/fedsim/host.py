@@ -29,7 +29,8 @@ def tune_host(speed: Speed) -> None:
     """A divided CPU, the persistent compilation cache, an allocator that keeps large buffers instead of returning each.
 
     XLA on a CPU allocates its temporaries at every call; glibc maps and unmaps those above 32 MiB each time, and the
-    page faults cost a part of every forward pass (`benchmarks/allocator.py` measures it).
+    page faults cost a part of every forward pass (`benchmarks/allocator.py` measures it). What a thread of XLA's own
+    allocates beyond 64 MiB is mapped each time all the same, once for a segment (docs/kernels.md).
     """
     divide_cpu(speed.devices)
     if speed.compilation_cache:

@@ -73,7 +73,7 @@ def batches(
     place = np.arange(len(member)) - start[member]
     epoch, example = np.divmod(place, np.maximum(sizes, 1)[member])
     if passes.shuffle:
-        # By client and epoch, which stand in order, then by the hash: one key, since three sorts take eight times as long.
+        # By client and epoch, which stand in order, then by the hash: one key, as sorting by three takes several times as long.
         # What the key leaves out of the hash could change an order only where two of 2^(64 - bits) numbers are equal.
         group = epoch + (np.cumsum(epochs) - epochs)[member]
         bits = np.uint64(int(epochs.sum()).bit_length())

@@ -204,10 +204,8 @@ def test_flops_of_a_transformer_follow_what_is_trained(here: Any) -> None:
     facts = hours.Facts(100, 10, 10, 10, (16, 16, 3))
     full, lora, head = (hours.flops(Config(backbone="vit_tiny", peft=p), facts) for p in ("full", "lora", "head"))
     tokens, width, hidden, depth = 17, 32, 64, 2
-    one = (
-        2 * width * width + 2 * width * hidden + 2 * tokens * width
-    )  # query, output, MLP, scores and mixed values of a token
-    keys = tokens * 2 * width * width  # and values; in the last block only the class token asks
+    # A token's query, output, MLP, scores and mixed values; keys and values. In the last block only the class token asks.
+    one, keys = 2 * width * width + 2 * width * hidden + 2 * tokens * width, tokens * 2 * width * width
     forward = 2 * ((depth - 1) * tokens * one + one + depth * keys + (tokens - 1) * 4 * 4 * 3 * width + width * 10)
     assert full.forward == forward
     assert 2.5 * full.forward < full.train < 3.3 * full.forward
