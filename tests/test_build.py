@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+import fedsim
 from fedsim import build, features, optimizers, peft
 from fedsim.backbones.load import random
 from fedsim.config import Config, Speed
@@ -154,9 +155,11 @@ def test_the_tokenizer_lies_beside_the_weights(tmp_path: Path, monkeypatch: pyte
 
 def test_a_text_backbone_reads_token_ids_without_a_tokenizer(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    np.savez(tmp_path / "ids.npz", x=rng.integers(1, 500, (80, 12)), y=rng.integers(0, 2, 80))
-    config = Config(dataset=str(tmp_path / "ids.npz"), backbone="bert_tiny", weights="random", clients=10)
-    assert build.problem(config.replace(min_size=1), Speed()).dataset.kind == "text"
+    x, y = rng.integers(1, 500, (80, 12)), rng.integers(0, 2, 80)
+    np.savez(tmp_path / "ids.npz", x=x, y=y)
+    config = Config(dataset=str(tmp_path / "ids.npz"), backbone="bert_tiny", weights="random", clients=10, min_size=1)
+    assert build.problem(config, Speed()).dataset.kind == "text"
+    assert build.problem(config.replace(dataset="arrays"), Speed(), fedsim.arrays(x, y)).dataset.kind == "text"
 
 
 def test_local_tests_are_cut_from_what_clients_train_on(tmp_path: Path, blobs: Callable[..., Path]) -> None:

@@ -201,7 +201,8 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
     """
     from fedsim import data
 
-    dataset = data.load(config, None if given and given.kind != "text" else tokenizer(config), given)
+    words = given is None or isinstance(given.x, list)  # arrays of token ids need no tokenizer
+    dataset = data.load(config, tokenizer(config) if words else None, given)
     row = backbone(config.backbone)
     if row.kind == "text" and dataset.kind != "text":
         raise ValueError(
