@@ -1,4 +1,4 @@
-"""The two models as pure JAX functions of `workloads.weights`' dicts, for FedJAX, DrJAX, the padded vmap and the judge.
+"""The three models as pure JAX functions of `workloads.weights`' dicts, for FedJAX, DrJAX, the padded vmap and the judge.
 
 `prepared` turns a torch model's layouts into those that JAX computes fastest with, once; `published` is its inverse.
 """
@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import workloads
-from workloads import EPS, LORA_SCALE, PATCH, Workload
+from workloads import BERT_EPS, EPS, LORA_SCALE, PATCH, Workload
 
 Params = Mapping[str, Any]
 Apply = Callable[[Params, Params, Any], Any]
-"""(trained, frozen, images (B, H, W, C) bytes) -> logits (B, classes)."""
+"""(trained, frozen, images (B, H, W, C) bytes or token ids (B, T)) -> logits (B, classes)."""
 
 
 def prepared(w: Workload, arrays: workloads.Arrays) -> workloads.Arrays:
-    """Kernels as (in, out), convolutions' as (height, width, in, out), for images with channels last."""
+    """Kernels as (in, out), convolutions' as (height, width, in, out), for images with channels last; tables as they are."""
 
     def one(name: str, value: np.ndarray) -> np.ndarray:
         if value.ndim == 4:
@@ -28,7 +28,7 @@ def prepared(w: Workload, arrays: workloads.Arrays) -> workloads.Arrays:
             return value.reshape(-1, value.shape[-1]) if name.startswith("patch_embed") else value
         if name == "dense.weight":  # torch flattens channels first
             return value.reshape(-1, 64, 12, 12).transpose(2, 3, 1, 0).reshape(-1, value.shape[0])
-        return value.T if value.ndim == 2 and name.endswith(".weight") else value
+        return value.T if value.ndim == 2 and name.endswith(".weight") and "embeddings" not in name else value
 
     return {name: np.ascontiguousarray(one(name, value)) for name, value in arrays.items()}
 
@@ -72,24 +72,29 @@ def cnn(conv: Callable[[Any, Any], Any]) -> Apply:
     return apply
 
 
+def norm(p: Params, name: str, x: Any, eps: float) -> Any:
+    """LayerNorm."""
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + eps) * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+
+def linear(p: Params, name: str, x: Any) -> Any:
+    """x W + b."""
+    return x @ p[f"{name}.weight"] + p[f"{name}.bias"]
+
+
+def attended(w: Workload, p: Params, name: str, x: Any, q: Any, k: Any, v: Any) -> Any:
+    """What the heads read, with LoRA on queries and values; (B, T, D)."""
+    q = q + (x @ p[f"{name}.q_a"] * LORA_SCALE) @ p[f"{name}.q_b"]
+    v = v + (x @ p[f"{name}.v_a"] * LORA_SCALE) @ p[f"{name}.v_b"]
+    q, k, v = (t.reshape(*t.shape[:-1], w.heads, -1) for t in (q, k, v))
+    scores = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k))
+    return jnp.einsum("bhqk,bkhd->bqhd", scores, v).reshape(x.shape)
+
+
 def vit(w: Workload) -> Apply:
-    """The ViT with LoRA on queries and values."""
+    """The ViT, pre-norm, its class token read."""
     side = w.image // PATCH
-
-    def norm(p: Params, name: str, x: Any) -> Any:
-        x = x - x.mean(axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + EPS) * p[f"{name}.weight"] + p[f"{name}.bias"]
-
-    def linear(p: Params, name: str, x: Any) -> Any:
-        return x @ p[f"{name}.weight"] + p[f"{name}.bias"]
-
-    def attention(p: Params, name: str, x: Any) -> Any:
-        q, k, v = jnp.split(linear(p, f"{name}.qkv", x), 3, axis=-1)
-        q = q + (x @ p[f"{name}.q_a"] * LORA_SCALE) @ p[f"{name}.q_b"]
-        v = v + (x @ p[f"{name}.v_a"] * LORA_SCALE) @ p[f"{name}.v_b"]
-        q, k, v = (t.reshape(*t.shape[:-1], w.heads, -1) for t in (q, k, v))
-        scores = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k))
-        return linear(p, f"{name}.proj", jnp.einsum("bhqk,bkhd->bqhd", scores, v).reshape(x.shape))
 
     def apply(trained: Params, frozen: Params, x: Any) -> Any:
         p = {**frozen, **trained}
@@ -100,10 +105,33 @@ def vit(w: Workload) -> Apply:
         x = jnp.concatenate([first, x], axis=1) + p["pos_embed"]
         for i in range(w.depth):
             name = f"blocks.{i}"
-            x = x + attention(p, f"{name}.attn", norm(p, f"{name}.norm1", x))
-            y = jax.nn.gelu(linear(p, f"{name}.mlp.fc1", norm(p, f"{name}.norm2", x)), approximate=False)
+            y = norm(p, f"{name}.norm1", x, EPS)
+            y = attended(w, p, f"{name}.attn", y, *jnp.split(linear(p, f"{name}.attn.qkv", y), 3, axis=-1))
+            x = x + linear(p, f"{name}.attn.proj", y)
+            y = jax.nn.gelu(linear(p, f"{name}.mlp.fc1", norm(p, f"{name}.norm2", x, EPS)), approximate=False)
             x = x + linear(p, f"{name}.mlp.fc2", y)
-        return linear(p, "head", norm(p, "norm", x[:, 0]))
+        return linear(p, "head", norm(p, "norm", x[:, 0], EPS))
+
+    return apply
+
+
+def bert(w: Workload) -> Apply:
+    """MiniLM, a BERT: post-norm, the mean of all tokens read."""
+
+    def apply(trained: Params, frozen: Params, x: Any) -> Any:
+        p = {**frozen, **trained}
+        table = {name: p[f"embeddings.{name}_embeddings.weight"] for name in ("word", "position", "token_type")}
+        x = table["word"][x] + table["position"][: x.shape[1]] + table["token_type"][0]
+        x = norm(p, "embeddings.LayerNorm", x, BERT_EPS)
+        for i in range(w.depth):
+            name = f"encoder.layer.{i}"
+            own = f"{name}.attention.self"
+            y = attended(w, p, own, x, *(linear(p, f"{own}.{part}", x) for part in ("query", "key", "value")))
+            x = x + linear(p, f"{name}.attention.output.dense", y)
+            x = norm(p, f"{name}.attention.output.LayerNorm", x, BERT_EPS)
+            y = jax.nn.gelu(linear(p, f"{name}.intermediate.dense", x), approximate=False)
+            x = norm(p, f"{name}.output.LayerNorm", x + linear(p, f"{name}.output.dense", y), BERT_EPS)
+        return linear(p, "head", x.mean(axis=1))
 
     return apply
 
@@ -116,7 +144,7 @@ def divide_cpu(devices: int | None) -> None:
 
 def apply_of(w: Workload, conv: Callable[[Any, Any], Any] = lax_conv) -> Apply:
     """The workload's model."""
-    return cnn(conv) if w.model == "cnn" else vit(w)
+    return {"cnn": lambda w: cnn(conv), "vit": vit, "bert": bert}[w.model](w)
 
 
 def weights(w: Workload) -> tuple[workloads.Arrays, workloads.Arrays]:

@@ -1,4 +1,4 @@
-"""The two models in torch, with the parameter names of `workloads.weights`, for the systems that train torch models."""
+"""The three models in torch, with the parameter names of `workloads.weights`, for the systems that train torch models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 import workloads
 from torch import Tensor, nn
-from workloads import EPS, LORA_SCALE, PATCH, RANK, Workload
+from workloads import BERT_EPS, EPS, LORA_SCALE, PATCH, POSITIONS, RANK, Workload
 
 
 class Cnn(nn.Module):
@@ -23,23 +23,33 @@ class Cnn(nn.Module):
         return self.head(F.relu(self.dense(x.flatten(1))))
 
 
-class Attention(nn.Module):
-    """Self-attention with LoRA on queries and values."""
+class Lora(nn.Module):
+    """LoRA on queries and values, and what the heads read."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         for part in ("q", "v"):
             self.register_parameter(f"{part}_a", nn.Parameter(torch.empty(width, RANK)))
             self.register_parameter(f"{part}_b", nn.Parameter(torch.empty(RANK, width)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+    def attended(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, T, D) of each -> (B, T, D)."""
         q = q + (x @ self.q_a * LORA_SCALE) @ self.q_b
         v = v + (x @ self.v_a * LORA_SCALE) @ self.v_b
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Attention(Lora):
+    """The ViT's self-attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.attended(x, *self.qkv(x).chunk(3, dim=-1)))
 
 
 class Mlp(nn.Module):
@@ -91,6 +101,56 @@ class Vit(nn.Module):
         return self.head(self.norm(self.blocks(x)[:, 0]))
 
 
+class BertAttention(Lora):
+    """BERT's self-attention without the layer behind it."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads)
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attended(x, self.query(x), self.key(x), self.value(x))
+
+
+def output(inputs: int, width: int) -> nn.ModuleDict:
+    """The layer and the norm that end each half of a BERT block."""
+    return nn.ModuleDict({"dense": nn.Linear(inputs, width), "LayerNorm": nn.LayerNorm(width, eps=BERT_EPS)})
+
+
+class BertBlock(nn.Module):
+    """Post-norm transformer block, its parts under the names that checkpoints give them."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.ModuleDict({"self": BertAttention(width, heads), "output": output(width, width)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, 4 * width)})
+        self.output = output(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        after = self.attention["output"]
+        x = after["LayerNorm"](x + after["dense"](self.attention["self"](x)))
+        y = F.gelu(self.intermediate["dense"](x))
+        return self.output["LayerNorm"](x + self.output["dense"](y))
+
+
+class Bert(nn.Module):
+    """Token ids (B, T) -> logits of the tokens' mean."""
+
+    def __init__(self, w: Workload) -> None:
+        super().__init__()
+        tables = {"word": w.vocabulary, "position": POSITIONS, "token_type": 2}
+        self.embeddings = nn.ModuleDict({f"{n}_embeddings": nn.Embedding(rows, w.width) for n, rows in tables.items()})
+        self.embeddings["LayerNorm"] = nn.LayerNorm(w.width, eps=BERT_EPS)
+        self.encoder = nn.ModuleDict({"layer": nn.Sequential(*(BertBlock(w.width, w.heads) for _ in range(w.depth)))})
+        self.head = nn.Linear(w.width, w.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        e = self.embeddings
+        position, kind = e["position_embeddings"].weight[: x.shape[1]], e["token_type_embeddings"].weight[0]
+        x = e["LayerNorm"](e["word_embeddings"](x) + position + kind)
+        return self.head(self.encoder["layer"](x).mean(dim=1))
+
+
 def device_of(platform: str) -> torch.device:
     """Where a torch system computes. On a GPU float32 products are taken in TF32, which is JAX's default there."""
     if platform != "gpu":
@@ -109,7 +169,7 @@ def wait(device: torch.device) -> None:
 def model(w: Workload) -> nn.Module:
     """The workload's model with its initial weights; only what is trained requires a gradient."""
     trained, frozen = workloads.weights(w)
-    made = Cnn(w.classes) if w.model == "cnn" else Vit(w)
+    made = {"cnn": lambda w: Cnn(w.classes), "vit": Vit, "bert": Bert}[w.model](w)
     made.load_state_dict({name: torch.from_numpy(value) for name, value in {**trained, **frozen}.items()})
     for name, parameter in made.named_parameters():
         parameter.requires_grad_(name in trained)

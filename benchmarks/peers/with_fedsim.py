@@ -22,14 +22,15 @@ from workloads import LORA_SCALE, RANK, Workload
 
 import fedsim
 from fedsim import build, simulate
-from fedsim.backbones import BACKBONES, vit_row
+from fedsim.backbones import BACKBONES, Row, bert_row, vit_row
+from fedsim.backbones.bert import BertConfig
 from fedsim.cohort import Cohort, Memory
 from fedsim.config import Config, Speed
 from fedsim.data.partition import Partition
 from fedsim.host import tune_host
 from fedsim.programs import key_for
 
-VIT = "vit_of_peers"  # the name of the workload's ViT in the table of backbones
+TRANSFORMER = "transformer_of_peers"  # the name of the workload's ViT or BERT in the table of backbones
 PATHS = {
     "conv1": "layers/0",
     "conv2": "layers/1",
@@ -45,11 +46,12 @@ PATHS = {
 
 def ours(name: str) -> str:
     """`blocks.0.attn.q_a` -> `blocks/0/attention/query/lora_a`: a published name as fedsim's path."""
+    name = name.replace("encoder.layer", "blocks").replace(".self", "")
     return "/".join(PATHS.get(part, part) for part in name.split("."))
 
 
 def config_of(w: Workload, folder: Path) -> Config:
-    """The workload as fedsim's options; the frozen weights go to a file in timm's layout."""
+    """The workload as fedsim's options; the frozen weights go to a file in timm's layout, or BERT's."""
     common: dict[str, Any] = {
         "dataset": "arrays",
         "clients": w.clients,
@@ -61,13 +63,20 @@ def config_of(w: Workload, folder: Path) -> Config:
     }
     if w.model == "cnn":
         return Config(backbone="cnn", weights="random", peft="full", **common)
-    # The table's ViTs have positions for 224 px and would resample them in every step; this one has the workload's.
-    row = vit_row(w.width, w.depth, w.heads, workloads.PATCH)
-    BACKBONES[VIT] = row._replace(config=dataclasses.replace(row.config, image=w.image))
+    BACKBONES[TRANSFORMER] = row_of(w)
     file = folder / "model.safetensors"
     save_file(workloads.weights(w)[1], file)
     lora = {"peft": "lora", "rank": RANK, "lora_alpha": LORA_SCALE * RANK, "targets": ("query", "value")}
-    return Config(backbone=VIT, weights=str(file), **lora, **common)
+    return Config(backbone=TRANSFORMER, weights=str(file), **lora, **common)
+
+
+def row_of(w: Workload) -> Row:
+    """The workload's transformer as a backbone."""
+    if w.model == "bert":
+        return bert_row(BertConfig(w.vocabulary, w.width, w.depth, w.heads, 4 * w.width, pool="mean"))
+    # The table's ViTs have positions for 224 px and would resample them in every step; this one has the workload's.
+    row = vit_row(w.width, w.depth, w.heads, workloads.PATCH)
+    return row._replace(config=dataclasses.replace(row.config, image=w.image))
 
 
 def trainer_of(w: Workload, d: workloads.Data, speed: Speed) -> build.Trainer:

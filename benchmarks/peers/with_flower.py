@@ -103,8 +103,9 @@ def main() -> None:
         strategy = TimedFedAvg(w, watch)
         strategy.start(grid=grid, initial_arrays=ArrayRecord(start), num_rounds=o.rounds)
 
-    resources = {"client_resources": {"num_cpus": 1, "num_gpus": o.gpu_share if o.platform == "gpu" else 0.0}}
-    run_simulation(server_app, client_app(w, o.platform), num_supernodes=w.clients, backend_config=resources)
+    gpus = int(o.platform == "gpu")  # said to Ray, which finds a GPU only where it can ask the driver's library for it
+    backend = {"client_resources": {"num_cpus": 1, "num_gpus": o.gpu_share * gpus}, "init_args": {"num_gpus": gpus}}
+    run_simulation(server_app, client_app(w, o.platform), num_supernodes=w.clients, backend_config=backend)
 
 
 if __name__ == "__main__":

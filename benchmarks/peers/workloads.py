@@ -6,23 +6,28 @@ W2: ViT-Tiny on 64 px images, 5,489,856 frozen parameters, LoRA r=4 on q and v a
 W3: W2's model and trained part across devices: 512 clients with log-normal sizes (median 9, sigma 0.9, clipped to 2-60),
     128 a round, local batch 4 (W3-4), 8 (W3-8) or 16 (W3-16).
 G: for a GPU, 128 clients with W3's law of sizes, 32 a round, 224 px: ViT-B/16 with local batch 8 (G-B-8) or 16 (G-B-16),
-    ViT-Ti/16 with 8 (G-Ti-8); trained as in W2.
+    ViT-Ti/16 with 8 (G-Ti-8); trained as in W2. MiniLM-L6 on texts of 128 tokens with 8 (G-L-8), LoRA r=4 on query and
+    value and the head over the mean of the tokens.
 
 All: one epoch of SGD at each client, the mean of the clients' parameters weighted by their examples. Images are bytes, and a
-model's first operation scales them. Parameters have the names and layouts of a torch model; LoRA adds x A B with A (in, r)
-and B (r, out). Everything is drawn from `SEED`.
+model's first operation scales them; texts are token ids, all of one length, so that nothing is masked. Parameters have the
+names and layouts of a torch model; LoRA adds x A B with A (in, r) and B (r, out). Everything is drawn from `SEED`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 SEED = 5
 RANK, LORA_SCALE, EPS, PATCH = 4, 2.0, 1e-6, 16
+POSITIONS, BERT_EPS = 512, 1e-12
+KEPT = "FEDSIM_PEERS_DATA"  # names the folder in which run.py keeps a workload's examples, made once for all systems
 
 Arrays = dict[str, np.ndarray]
 
@@ -33,7 +38,7 @@ class Workload:
 
     name: str
     model: str
-    """`cnn` or `vit`."""
+    """`cnn`, `vit` or `bert`."""
     clients: int
     cohort: int
     """Clients in a round."""
@@ -44,11 +49,14 @@ class Workload:
     sizes: str
     """Law of the clients' sizes: `uniform`, `equal` or `lognormal`."""
     depth: int = 12
-    """Blocks of the ViT."""
+    """Blocks of the transformer."""
     width: int = 192
     heads: int = 3
     image: int = 64
     """Side of the ViT's images in pixels."""
+    tokens: int = 128
+    """Of each text."""
+    vocabulary: int = 30_522
     probe: int = 256
     """Examples that no client has, on which the trained parameters are judged."""
 
@@ -61,12 +69,14 @@ WORKLOADS: dict[str, Workload] = {
     "W3-16": Workload("W3-16", "vit", 512, 128, 16, 0.05, 10, "lognormal"),
 }
 
-# The wide model gets a lower rate: at 0.05 the order within clients alone moves its loss by over a tenth of the fall.
+# The wide model and MiniLM get lower rates: at 0.05 the order within clients alone moves the one's loss by over a tenth of the
+# fall, and the other's rises.
 BASE = {"width": 768, "heads": 12, "image": 224}
 GPU_WORKLOADS: dict[str, Workload] = {
     "G-B-8": Workload("G-B-8", "vit", 128, 32, 8, 0.01, 10, "lognormal", **BASE),
     "G-B-16": Workload("G-B-16", "vit", 128, 32, 16, 0.01, 10, "lognormal", **BASE),
     "G-Ti-8": Workload("G-Ti-8", "vit", 128, 32, 8, 0.05, 10, "lognormal", image=224),
+    "G-L-8": Workload("G-L-8", "bert", 128, 32, 8, 0.003, 10, "lognormal", depth=6, width=384, heads=12),
 }
 ALL = WORKLOADS | GPU_WORKLOADS
 
@@ -74,10 +84,10 @@ ALL = WORKLOADS | GPU_WORKLOADS
 class Data(NamedTuple):
     """Client i owns the examples offsets[i]:offsets[i + 1]."""
 
-    x: np.ndarray  # (n, H, W, C) uint8
+    x: np.ndarray  # (n, H, W, C) uint8, or (n, T) int32
     y: np.ndarray  # (n,) int32
     offsets: np.ndarray  # (clients + 1,) int64
-    probe_x: np.ndarray  # (probe, H, W, C) uint8
+    probe_x: np.ndarray  # (probe, H, W, C) uint8, or (probe, T) int32
     probe_y: np.ndarray  # (probe,) int32
 
     @property
@@ -92,8 +102,8 @@ class Data(NamedTuple):
 
 
 def small(w: Workload) -> Workload:
-    """The same work on a few clients and a ViT of one block on 64 px: seconds, to see that a system works."""
-    return dataclasses.replace(w, clients=12, cohort=6, depth=1, image=64, probe=64)
+    """The same work on a few clients and a transformer of one block on little input: seconds, to see that a system works."""
+    return dataclasses.replace(w, clients=12, cohort=6, depth=1, image=64, tokens=32, vocabulary=1000, probe=64)
 
 
 def find(name: str, is_small: bool = False) -> Workload:
@@ -118,7 +128,41 @@ def client_sizes(w: Workload) -> np.ndarray:
 
 
 def data(w: Workload) -> Data:
-    """Noisy copies of one random pattern per class, labels drawn at random."""
+    """The examples: read where they have been kept, else made."""
+    folder = os.environ.get(KEPT)
+    if folder is None:
+        return made(w)
+    with np.load(Path(folder) / f"{w.name}.npz") as kept:
+        return Data(*(kept[name] for name in Data._fields))
+
+
+def keep(w: Workload, folder: Path) -> Data:
+    """Makes the examples and leaves them for `data`."""
+    examples = made(w)
+    np.savez(folder / f"{w.name}.npz", **examples._asdict())
+    return examples
+
+
+def made(w: Workload) -> Data:
+    """Labels drawn at random, inputs by their class."""
+    return texts(w) if w.model == "bert" else images(w)
+
+
+def texts(w: Workload) -> Data:
+    """Random tokens, half of them from thirty that the class prefers; none is 0, which pads."""
+    rng = np.random.default_rng([SEED, 2])
+    offsets = np.concatenate([[0], np.cumsum(client_sizes(w))])
+    n = int(offsets[-1])
+    shape = (n + w.probe, w.tokens)
+    preferred = rng.integers(1, w.vocabulary, (w.classes, 30), np.int32)
+    y = rng.integers(0, w.classes, shape[0]).astype(np.int32)
+    own = preferred[y[:, None], rng.integers(0, preferred.shape[1], shape)]
+    x = np.where(rng.random(shape) < 0.5, own, rng.integers(1, w.vocabulary, shape, np.int32))
+    return Data(x[:n], y[:n], offsets, x[n:], y[n:])
+
+
+def images(w: Workload) -> Data:
+    """Noisy copies of one random pattern per class."""
     rng = np.random.default_rng([SEED, 2])
     side, channels, coarse = (28, 1, 4) if w.model == "cnn" else (w.image, 3, 8)
     offsets = np.concatenate([[0], np.cumsum(client_sizes(w))])
@@ -154,6 +198,33 @@ def weights(w: Workload) -> tuple[Arrays, Arrays]:
     def norm(name: str) -> Arrays:
         return {f"{name}.weight": np.ones(w.width, np.float32), f"{name}.bias": np.zeros(w.width, np.float32)}
 
+    def lora(attentions: list[str]) -> Arrays:
+        found, bound = {}, 1 / math.sqrt(w.width)
+        for name in attentions:
+            for part in ("q", "v"):
+                found[f"{name}.{part}_a"] = rng.uniform(-bound, bound, (w.width, RANK)).astype(np.float32)
+                found[f"{name}.{part}_b"] = np.zeros((RANK, w.width), np.float32)
+        return found
+
+    def bert() -> Arrays:
+        tables = {"word": w.vocabulary, "position": POSITIONS, "token_type": 2}
+        found = {f"embeddings.{n}_embeddings.weight": normal(rows, w.width, scale=0.02) for n, rows in tables.items()}
+        found |= norm("embeddings.LayerNorm")
+        for i in range(w.depth):
+            name = f"encoder.layer.{i}"
+            for part in ("query", "key", "value"):
+                found |= linear(f"{name}.attention.self.{part}", w.width, w.width)
+            found |= linear(f"{name}.attention.output.dense", w.width, w.width)
+            found |= norm(f"{name}.attention.output.LayerNorm") | linear(
+                f"{name}.intermediate.dense", 4 * w.width, w.width
+            )
+            found |= linear(f"{name}.output.dense", w.width, 4 * w.width) | norm(f"{name}.output.LayerNorm")
+        return found
+
+    if w.model == "bert":
+        names = [f"encoder.layer.{i}.attention.self" for i in range(w.depth)]
+        frozen = bert()
+        return lora(names) | linear("head", w.classes, w.width), frozen
     frozen = {
         "cls_token": normal(1, 1, w.width, scale=0.02),
         "pos_embed": normal(1, 1 + (w.image // PATCH) ** 2, w.width, scale=0.02),
@@ -167,12 +238,7 @@ def weights(w: Workload) -> tuple[Arrays, Arrays]:
             f"blocks.{i}.mlp.fc2", w.width, 4 * w.width
         )
     frozen |= norm("norm")
-    trained = {}
-    for i in range(w.depth):
-        for part in ("q", "v"):
-            bound = 1 / math.sqrt(w.width)
-            trained[f"blocks.{i}.attn.{part}_a"] = rng.uniform(-bound, bound, (w.width, RANK)).astype(np.float32)
-            trained[f"blocks.{i}.attn.{part}_b"] = np.zeros((RANK, w.width), np.float32)
+    trained = lora([f"blocks.{i}.attn" for i in range(w.depth)])
     return trained | linear("head", w.classes, w.width), frozen
 
 
