@@ -75,7 +75,8 @@ class System:
         with self.log.open("w") as log:
             for line in self._process.stdout:
                 if line.startswith(MARK):
-                    self._messages.put(json.loads(line.removeprefix(MARK)))
+                    message = json.loads(line.removeprefix(MARK))
+                    self._messages.put(message | {"after": time.perf_counter() - self._began})
                 else:
                     log.write(line)
                     log.flush()
@@ -141,9 +142,10 @@ class System:
         return message
 
     def ready(self, patience: float) -> float:
-        """Seconds from the start of the process until it was ready."""
-        self.about = {k: v for k, v in self.wait("ready", patience).items() if k != "event"}
-        return time.perf_counter() - self._began
+        """Seconds from the start of the process until it was ready; `patience` counts from the start too."""
+        said = self.wait("ready", patience - (time.perf_counter() - self._began))
+        self.about = {k: v for k, v in said.items() if k not in ("event", "after")}
+        return said["after"]
 
     def round(self, patience: float) -> dict[str, Any]:
         """One round: its seconds, those in which JAX compiled (None without JAX), CPU seconds, others' share of cores."""

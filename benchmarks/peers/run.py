@@ -5,25 +5,29 @@
     python benchmarks/peers/run.py --small                            # to see that every system works
     python benchmarks/peers/run.py --write-docs                       # docs/peers.md from what is kept, nothing measured
     python benchmarks/peers/run.py --platform gpu                     # on a GPU, with workloads for one
+    python benchmarks/peers/run.py --platform gpu --together --alone  # the same where minutes count
 
 All systems of a workload are started one after another and run two rounds each, in which programs are compiled and actors
 started. Then repeats are interleaved: a repeat is `--rounds` rounds of every system in turn, while the others wait for
 leave, so that a drift of the machine hits all alike. After round 3 each hands in its parameters, and one judge computes the
 loss on examples that no client has; a system that learned something else is void. `--fresh` starts every system anew for
-each repeat instead, alone on the machine. Records of what is not asked for are kept; the table marks those that were not
-measured together with fedsim's. Linux only. See docs/peers.md.
+each repeat instead, alone on the machine; `--together` starts all at once, which many cores do sooner, and `--alone` has each
+run all its repeats and end before the next one runs, for a memory that does not hold what all of them keep. Records of what
+is not asked for are kept; the table marks those that were not measured together with fedsim's. Linux only. See docs/peers.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -35,8 +39,9 @@ import tyro
 import verdicts
 import workloads
 from driver import JUDGED
-from processes import System, SystemFailedError
+from processes import JAX_OPTIONS, System, SystemFailedError
 
+BEGAN = time.monotonic()
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # for report.py
 
@@ -48,18 +53,18 @@ class Kind(NamedTuple):
     env: str | None
     """Its environment under .envs; None for the one that runs this."""
     more: tuple[str, ...] = ()
-    models: tuple[str, ...] = ("cnn", "vit")
+    models: tuple[str, ...] = ("cnn", "vit", "bert")
     """The workloads' models that it runs."""
     platforms: tuple[str, ...] = ("cpu", "gpu")
 
 
-CPU, GPU, VIT = ("cpu",), ("gpu",), ("vit",)
+CPU, GPU, TRANSFORMERS = ("cpu",), ("gpu",), ("vit", "bert")
 TWO = ("--devices", "2")
 SYSTEMS: dict[str, Kind] = {
     "fedsim": Kind("with_fedsim.py", None),
     "fedsim-1": Kind("with_fedsim.py", None, ("--devices", "1"), platforms=CPU),
     "torch": Kind("with_torch.py", "torch"),
-    "torch.func": Kind("with_torch_func.py", "torch", models=VIT),
+    "torch.func": Kind("with_torch_func.py", "torch", models=TRANSFORMERS),
     "pfl": Kind("with_pfl.py", "pfl"),
     "pfl-2": Kind("with_pfl.py", "pfl", ("--processes", "2")),
     **{f"pfl-{n}": Kind("with_pfl.py", "pfl", ("--processes", str(n)), platforms=GPU) for n in (4, 8)},
@@ -71,8 +76,8 @@ SYSTEMS: dict[str, Kind] = {
     "fedjax": Kind("with_fedjax.py", "fedjax"),
     "drjax": Kind("with_drjax.py", "drjax"),
     "drjax-2": Kind("with_drjax.py", "drjax", TWO, platforms=CPU),
-    "padded-vmap": Kind("with_padded_vmap.py", None, models=VIT),
-    "padded-vmap-2": Kind("with_padded_vmap.py", None, TWO, models=VIT, platforms=CPU),
+    "padded-vmap": Kind("with_padded_vmap.py", None, models=TRANSFORMERS),
+    "padded-vmap-2": Kind("with_padded_vmap.py", None, TWO, models=TRANSFORMERS, platforms=CPU),
 }
 PACKAGES = ("fedsim-jax", "torch", "pfl", "flwr", "ray", "fedjax", "drjax", "jax", "jaxlib", "numpy")
 
@@ -82,7 +87,7 @@ class Options:
     """What is measured."""
 
     workloads: tuple[str, ...] = ()
-    """Of W1, W2, W3-4, W3-8, W3-16, G-B-8, G-B-16, G-Ti-8 (default: those that begin with W; on a GPU with G)."""
+    """Of W1, W2, W3-4, W3-8, W3-16, G-B-8, G-B-16, G-Ti-8, G-L-8 (default: those that begin with W; on a GPU with G)."""
     systems: tuple[str, ...] = ()
     """Which of them (default: all of the platform)."""
     platform: Literal["cpu", "gpu"] = "cpu"
@@ -97,10 +102,16 @@ class Options:
     """fedsim's `Speed.lanes`."""
     fresh: bool = False
     """Start every system anew for each repeat, alone."""
+    together: bool = False
+    """Start all systems of a workload at once; the table marks their start-ups. Rounds are one system's at a time as ever."""
+    alone: bool = False
+    """A system runs all its repeats and ends before the next one runs."""
     patience: float = 900.0
     """Seconds after which a start or a round is given up."""
+    budget: float | None = None
+    """Seconds after which nothing further is begun; what has been measured by then is kept."""
     small: bool = False
-    """A few clients and a ViT of one block; no timing worth reporting."""
+    """A few clients and a transformer of one block; no timing worth reporting."""
     write_docs: bool = False
     """Measure nothing: write the tables of what is kept into docs/peers.md."""
 
@@ -134,6 +145,8 @@ class Measured:
             "system": name,
             **made,
             "versions": versions(kind.env),
+            "together": o.together,
+            "alone": o.alone or o.fresh,
             "time": now(),
             "repeats": [],
             "others": [],
@@ -144,15 +157,29 @@ class Measured:
         print(f"{workload} {name}: starting", flush=True)
         self.system = System(command, folder / f"{name}-{workload}.log", folder, o.platform)
         self.done = 0
+
+    def ready(self) -> None:
+        """Waits until it could run its first round."""
         try:
-            self.record["startup"] = self.system.ready(o.patience)
+            self.record["startup"] = self.system.ready(self.o.patience)
             self.record |= self.system.about
-            first = self.one()
-            self.record["first"], self.record["compiling"] = first["seconds"], first["compiling"]
-            self.record["warm"] = self.one()["seconds"]
         except SystemFailedError as failure:
             self.fail(failure)
-        print(f"{workload} {name}: {self.record.get('first', 0):.1f} s, {self.record.get('warm', 0):.1f} s", flush=True)
+
+    def warm_up(self) -> None:
+        """The two rounds in which programs are compiled and actors started."""
+        r = self.record
+        if r["error"]:
+            return
+        try:
+            first = self.one()
+            r["first"], r["compiling"] = first["seconds"], first["compiling"]
+            r["warm"] = self.one()["seconds"]
+        except SystemFailedError as failure:
+            self.fail(failure)
+            return
+        figures = ", ".join(f"{r[name]:.1f}" for name in ("startup", "first", "warm"))
+        print(f"{r['workload']} {r['system']}: {figures} s to start and in rounds 1 and 2", flush=True)
 
     def one(self) -> dict[str, Any]:
         """A round."""
@@ -197,17 +224,25 @@ class Judge:
         import jax_models
 
         d, apply = workloads.data(w), jax_models.apply_of(w)
-        self.workload, self.prepared = w, jax_models.prepared
-        trained, self.frozen = jax_models.weights(w)
-        self.names = trained.keys()
-        self.loss = jax.jit(
-            lambda trained, frozen: jax_models.cross_entropy(apply(trained, frozen, d.probe_x), d.probe_y).mean()
-        )
-        self.start = float(self.loss(trained, self.frozen))
+        self.prepared = lambda trained: jax_models.prepared(w, trained)
+        self.weights, frozen = workloads.weights(w)
+        self.given = jax.device_put((self.prepared(frozen), d.probe_x, d.probe_y))
+
+        @jax.jit
+        @jax.default_matmul_precision("highest")  # a GPU would take TF32
+        def loss(trained: Any, frozen: Any, x: Any, y: Any) -> Any:
+            return jax_models.cross_entropy(apply(trained, frozen, x), y).mean()
+
+        self.loss = loss
+
+    @functools.cached_property
+    def start(self) -> float:
+        """Before the first round."""
+        return self(self.weights)
 
     def __call__(self, trained: Mapping[str, np.ndarray]) -> float:
         """Mean cross-entropy with these trained parameters."""
-        return float(self.loss(self.prepared(self.workload, {n: trained[n] for n in self.names}), self.frozen))
+        return float(self.loss(self.prepared({name: trained[name] for name in self.weights}), *self.given))
 
 
 def rounds_of(workload: str, o: Options) -> int:
@@ -219,21 +254,53 @@ def measure(workload: str, o: Options, folder: Path) -> tuple[list[dict[str, Any
     """The records of a workload, and the probe loss before the first round."""
     w = workloads.find(workload, o.small)
     names = [name for name in SYSTEMS if name in o.systems and w.model in SYSTEMS[name].models]
-    judge, records, rounds = Judge(w), [], rounds_of(workload, o)
-    made = {"batch": now(), **source()}
+    workloads.keep(w, folder)
+    judge, made = Judge(w), {"batch": now(), **source()}
+    records: list[dict[str, Any]] = []
     groups = [[name] for _ in range(o.repeats) for name in names] if o.fresh else [names]
+    if o.alone and not o.together:
+        groups = [[name] for group in groups for name in group]
     for group in groups:
         running: list[Measured] = []
         try:
             for name in group:
+                if late(o):
+                    break
                 running.append(Measured(name, workload, o, folder, made))
-            for number in range(1 if o.fresh else o.repeats):
-                turn = number % len(running)  # so that nobody always follows the same one
-                for system in running[turn:] + running[:turn]:
-                    system.repeat(number, rounds)
+                if not o.together:
+                    running[-1].ready()
+                    running[-1].warm_up()
+            if o.together:
+                judge.start  # noqa: B018 (compiled while they start)
+                for system in running:
+                    system.ready()
+            for part in [[system] for system in running] if o.alone else [running]:
+                in_turn(part, o, rounds_of(workload, o))
+                records += [system.end(judge) for system in part]
         finally:
-            records += [system.end(judge) for system in running]
-    return records, judge.start
+            for system in running:
+                system.system.end()
+    return [r for r in records if r["error"] or r["repeats"]], judge.start
+
+
+def in_turn(running: list[Measured], o: Options, rounds: int) -> None:
+    """The repeats of systems that have started, and their first two rounds where those have not been run."""
+    if o.together:
+        for system in running:
+            if not late(o):
+                system.warm_up()
+    running = [system for system in running if "warm" in system.record]
+    for number in range(1 if o.fresh else o.repeats):
+        if number and late(o):
+            return
+        turn = number % max(len(running), 1)  # so that nobody always follows the same one
+        for system in running[turn:] + running[:turn]:
+            system.repeat(number, rounds)
+
+
+def late(o: Options) -> bool:
+    """Whether the budget of time is spent."""
+    return o.budget is not None and time.monotonic() - BEGAN > o.budget
 
 
 def now() -> str:
@@ -295,11 +362,9 @@ raise SystemExit(not found)
 def check_gpu(envs: Iterable[str]) -> None:
     """Refuses where fedsim's environment or one of these finds no GPU that it can compute on."""
     pythons = {"fedsim": sys.executable} | {name: str(install.python_of(name)) for name in envs}
-    blind = [
-        name
-        for name, python in pythons.items()
-        if subprocess.run([python, "-c", SEES_GPU], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
-    ]
+    given = {"env": os.environ | JAX_OPTIONS["gpu"], "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    asked = {name: subprocess.Popen([python, "-c", SEES_GPU], **given) for name, python in pythons.items()}
+    blind = [name for name, process in asked.items() if process.wait()]
     if blind:
         raise SystemExit(
             f"Expected a GPU with platform=gpu; the environments of {', '.join(blind)} find none that they can use. "
@@ -321,7 +386,7 @@ def main(o: Options) -> None:
         return
     o = completed(o)
     check(o)
-    os.environ["JAX_PLATFORMS"] = "cpu"  # this process only judges; JAX reads it when it is imported
+    os.environ |= JAX_OPTIONS[o.platform]  # this process only judges; JAX reads them when it is imported
     import report
 
     name = document.FILES[o.platform].stem
@@ -330,7 +395,10 @@ def main(o: Options) -> None:
     records: list[Mapping[str, Any]] = before["results"]
     start_loss: dict[str, float] = before["start_loss"]
     with tempfile.TemporaryDirectory() as folder:
+        os.environ[workloads.KEPT] = folder
         for workload in o.workloads:
+            if late(o):
+                break
             new, start_loss[workload] = measure(workload, o, Path(folder))
             records = merged(records, new)
             report.write(name, o, records, {"start_loss": start_loss, "judged_after_round": JUDGED})

@@ -4,7 +4,7 @@ A record is one start of one system on one workload: `workload`, `system`, `star
 and 2), `repeats` (lists of the seconds of its steady rounds), `others` (the share of the CPU that other processes took in
 each), `pss` (MB), `loss` (of the probe examples after the judged round), `error` (None where it ran). Later ones
 also have `compiling` (s of `first` in which JAX compiled, None without JAX), `batch` (which measurement it belongs to),
-`commit`, `changed` and `versions`.
+`commit`, `changed`, `versions`, `together` (all started at once) and `alone` (each ended before the next one ran).
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class Row(NamedTuple):
     batches: frozenset[str | None] = frozenset()
     apart: bool = False
     """It was not measured together with fedsim's row, and cannot be compared: the machine's speed drifts."""
+    beside: bool = False
+    """It started beside others."""
 
 
 class Verdict(NamedTuple):
@@ -106,6 +108,7 @@ def row(system: str, records: Sequence[Record], common: float, start_loss: float
         median(compiling) if compiling else None,
         commits_of(records),
         batches_of(records),
+        beside=any(r.get("together") for r in good),
     )
 
 
@@ -219,7 +222,8 @@ def markdown(tables: Mapping[str, Sequence[Row]]) -> str:
             times = f"{r.median / base.median:.2f}" if base and not r.apart else ""
             rounds = f"{r.median:.2f} ({r.low:.2f}-{r.high:.2f})"
             compiling = "" if r.compiling is None else f"{r.compiling:.1f}"
-            cells = [workload, r.system + note, rounds, times, f"{r.startup:.1f}", f"{r.first:.1f}", compiling]
+            startup = f"{r.startup:.1f}{'*' * r.beside}"
+            cells = [workload, r.system + note, rounds, times, startup, f"{r.first:.1f}", compiling]
             lines.append(line([*cells, f"{r.pss:.0f}", f"{r.others:.0%}", f"{r.loss:.4f}", r.commit]))
     return "\n".join(lines)
 

@@ -34,7 +34,7 @@ import workloads
 @pytest.fixture(autouse=True)
 def keep_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """fedsim's side adds a row to the table of backbones; it is taken away again."""
-    monkeypatch.setitem(BACKBONES, with_fedsim.VIT, BACKBONES["vit_ti16"])
+    monkeypatch.setitem(BACKBONES, with_fedsim.TRANSFORMER, BACKBONES["vit_ti16"])
 
 
 def count(arrays: workloads.Arrays) -> int:
@@ -65,20 +65,38 @@ def test_work_is_as_defined_and_the_same_every_time(name: str) -> None:
     assert mask.sum() == once.sizes.sum() and rows.shape[1] == workloads.most_steps(tiny, once)
 
 
-@pytest.mark.parametrize("name", ["W1", "W2"])
+def test_texts_have_a_models_tokens_and_no_padding() -> None:
+    w = workloads.small(workloads.GPU_WORKLOADS["G-L-8"])
+    d = workloads.data(w)
+    assert (d.x.dtype, d.x.shape[1:], len(d.probe_x)) == (np.int32, (w.tokens,), w.probe)
+    assert d.x.min() > 0 and d.x.max() < w.vocabulary
+    assert all(np.array_equal(a, b) for a, b in zip(d, workloads.data(w), strict=True))
+
+
+def test_data_are_made_once_for_all_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = workloads.small(workloads.GPU_WORKLOADS["G-L-8"])
+    workloads.keep(w, tmp_path)
+    once = workloads.data(w)
+    monkeypatch.setenv(workloads.KEPT, str(tmp_path))
+    monkeypatch.setattr(workloads, "made", None)
+    assert all(np.array_equal(a, b) for a, b in zip(once, workloads.data(w), strict=True))
+
+
+@pytest.mark.parametrize("name", ["W1", "W2", "G-L-8"])
 def test_layouts_return(name: str) -> None:
-    w = workloads.small(workloads.WORKLOADS[name])
+    w = workloads.small(workloads.ALL[name])
     trained = workloads.weights(w)[0]
     back = jax_models.published(w, jax_models.prepared(w, trained))
     assert all(np.array_equal(back[key], value) for key, value in trained.items())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "clients"), [("W1", 3), ("W3-4", 6)])
+@pytest.mark.parametrize(("name", "clients"), [("W1", 3), ("W3-4", 6), ("G-L-8", 6)])
 def test_fedsim_and_plain_jax_learn_the_same(name: str, clients: int) -> None:
     """With one batch a client the order within a client does not matter, so the parameters are equal, not only the loss."""
     few = {"clients": clients, "cohort": clients - 1, "classes": 5}  # so few clients do not hold all 62 classes
-    w = dataclasses.replace(workloads.WORKLOADS[name], **few, batch_size=100, depth=1, probe=32)
+    few |= {"tokens": 32, "vocabulary": 1000}
+    w = dataclasses.replace(workloads.ALL[name], **few, batch_size=100, depth=1, probe=32)
     d, judge = workloads.data(w), run.Judge(w)
     ours = with_fedsim.prepare(w, d, Speed(lanes=2, devices=1, compilation_cache=False))
     plain = with_padded_vmap.prepare(w, d)
@@ -170,6 +188,30 @@ def test_a_row_measured_apart_from_fedsims_is_marked_and_does_not_count() -> Non
     assert said([record("fedsim", [1.0] * 5), record("torch", [1.4] * 5)])[AHEAD] == "met"  # old records are read
 
 
+def test_the_start_of_those_that_start_together_is_marked() -> None:
+    records = [record("fedsim", [1.0], together=True), record("torch", [1.0], together=False)]
+    text = verdicts.markdown({"W2": verdicts.rows(records, "W2", 2.0)})
+    assert "| W2 | fedsim | 1.00 (1.00-1.00) | 1.00 | 2.0* |" in text
+    assert "| W2 | torch | 1.00 (1.00-1.00) | 1.00 | 2.0 |" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [{}, {"alone": True}, {"together": True}, {"together": True, "alone": True}])
+def test_orders_of_a_measurement(order: dict[str, bool], tmp_path: Path) -> None:
+    o = run.Options(systems=("padded-vmap", "padded-vmap-2"), small=True, repeats=2, **order)
+    records, start = run.measure("W2", o, tmp_path)
+    assert [r["system"] for r in records] == list(o.systems)
+    for r in records:
+        assert r["error"] is None and len(r["repeats"]) == 2 and r["loss"] < start
+        assert (r["together"], r["alone"]) == (o.together, o.alone)
+
+
+def test_after_the_budget_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.Judge, "start", 1.0)
+    o = run.Options(systems=("padded-vmap",), small=True, budget=0.0)
+    assert run.measure("W2", o, tmp_path) == ([], 1.0)
+
+
 def test_records_of_what_was_not_asked_for_are_kept() -> None:
     before = [record("fedsim", [1.0]), record("torch", [1.0]), record("fedsim", [3.0], workload="W1")]
     new = [record("fedsim", [2.0]), record("fedsim", [2.5])]  # two starts
@@ -197,7 +239,12 @@ def test_kept_records_have_commits() -> None:
 def test_systems_have_scripts_and_platforms_their_rows() -> None:
     assert all((PEERS / kind.script).exists() for kind in run.SYSTEMS.values())
     cpu, gpu = run.completed(run.Options()), run.completed(run.Options(platform="gpu"))
-    assert cpu.workloads == ("W1", "W2", "W3-4", "W3-8", "W3-16") and gpu.workloads == ("G-B-8", "G-B-16", "G-Ti-8")
+    assert cpu.workloads == ("W1", "W2", "W3-4", "W3-8", "W3-16") and gpu.workloads == (
+        "G-B-8",
+        "G-B-16",
+        "G-Ti-8",
+        "G-L-8",
+    )
     assert {"drjax-2", "padded-vmap-2", "fedsim-1"} <= set(cpu.systems) and "flower-0.25" not in cpu.systems
     assert {"pfl-8", "flower-0.25", "torch.func"} <= set(gpu.systems) and "fedsim-1" not in gpu.systems
     with pytest.raises(SystemExit, match=r"platform=cpu; flower-0\.25 do not"):
@@ -218,6 +265,14 @@ def test_models_for_a_gpu_have_their_published_sizes(name: str) -> None:
     rest = w.width * (3 * workloads.PATCH**2 + 1 + 1 + 197 + 2)  # patches and their bias, class token, positions, norm
     assert count(workloads.weights(w)[1]) == w.depth * block + rest
     assert w.depth * block + rest == {768: 85_798_656, 192: 5_524_416}[w.width]
+
+
+def test_minilm_has_its_published_size() -> None:
+    """All-MiniLM-L6-v2 has 22,713,216 parameters, of which the pooler, that sentence encoders leave out, is a 384 x 384 layer."""
+    w = workloads.GPU_WORKLOADS["G-L-8"]
+    trained, frozen = workloads.weights(w)
+    assert count(frozen) == 22_713_216 - (384 * 384 + 384)
+    assert count(trained) == w.depth * 2 * 2 * w.width * workloads.RANK + w.width * w.classes + w.classes
 
 
 def test_compiling_counts_nested_and_parallel_spans_once(monkeypatch: pytest.MonkeyPatch) -> None:
