@@ -58,6 +58,7 @@ class Kind(NamedTuple):
     platforms: tuple[str, ...] = ("cpu", "gpu")
 
 
+TORCH = ("torch", "pfl", "flower")  # environments that compute with it; the others with JAX
 CPU, GPU, TRANSFORMERS = ("cpu",), ("gpu",), ("vit", "bert")
 TWO = ("--devices", "2")
 SYSTEMS: dict[str, Kind] = {
@@ -349,10 +350,11 @@ def check(o: Options) -> None:
 
 
 SEES_GPU = """
-try:
+import sys
+if sys.argv[1] == "torch":
     import torch
     found = torch.cuda.is_available()
-except ImportError:
+else:
     import jax
     found = any(d.platform == "gpu" for d in jax.devices("cuda"))
 raise SystemExit(not found)
@@ -363,7 +365,10 @@ def check_gpu(envs: Iterable[str]) -> None:
     """Refuses where fedsim's environment or one of these finds no GPU that it can compute on."""
     pythons = {"fedsim": sys.executable} | {name: str(install.python_of(name)) for name in envs}
     given = {"env": os.environ | JAX_OPTIONS["gpu"], "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    asked = {name: subprocess.Popen([python, "-c", SEES_GPU], **given) for name, python in pythons.items()}
+    asked = {
+        name: subprocess.Popen([python, "-c", SEES_GPU, "torch" if name in TORCH else "jax"], **given)
+        for name, python in pythons.items()
+    }
     blind = [name for name, process in asked.items() if process.wait()]
     if blind:
         raise SystemExit(

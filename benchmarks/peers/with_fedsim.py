@@ -50,7 +50,7 @@ def ours(name: str) -> str:
     return "/".join(PATHS.get(part, part) for part in name.split("."))
 
 
-def config_of(w: Workload, folder: Path) -> Config:
+def config_of(w: Workload, folder: Path, frozen: workloads.Arrays) -> Config:
     """The workload as fedsim's options; the frozen weights go to a file in timm's layout, or BERT's."""
     common: dict[str, Any] = {
         "dataset": "arrays",
@@ -65,7 +65,7 @@ def config_of(w: Workload, folder: Path) -> Config:
         return Config(backbone="cnn", weights="random", peft="full", **common)
     BACKBONES[TRANSFORMER] = row_of(w)
     file = folder / "model.safetensors"
-    save_file(workloads.weights(w)[1], file)
+    save_file(frozen, file)
     lora = {"peft": "lora", "rank": RANK, "lora_alpha": LORA_SCALE * RANK, "targets": ("query", "value")}
     return Config(backbone=TRANSFORMER, weights=str(file), **lora, **common)
 
@@ -79,31 +79,32 @@ def row_of(w: Workload) -> Row:
     return row._replace(config=dataclasses.replace(row.config, image=w.image))
 
 
-def trainer_of(w: Workload, d: workloads.Data, speed: Speed) -> build.Trainer:
-    """Data, weights, algorithm and engine, as a run makes them."""
+def trainer_of(w: Workload, d: workloads.Data, speed: Speed) -> tuple[build.Trainer, list[str]]:
+    """Data, weights, algorithm and engine, as a run makes them; the published names of what is trained."""
+    trained, frozen = workloads.weights(w)
     n, probe = len(d.y), np.arange(len(d.probe_y))
     splits = {"train": np.arange(n), "validation": n + probe[::2], "test": n + probe[1::2]}
     x, y = np.concatenate([d.x, d.probe_x]), np.concatenate([d.y, d.probe_y])
     source = fedsim.arrays(x, y, splits=splits, classes=[str(i) for i in range(w.classes)])
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(w, Path(folder))
+        config = config_of(w, Path(folder), frozen)
         problem = build.problem(config.replace(partition="iid", min_size=1), speed, source)
         problem = problem._replace(partition=Partition(np.arange(n, dtype=np.int32), d.offsets))
-        start = {ours(n): v for n, v in jax_models.prepared(w, workloads.weights(w)[0]).items()}
+        start = {ours(n): v for n, v in jax_models.prepared(w, trained).items()}
         made = build.trainer(problem, build.phases(config)[0], start)
     missing = start.keys() ^ made.start.keys()
     if missing:
         raise SystemExit(
             f"Expected the workload's trained parameters to be fedsim's; {sorted(missing)} are not in both."
         )
-    return made
+    return made, list(trained)
 
 
 def prepare(
     w: Workload, d: workloads.Data, speed: Speed
 ) -> tuple[Callable[[int], None], Callable[[], workloads.Arrays]]:
     """(a round by its number, the trained parameters under the workload's names)."""
-    trainer = trainer_of(w, d, speed)
+    trainer, names = trainer_of(w, d, speed)
     algorithm, engine = trainer.algorithm, trainer.engine
     server = engine.put(algorithm.init(key_for(engine.root, "init"), engine.held))
     memory = Memory(algorithm.memory, engine.held)
@@ -118,7 +119,7 @@ def prepare(
 
     def trained() -> workloads.Arrays:
         params = algorithm.params(server)
-        return jax_models.published(w, {name: params[ours(name)] for name in workloads.weights(w)[0]})
+        return jax_models.published(w, {name: params[ours(name)] for name in names})
 
     return round, trained
 
