@@ -203,9 +203,10 @@ class Measured:
             self.record[key].append([f[figure] for f in figures])
 
     def fail(self, failure: SystemFailedError) -> None:
-        """Notes the error and ends the system."""
+        """Notes the error, shows the end of the log and ends the system."""
         self.record["error"] = str(failure)
-        print(f"{self.record['workload']} {self.record['system']}: {failure}", flush=True)
+        print(f"{self.record['workload']} {self.record['system']}: {failure}")
+        print(*("  " + line for line in self.system.log.read_text().splitlines()[-15:]), sep="\n", flush=True)
         self.system.end()
 
     def end(self, judge: Judge) -> dict[str, Any]:
