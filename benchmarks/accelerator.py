@@ -1,7 +1,8 @@
 """One accelerator: fedsim against its limit, a bare forward-backward pass, and a sequential torch loop.
 
     python benchmarks/accelerator.py --torch-python ~/torch/bin/python   # everything; goes on where it stopped
-    python benchmarks/accelerator.py --cases vit_b16-bias-16 --lanes 32 64 --remat none blocks
+    python benchmarks/accelerator.py --cases vit_b16-bias-16 --rows 256 512 --remat none blocks
+    python benchmarks/accelerator.py --together --rows 512               # a lease of minutes: all compile at once
     python benchmarks/accelerator.py --small                             # a tiny ViT on the CPU, to see that it works
 
 256 clients a round, two local steps each, bfloat16. MFU = examples/s * FLOPs of an example / dense bfloat16 peak; the
@@ -9,21 +10,26 @@ FLOPs are those of `fedsim.flops`: forward, activation gradients, trained weight
 gradient of the trained part for as many rows as fedsim has in a step, in JAX (repeats interleaved) and in compiled torch;
 the better of the two is the ceiling. `torch_loop.py` is the loop; without a torch it is left out, and so said.
 
-Everything is measured in processes of its own, one after the other: every number of lanes and rematerialisation that is
-to be tried, then the fastest of them again, in a fresh process whose peak memory is therefore that of this setting alone
-(the device's allocator, or the process on a CPU, before the bare pass is compiled). What fails is recorded as `error`, and
-the next is measured. The file is written after each case; cases that it has with the same options, at the same commit,
-on the same device are not measured again but with --again, and a file of other ones is begun anew.
+Every setting that is to be tried (lanes, rematerialisation, forms for GPUs) is measured in a process of its own, one after
+the other, so that its peak memory is that of this setting alone (the device's allocator, or the process on a CPU, before
+the bare pass runs; what XLA takes to choose kernels counts). A process compiles, waits for leave, and is timed; with
+`--together` all of them compile side by side first, and XLA then chooses kernels on a busy device. The fastest setting
+counts, the others are kept beside it. What fails is recorded as `error`, and the next is measured. The file is written
+after each case; cases that it has with the same options, at the same commit, on the same device are not measured again but
+with --again, and a file of other ones is begun anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +41,7 @@ import report
 import tyro
 
 from fedsim import peft, precision, record
+from fedsim.backbones import kernels
 from fedsim.cohort import Cohort
 from fedsim.core import Passes, mean
 from fedsim.evaluate import classification_loss
@@ -87,14 +94,18 @@ class Options:
     """Of a round; each trains `steps` batches."""
     steps: int = 2
     """Local steps of a client."""
-    lanes: tuple[int, ...] = ()
-    """Numbers of lanes to try; the fastest counts (default: what auto chooses)."""
+    rows: tuple[int, ...] = ()
+    """Rows of a step to try, lanes times batch; the fastest counts (default: the lanes that auto chooses)."""
     remat: tuple[str, ...] = ("none",)
     """Rematerialisations to try; the fastest counts."""
+    forms: tuple[str, ...] = ("all",)
+    """Of the forms for NVIDIA GPUs: all, none, or some as in attention+norm; the fastest counts."""
     precision: str = "bfloat16"
     """Of fedsim and of the bare pass."""
     repeats: int = 5
     """Timed rounds, after one that compiles."""
+    together: bool = False
+    """Have all processes compile side by side before the first is timed."""
     peak: float | None = None
     """FLOP/s that count as 100 % (default: the published dense peak, or what a matrix product reaches here)."""
     torch_python: str = ""
@@ -109,10 +120,63 @@ class FailedError(Exception):
     """A process ended with an error; its last words."""
 
 
+READY = "ready to be timed"
+
+
+class Process:
+    """A process that compiles, waits for leave, measures, and answers with a line of JSON."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.command = command
+        self.process: subprocess.Popen[str] | None = None
+        self.prepared = False
+
+    def start(self) -> None:
+        """Begins."""
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
+
+    def prepare(self) -> None:
+        """Returns when it is ready to be timed, or has ended."""
+        if self.process is None:
+            self.start()
+        assert self.process is not None and self.process.stdout is not None
+        while line := self.process.stdout.readline():
+            if line.strip() == READY:
+                break
+        self.prepared = True
+
+    def answer(self) -> dict[str, Any]:
+        """Gives it leave, and what it then finds.
+
+        Raises:
+            FailedError: it ended with an error; its last words.
+        """
+        if not self.prepared:
+            self.prepare()
+        assert self.process is not None and self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            self.process.stdin.write("go\n")
+            self.process.stdin.close()
+        out = self.process.stdout.read()
+        if self.process.wait():
+            self.errors.seek(0)
+            name = Path(self.command[1]).name
+            raise FailedError(f"{name} ended with {self.process.returncode}:\n{self.errors.read()[-2000:]}")
+        return json.loads(out.strip().splitlines()[-1])
+
+
+def wait_for_leave() -> None:
+    """What such a process calls when it has compiled."""
+    print(READY, flush=True)
+    sys.stdin.readline()
+
+
 def main(o: Options) -> None:
     """Measures every case that the file does not have, prints verdicts, writes JSON after each."""
     if o.small:
-        o = dataclasses.replace(o, clients=8, lanes=o.lanes or (2,), repeats=2)
+        o = dataclasses.replace(o, clients=8, rows=o.rows or (8,), repeats=2)
     cases = SMALL if o.small else CASES
     unknown = [name for name in o.cases if name not in cases]
     if unknown:
@@ -122,18 +186,38 @@ def main(o: Options) -> None:
     if not has_torch:
         print(f"torch is missing in {torch}: no sequential loop, no ceiling by torch; give --torch-python")
     # This process opens no device: a TPU, and most of a GPU's memory, belong to the process that has.
-    machine = child(own("machine", o))
+    if o.together:  # beside others none may take the device's memory in advance, as JAX does by default
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    machine = Process(own("machine", o)).answer()
     rows = {} if o.again else kept(o, machine)
-    for name in o.cases or cases:
-        if name in rows:
-            print(f"{name}: the file has it; --again measures it again")
-            continue
-        rows[name] = {"name": name, **measured(o, name, cases[name], torch if has_torch else None)}
+    for name in (name for name in o.cases or cases if name in rows):
+        print(f"{name}: the file has it; --again measures it again")
+    waiting = [name for name in o.cases or cases if name not in rows]
+    tried = {name: settings(o, name, cases[name]) for name in waiting}
+    torches = {name: torch_process(o, cases[name], torch) for name in waiting} if has_torch else {}
+    if o.together:
+        prepare([p for name in waiting for p in (*tried[name].values(), torches.get(name)) if p is not None])
+    for name in waiting:
+        found = fastest(tried[name])
+        if "error" not in found and has_torch:
+            process = torches[name] or Process(torch_command(o, cases[name], torch, found["rows"]))
+            found |= torch_loops(process, found)
+        if "error" not in found:
+            found["verdicts"] = verdicts(cases[name], found)
+        rows[name] = {"name": name, **found}
         print(described(rows[name]), flush=True)
         report.write("accelerator", o, [rows[n] for n in cases if n in rows], machine=machine)
     failed = [name for name, row in rows.items() if "error" in row]
     if failed:
         raise SystemExit(f"{len(failed)} of {len(rows)} cases failed: {', '.join(failed)}")
+
+
+def prepare(processes: list[Process]) -> None:
+    """Starts all, and waits until each is ready or has ended."""
+    for one in processes:
+        one.start()
+    for one in processes:
+        one.prepare()
 
 
 def kept(o: Options, machine: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -154,59 +238,52 @@ def kept(o: Options, machine: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in found["results"] if "error" not in row}
 
 
-def measured(o: Options, name: str, case: Case, torch: str | None) -> dict[str, Any]:
-    """What `fastest` and `torch_loops` find, with verdicts, or `error`."""
-    try:
-        found = fastest(o, name)
-    except FailedError as error:
-        return {"error": str(error)}
-    if torch is not None:
-        found |= torch_loops(o, case, found, torch)
-    return found | {"verdicts": verdicts(case, found)}
+def settings(o: Options, name: str, case: Case) -> dict[str, Process]:
+    """A process for each setting that is to be tried, by what it says of itself."""
+    return {
+        f"{lanes} lanes, remat {remat}, forms {forms}": Process(
+            own("case", o, case=name, remat=remat, lanes=lanes, forms=forms)
+        )
+        for forms in o.forms
+        for remat in o.remat
+        for lanes in [max(1, rows // case.batch) for rows in o.rows] or ["auto"]
+    }
 
 
-def fastest(o: Options, name: str) -> dict[str, Any]:
-    """The fastest setting of a case in a process of its own, and what others took.
-
-    Raises:
-        FailedError: none could be measured.
-    """
-    settings = [(remat, lanes) for remat in o.remat for lanes in o.lanes or ("auto",)]
-    tried: list[dict[str, Any]] = []
-    for remat, lanes in settings if len(settings) > 1 else ():
-        one = {"name": f"remat {remat}, {lanes} lanes", "remat": remat, "lanes": lanes}
+def fastest(tried: Mapping[str, Process]) -> dict[str, Any]:
+    """What the fastest of a case's settings gave, the others' figures as `others`; `error` where none could be measured."""
+    found: list[dict[str, Any]] = []
+    for setting, process in tried.items():
         try:
-            one |= child(own("trial", o, case=name, remat=remat, lanes=lanes))
+            found.append({"setting": setting, **process.answer()})
         except FailedError as error:  # most likely too many lanes
-            one["error"] = str(error)
-        tried.append(one)
-    worked = [one for one in tried if "error" not in one]
-    if tried and not worked:
-        raise FailedError(f"none of {len(tried)} settings could be measured; the first: {tried[0]['error']}")
-    best = (
-        min(worked, key=lambda one: one["seconds"])
-        if worked
-        else dict(zip(("remat", "lanes"), settings[0], strict=True))
-    )
-    return {**child(own("case", o, case=name, remat=best["remat"], lanes=best["lanes"])), "tried": tried}
+            found.append({"setting": setting, "error": str(error)})
+    worked = [one for one in found if "error" not in one]
+    if not worked:
+        return {"error": f"none of {len(found)} settings could be measured; the first: {found[0]['error']}"}
+    best = max(worked, key=lambda one: one["examples_per_second"])
+    return {**best, "others": [one for one in found if one is not best]}
 
 
 def own(what: str, o: Options, **more: Any) -> list[str]:
-    """The command of a process of this script: "machine" (where it runs), "trial" or "case" (`measure`)."""
+    """The command of a process of this script: "machine" (where it runs) or "case" (`measure`)."""
     return [sys.executable, __file__, "--child", json.dumps({"what": what, "options": dataclasses.asdict(o), **more})]
 
 
-def work(what: str, options: dict[str, Any], case: str = "", remat: str = "none", lanes: int | str = "auto") -> Any:
+def work(what: str, options: dict[str, Any], case: str = "", **setting: Any) -> Any:
     """What such a process answers."""
     o = Options(**options)
     if what == "machine":
+        wait_for_leave()
         return record.plain(record.machine())
-    return measure(o, (SMALL if o.small else CASES)[case], remat, lanes, trial=what == "trial")
+    return measure(o, (SMALL if o.small else CASES)[case], **setting)
 
 
-def measure(o: Options, case: Case, remat: str, lanes: int | str, *, trial: bool) -> dict[str, Any]:
-    """fedsim with one setting, in this process; but for a trial beside the bare JAX pass."""
+def measure(o: Options, case: Case, remat: str, lanes: int | str, forms: str) -> dict[str, Any]:
+    """fedsim with one setting, in this process, beside the bare JAX pass."""
     tune_host(report.speed())
+    if forms != "all":
+        kernels.GPU_FORMS &= set(forms.split("+"))
     device = jax.devices()[0]
     shape, rng = case.shape, np.random.default_rng(0)
     model = peft.build(case.backbone, CLASSES, input_shape=shape, peft=case.peft)
@@ -219,14 +296,13 @@ def measure(o: Options, case: Case, remat: str, lanes: int | str, *, trial: bool
 
     computed = precision.computed(model, o.precision, remat)
     run, engine = federated(o, case, computed, trained, held, x, y, lanes)
-    first = report.interleaved({"first": run}, 1)["first"][0]
-    again = report.interleaved({"again": run}, 2)["again"]
     lanes = int(engine.lanes)
-    common = {"lanes": lanes, "remat": remat, "first": first, "peak_bytes": used(device)}
-    if trial:
-        return {**common, "seconds": min(again)}
     size = lanes * case.batch
     bare = bare_pass(classification_loss(computed.apply), trained, held, x, y, size)
+    wait_for_leave()
+    first = report.interleaved({"first": run}, 1)["first"][0]
+    report.interleaved({"again": run}, 1)
+    peak_bytes = used(device)
     report.interleaved({"first": bare}, 1)
     seconds = report.interleaved({"fedsim": run, "bare": bare}, o.repeats)
     examples = o.clients * o.steps * case.batch
@@ -239,7 +315,11 @@ def measure(o: Options, case: Case, remat: str, lanes: int | str, *, trial: bool
         "mfu": examples / median * flops.total / peak,
         "flops": flops._asdict(),
         "peak_flops": peak,
-        **common,
+        "lanes": lanes,
+        "remat": remat,
+        "forms": forms,
+        "first": first,
+        "peak_bytes": peak_bytes,
         "rows": size,
         "bare_seconds": seconds["bare"],
         "bare_jax": size / float(np.median(seconds["bare"])),
@@ -250,7 +330,7 @@ def measure(o: Options, case: Case, remat: str, lanes: int | str, *, trial: bool
 def federated(
     o: Options, case: Case, model: peft.Model, trained: Any, held: Any, x: Any, y: Any, lanes: int | str
 ) -> tuple[Callable[[], Any], Lanes]:
-    """One exchange of fedsim's engine, its planning, gathering and counting of bytes included."""
+    """One exchange of fedsim's engine, compiled; its planning, gathering and counting of bytes included."""
     owned = o.steps * case.batch
     rows = np.arange(o.clients * owned, dtype=np.int32) % len(y)  # clients share examples: only their number matters
     offsets = np.arange(o.clients + 1) * owned
@@ -258,6 +338,7 @@ def federated(
     passes, reduce = Passes(epochs=1, batch_size=case.batch), mean()
     local = fit(classification_loss(model.apply), optax.sgd, lambda client: jnp.float32(LR), passes)
     memory, params, ids = Memory(lambda key, held: (), engine.held), engine.put(trained), np.arange(o.clients)
+    engine.programs(local, reduce, memory.init, params, np.diff(offsets))
 
     def round() -> Any:
         cohort = Cohort(engine, ids, ROUND, memory)
@@ -269,7 +350,7 @@ def federated(
 
 
 def bare_pass(loss: Any, trained: Any, held: Any, x: np.ndarray, y: np.ndarray, size: int) -> Callable[[], Any]:
-    """The gradient of one trained part for `size` rows that lie on the device: no lanes, no optimizer, no bytes."""
+    """The gradient of one trained part for `size` rows that lie on the device, compiled: no lanes, no optimizer, no bytes."""
     from fedsim.core import Batch
 
     at = np.arange(size) % len(y)
@@ -280,48 +361,40 @@ def bare_pass(loss: Any, trained: Any, held: Any, x: np.ndarray, y: np.ndarray, 
         batch = Batch(x, y, jnp.ones(size), jax.random.key(0), jnp.int32(0), jnp.bool_(False))
         return jax.grad(loss, argnums=1, has_aux=True)(held, trained, batch)
 
-    return lambda: gradient(*given)
+    compiled = gradient.lower(*given).compile()
+    return lambda: compiled(*given)
 
 
-def torch_loops(o: Options, case: Case, found: dict[str, Any], torch: str) -> dict[str, Any]:
-    """The sequential loop and the bare pass in torch, each the faster of two ways to compile; the same trained part.
+def torch_process(o: Options, case: Case, torch: str) -> Process | None:
+    """A process for the sequential loop and the bare pass in torch, if fedsim's rows are known beforehand."""
+    known = len(o.rows) == 1
+    return Process(torch_command(o, case, torch, max(1, o.rows[0] // case.batch) * case.batch)) if known else None
 
-    `torch_errors` holds what failed; the other way to compile, and fedsim's figures, count all the same.
-    """
-    common = {"backbone": case.backbone, "peft": case.peft, "shape": case.shape, "batch": case.batch}
-    common |= {"steps": o.steps, "classes": CLASSES, "repeats": o.repeats}
-    modes = [{"compile": False}] if o.small else [{"mode": "default"}, {"mode": "reduce-overhead"}]
+
+def torch_command(o: Options, case: Case, torch: str, rows: int) -> list[str]:
+    """The command of that process."""
+    given = {"backbone": case.backbone, "peft": case.peft, "shape": case.shape, "batch": case.batch, "rows": rows}
+    given |= {"steps": o.steps, "classes": CLASSES, "repeats": o.repeats, "compile": not o.small}
+    if case.ceiling is None:
+        given["rows"] = 0  # no bare pass
     # Fewer clients: each costs the same, one after the other.
-    kinds = {"torch_loop": {"clients": min(o.clients, 32)}, "torch_bare": {"bare": True, "rows": found["rows"]}}
-    results: dict[str, Any] = {"torch_errors": []}
-    for name, asked in kinds.items():
-        runs = []
-        for mode in modes:
-            try:
-                one = child([torch, str(LOOP), json.dumps(common | asked | mode)]) | mode
-                if one["trained"] != found["trained"]:
-                    raise FailedError(
-                        f"Expected {name} to train {found['trained']} parameters as fedsim, not {one['trained']}."
-                    )
-            except FailedError as error:
-                results["torch_errors"].append({"name": f"{name} {mode}", "error": str(error)})
-            else:
-                runs.append(one)
-        if runs:
-            results[name] = max(runs, key=lambda r: r["examples_per_second"])
-    return results
+    return [torch, str(LOOP), json.dumps(given | {"clients": min(o.clients, 32)})]
 
 
-def child(command: list[str]) -> dict[str, Any]:
-    """The last line of a process's output, as JSON.
+def torch_loops(process: Process, found: dict[str, Any]) -> dict[str, Any]:
+    """`torch_loop` and `torch_bare`, the sequential loop and the bare pass in torch, of the same trained part.
 
-    Raises:
-        FailedError: it ended with an error; its last words.
+    `torch_errors` holds what failed; what else worked, and fedsim's figures, count all the same.
     """
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise FailedError(f"{Path(command[1]).name} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    try:
+        results = process.answer()
+        if results["trained"] != found["trained"]:
+            raise FailedError(
+                f"Expected torch to train {found['trained']} parameters as fedsim, not {results['trained']}."
+            )
+    except FailedError as error:
+        return {"torch_errors": [{"name": "torch", "error": str(error)}]}
+    return results
 
 
 def verdicts(case: Case, found: dict[str, Any]) -> dict[str, str]:

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fedsim.backbones.kernels import normalise, wide
+from fedsim.backbones.attention import attend, even, may_take_cudnn
+from fedsim.backbones.kernels import layer_norm, plus
 
 Shape = tuple[int, ...]
 Activation = Callable[[jax.Array], jax.Array]
@@ -146,7 +147,7 @@ class Linear(nnx.Module):
                 # DoRA's section 4.3: the length is a constant to the gradient.
                 y = y * (self.magnitude[...] / jax.lax.stop_gradient(length))
         if self.bias is not None:
-            y = y + self.bias[...]
+            y = plus(y, self.bias[...])
         if self.ia3 is not None and not self.ia3_input:
             y = y * self.ia3[...]
         return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -174,8 +175,8 @@ class Adapter(nnx.Module):
         self.scale = scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = self.activation(x @ self.down_kernel[...] + self.down_bias[...])
-        return (hidden @ self.up_kernel[...] + self.up_bias[...]) * self.scale
+        hidden = self.activation(plus(x @ self.down_kernel[...], self.down_bias[...]))
+        return plus(hidden @ self.up_kernel[...], self.up_bias[...]) * self.scale
 
 
 class Embedding(nnx.Module):
@@ -201,11 +202,11 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return (normalise(x, self.eps) * wide(self.scale[...]) + wide(self.bias[...])).astype(x.dtype)
+        return layer_norm(x, self.scale[...], self.bias[...], self.eps)
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention for short sequences: the (T, T) scores are materialised."""
+    """Multi-head self-attention for short sequences."""
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs) -> None:
         self.query = Linear(width, width, rngs=rngs)
@@ -229,27 +230,23 @@ class Attention(nnx.Module):
         Args:
             read: return only the first so many tokens, (B, read, D), and ask for no others.
         """
-        size, _, width = x.shape
-        heads, depth = self.heads, width // self.heads
+        size, tokens, width = x.shape
+        depth = width // self.heads
 
         def split(y: jax.Array) -> jax.Array:
-            """(B, T, D) -> (B H, T, D/H): one batch axis of small matrices, the cheapest form on a CPU."""
-            y = y.reshape(size, y.shape[1], heads, depth).transpose(0, 2, 1, 3)
-            return y.reshape(size * heads, y.shape[2], depth)
+            """(B, T, D) -> (B, T, H, D/H)."""
+            return y.reshape(size, y.shape[1], self.heads, depth)
 
+        keys = None
+        if mask is None and read is None and self.prefix_key is None and may_take_cudnn(tokens, depth, x.dtype):
+            # cuDNN wants an even number: here a token more is written by the norm before, which writes them all anyway.
+            x, keys = even(x), tokens
         query, key, value = self.query(x[:, :read]), self.key(x), self.value(x)
         if self.prefix_key is not None and self.prefix_value is not None:
             key, value = append(key, self.prefix_key[...]), append(value, self.prefix_value[...])
             mask = None if mask is None else append_true(mask, self.prefix_key.shape[0])
-        query, key, value = split(query * depth**-0.5), split(key), split(value)
-        scores = wide(jnp.einsum("nqd,nkd->nqk", query, key))
-        if mask is not None:
-            # Finite, so that a row without any token (an empty slot of a batch) has no NaN, nor its gradient.
-            scores = jnp.where(jnp.repeat(mask, heads, axis=0)[:, None, :], scores, -1e9)
-        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        mixed = jnp.einsum("nqk,nkd->nqd", weights, value)
-        mixed = mixed.reshape(size, heads, mixed.shape[1], depth).transpose(0, 2, 1, 3)
-        y = self.output(mixed.reshape(size, -1, width))
+        mixed = attend(split(query * depth**-0.5), split(key), split(value), mask, keys)
+        y = self.output(mixed.reshape(size, -1, width))[:, :tokens]
         return y if self.adapter is None else y + self.adapter(y)
 
 
