@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -104,7 +105,7 @@ class Options:
     fresh: bool = False
     """Start every system anew for each repeat, alone."""
     together: bool = False
-    """Start all systems of a workload at once; the table marks their start-ups. Rounds are one system's at a time as ever."""
+    """Start all systems of a workload and run their first two rounds side by side; the table marks that. Repeats are in turn."""
     alone: bool = False
     """A system runs all its repeats and ends before the next one runs."""
     patience: float = 900.0
@@ -287,10 +288,9 @@ def measure(workload: str, o: Options, folder: Path) -> tuple[list[dict[str, Any
 
 def in_turn(running: list[Measured], o: Options, rounds: int) -> None:
     """The repeats of systems that have started, and their first two rounds where those have not been run."""
-    if o.together:
-        for system in running:
-            if not late(o):
-                system.warm_up()
+    if o.together and not late(o):
+        with ThreadPoolExecutor(len(running)) as pool:  # of those that run alone there is one
+            list(pool.map(Measured.warm_up, running))
     running = [system for system in running if "warm" in system.record]
     for number in range(1 if o.fresh else o.repeats):
         if number and late(o):
