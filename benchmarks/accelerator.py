@@ -2,7 +2,7 @@
 
     python benchmarks/accelerator.py --torch-python ~/torch/bin/python   # everything; goes on where it stopped
     python benchmarks/accelerator.py --cases vit_b16-bias-16 --rows 256 512 --remat none blocks
-    python benchmarks/accelerator.py --together --rows 512               # a lease of minutes: all compile at once
+    python benchmarks/accelerator.py --together --rows 512               # all compile at once: minutes
     python benchmarks/accelerator.py --small                             # a tiny ViT on the CPU, to see that it works
 
 256 clients a round, two local steps each, bfloat16. MFU = examples/s * FLOPs of an example / dense bfloat16 peak; the

@@ -149,6 +149,14 @@ def test_targets_of_w1_and_w3() -> None:
     assert said([ours], "W3-4") == {"all": "not measured"}
 
 
+def test_targets_of_a_gpu() -> None:
+    records = [record("fedsim", [1.0] * 5), record("drjax", [1.9] * 5)]
+    missing = {"at least 1x of torch": "not measured"}
+    assert said(records, "G-Ti-8") == {"at least 2x the fastest": "missed, a tie", **missing}
+    assert said(records, "G-L-8") == {"at least 2x the fastest": "missed, a tie", **missing}
+    assert said(records, "G-B-16") == {"at least 1.2x the fastest": "met", **missing}
+
+
 def test_void_rows_do_not_count() -> None:
     ours = record("fedsim", [1.0] * 5)
     wrong = record("torch", [0.5] * 5, loss=1.2)
