@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fedsim
-from fedsim import build, record, simulate
+from fedsim import build, record, rehearsal, simulate
 from fedsim import lanes as lanes_module
 from fedsim.config import Config, Speed
 from fedsim.estimate import dry_run
@@ -86,3 +86,27 @@ def test_lanes_that_do_not_fit_in_a_phase_are_refused_before_the_first(
     assert "each device" not in capsys.readouterr().out
     fedsim.run(config, auto, out=tmp_path / "run", quiet=True)  # into the same folder
     assert appended == [1, 2]
+
+
+def test_a_batch_too_large_for_one_lane_is_refused_before_the_first_phase(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asked for lanes; it is compiled to know where a generous bound says that it may not fit, and only there."""
+    one = dataclasses.replace(SPEED, lanes=1)
+    need = rehearsed(config, one)[1].need.lanes
+    looked: list[str] = []
+    real = simulate.rehearse
+    monkeypatch.setattr(
+        simulate, "rehearse", lambda problem, phase, ids: (looked.append(phase.name), real(problem, phase, ids))
+    )
+    monkeypatch.setattr(simulate, "LONG", 0)
+    free = int(0.9 * need)
+    for module in (lanes_module, rehearsal):
+        monkeypatch.setattr(module, "free_memory", lambda device, sharing: free)
+    auto = dataclasses.replace(SPEED, lanes="auto")
+    with pytest.raises(ValueError, match=r"Expected lanes=1 with batch_size=\d+ to fit .* lower batch_size=\d+, or"):
+        fedsim.run(config, auto, out=tmp_path / "run", quiet=True)
+    assert looked[-1] == "peft" and not (tmp_path / "run").exists()
+    free, looked[:] = 2**40, []
+    fedsim.run(config, auto, out=tmp_path / "run", quiet=True)
+    assert not looked, "far from the limit nothing is compiled twice"

@@ -23,6 +23,7 @@ from fedsim.peft import Model
 # Examples in the batch that is traced (nothing of it is computed): a prime that divides no size of a model, so that an
 # array has the examples' axis, merged with others or not, exactly where its size is a multiple.
 EXAMPLES = 104_729
+PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
 class Flops(NamedTuple):
@@ -86,15 +87,19 @@ def products(fn: Callable[..., Any], *shapes: Any) -> tuple[float, float]:
     return kept / EXAMPLES, summed / EXAMPLES
 
 
-def equations(jaxpr: core.Jaxpr, times: int = 1) -> Iterator[tuple[core.JaxprEqn, int]]:
+def equations(jaxpr: core.Jaxpr) -> Iterator[tuple[core.JaxprEqn, int]]:
     """Every product of a program and of those inside it, and how often it runs; a `while` counts as one turn."""
+    return ((eqn, times) for eqn, times in all_equations(jaxpr) if eqn.primitive.name in PRODUCTS)
+
+
+def all_equations(jaxpr: core.Jaxpr, times: int = 1) -> Iterator[tuple[core.JaxprEqn, int]]:
+    """As `equations`, not of products alone; what a program inside does is told, and its results once more."""
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            yield eqn, times
+        yield eqn, times
         for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_program):
             if _is_program(inner):
                 program = inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
-                yield from equations(program, times * eqn.params.get("length", 1))
+                yield from all_equations(program, times * eqn.params.get("length", 1))
 
 
 def _is_program(value: Any) -> bool:

@@ -8,16 +8,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedsim import build, lengths
+from fedsim import build, lengths, processes
 from fedsim.build import Phase, Problem
 from fedsim.cohort import Cohort
 from fedsim.core import Tree
-from fedsim.device_memory import Need
+from fedsim.device_memory import Need, free_memory
 from fedsim.features import use_cache
+from fedsim.flops import all_equations
 from fedsim.host import zeros
-from fedsim.lanes import Lanes, message_bytes
+from fedsim.lanes import MEMORY_SHARE, Lanes, message_bytes
 from fedsim.memory import Memory
 from fedsim.programs import Programs, State, key_for
+from fedsim.wire import array_bytes
+
+COPIES = 6  # of the trained leaves, for a lane: parameters, gradients, an optimizer's two moments, the fold, what comes and goes
 
 
 class Rehearsal(NamedTuple):
@@ -57,6 +61,25 @@ def rehearse(problem: Problem, phase: Phase, ids: np.ndarray) -> Rehearsal:
         met[ids] = round
     down, up = sum(exchange.down for exchange in asked), sum(exchange.up for exchange in asked)
     return Rehearsal(down, up, build.setup_bytes(trainer), int(engine.lanes), asked[0].widths, engine.need)
+
+
+def may_be_too_large(problem: Problem, phase: Phase) -> bool:
+    """Whether a batch might not even fit in one lane: then it is worth compiling to know.
+
+    By a generous estimate: every result of a forward pass, as if nothing of it were fused or freed, and the trained leaves
+    several times over. What is missing, such as a segment's batches, matters where both are small.
+    """
+    speed, x = problem.speed, problem.dataset.x
+    model = build.split_model(phase.config, problem.dataset, speed)
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
+    program = jax.make_jaxpr(model.apply)(model.trained, model.frozen, one).jaxpr
+    results = sum(times * array_bytes(out.aval) for eqn, times in all_equations(program) for out in eqn.outvars)
+    trained = sum(array_bytes(leaf) for leaf in jax.tree.leaves(model.trained))
+    devices = processes.devices(speed.devices)
+    sharing = len(devices) if devices[0].platform == "cpu" else 1
+    own = next(d for d in devices if d.process_index == jax.process_index())
+    about = phase.config.batch_size * results + COPIES * trained
+    return processes.any_true(about > MEMORY_SHARE * free_memory(own, sharing))
 
 
 def answer_ones(engine: Lanes) -> list[Asked]:

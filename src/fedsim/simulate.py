@@ -31,7 +31,7 @@ from fedsim.host import compile_clock, divide_cpu, interruptible, tune_host
 from fedsim.memory import Memory
 from fedsim.programs import key_for
 from fedsim.progress import Progress
-from fedsim.rehearsal import rehearse
+from fedsim.rehearsal import may_be_too_large, rehearse
 from fedsim.shared_checkpoints import SharedCheckpoints
 
 LONG = 1000  # examples whose frozen features take longer than tracing and compiling a phase's programs once more
@@ -326,11 +326,11 @@ def simulate(
 
 
 def refuse_lanes(config: Config, speed: Speed, problem: Problem) -> None:
-    """Has lanes that were asked for refused where they do not fit in one of the phases, before any of them begins.
+    """Has lanes and batches refused that do not fit in one of the phases, before any of them begins.
 
     A first phase without many frozen features to compute is left out: before its first round, which refuses, nothing takes
-    as long as looking would.
-    Lanes that nobody asked for are halved until they fit; a batch too large for a single one is refused in the first round.
+    as long as looking would. Lanes that nobody asked for are halved until they fit, so that only a batch that may be too
+    large for a single one is looked at.
 
     Raises:
         ValueError: see `rehearsal.rehearse`.
@@ -338,8 +338,9 @@ def refuse_lanes(config: Config, speed: Speed, problem: Problem) -> None:
     first, *later = build.phases(config)
     model = build.split_model(first.config, problem.dataset, speed)
     long = len(problem.dataset.y) > LONG and use_cache(speed, model, problem.dataset.x, first.config)
-    phases = [first, *later] if long else later
-    for phase in phases if speed.lanes != "auto" else ():
+    for phase in [first, *later] if long else later:
+        if speed.lanes == "auto" and not may_be_too_large(problem, phase):
+            continue
         ids = np.arange(min(invited(config), problem.partition.clients))
         rehearse(problem._replace(trainers=None), phase, ids)
         gc.collect()  # its engine, which refers to itself, before the first phase needs the memory
