@@ -162,3 +162,11 @@ def test_rows_of_many_small_clients_are_real(batch: int, lanes: int, least: floa
     occupancy = cohort.sum() / (lanes * width.sum())
     assert occupancy > least
     assert cohort.sum() / (lanes * whole.sum()) < occupancy - 0.03
+
+
+def test_devices_get_the_larger_client_in_turn() -> None:
+    """Dealt there and back: with sizes that fall steadily all devices have the same rows."""
+    rows = np.arange(12, 0, -1)
+    places = packing.waves(np.ones(12, np.int64), rows, np.arange(12), 3, 2)
+    assert places.device.tolist() == [0, 1, 2, 2, 1, 0] * 2
+    assert np.bincount(places.device, rows).tolist() == [26, 26, 26]

@@ -144,8 +144,11 @@ def waves(steps: np.ndarray, last: np.ndarray, order: np.ndarray, devices: int, 
     """
     places = [(0, 0, 0)] * len(steps)
     spans, ends = steps.tolist(), last.tolist()
+    # Dealt out there and back, so that no device always gets the larger one.
+    turn, dealt = np.divmod(np.arange(len(order)), devices)
+    dealt = np.where(turn % 2, devices - 1 - dealt, dealt)
     for d in range(devices):
-        own = order[d::devices]  # dealt out, so that devices have about the same work
+        own = order[dealt == d]
         left: dict[int, list[tuple[int, int]]] = {}  # steps -> (rows of the last batch, client), fewest rows first
         for member in own[::-1].tolist():
             left.setdefault(spans[member], []).append((ends[member], member))
