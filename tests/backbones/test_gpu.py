@@ -124,7 +124,7 @@ def test_whole_models_have_the_same_gradients(
     def found() -> list[np.ndarray]:
         apply = precision.computed(model, "bfloat16").apply
         loss = lambda trained: jax.nn.log_softmax(apply(trained, held, given))[:, 0].mean()  # noqa: E731
-        value, grads = jax.value_and_grad(loss)(own)
+        value, grads = jax.jit(jax.value_and_grad(loss))(own)
         return [np.asarray(value), np.concatenate([np.ravel(grads[path]) for path in sorted(grads)])]
 
     on_gpu = found()

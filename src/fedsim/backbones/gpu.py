@@ -46,7 +46,11 @@ plus.defvjp(_plus_forward, _plus_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    """As `kernels.layer_norm`."""
+    """As `kernels.layer_norm`.
+
+    With barriers behind the sums over a row: XLA would put these and all that depends on them into one program, in tiles
+    that do not fit into registers.
+    """
     y, _ = _normal(x, eps)
     return (y * wide(scale) + wide(bias)).astype(x.dtype)
 
