@@ -28,6 +28,7 @@ ROWS = {
     "client_count": ("form", "members", "population", "devices", "lanes", "least_seconds"),
     "layers": ("backbone", "variant"),
     "peers": ("workload", "system"),
+    "peers-gpu": ("workload", "system"),
     "population": ("clients", "examples"),
     "scaling": ("kind", "how", "devices", "processes"),
 }
@@ -192,7 +193,7 @@ def by_path(result: Mapping[str, Any]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     keys = ROWS.get(result["benchmark"], ())
     for path, repeats in figures(result["results"], keys=keys):
-        if path in found and result["benchmark"] != "peers":
+        if path in found and not result["benchmark"].startswith("peers"):
             raise ValueError(
                 f"Expected every figure of {result['benchmark']!r} to have a path of its own, but {path!r} is there twice; "
                 "give its rows a `name`, or add what tells them apart to ROWS in benchmarks/compare.py."
