@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from fedsim import peft, precision
 from fedsim.backbones import attention, gpu, kernels
+from fedsim.backbones.layers import Attention
 
 RNG = np.random.default_rng(0)
 
@@ -98,6 +100,30 @@ def test_cudnn_gets_what_the_plain_form_means(
 
     close(form(attention.attend), form(attention.plain), 2e-2)
     assert stand_in and all(one == {"depth": depth, "lengths": lengths} for one in stand_in)
+
+
+@pytest.mark.parametrize("tokens", [20, 21])
+def test_a_token_that_is_added_is_seen_by_none(
+    tokens: int, stand_in: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An odd number of tokens gets one more before the products, which here every query would like best."""
+    layer = Attention(16, 2, rngs=nnx.Rngs(0))
+    layer.query.kernel[...], layer.key.kernel[...] = jnp.eye(16), -jnp.eye(16)
+    for part in (layer.query, layer.key, layer.value, layer.output):
+        assert part.bias is not None
+        part.bias[...] = normal(16)
+    graph, leaves = nnx.split(layer)
+    leaves = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), leaves)
+    x = (2 + 0.5 * normal(3, tokens, 16)).astype(jnp.bfloat16)
+
+    def found() -> list[np.ndarray]:
+        value, *grads = gradients(lambda leaves, x: nnx.merge(graph, leaves)(x), (leaves, x[:, None]), (None, 0))
+        return [value, np.concatenate([np.ravel(g) for g in grads])]  # the keys' biases have none but noise
+
+    on_gpu = found()
+    assert stand_in and all(one["lengths"] == bool(tokens % 2) for one in stand_in)
+    monkeypatch.setattr(kernels, "has_cuda", lambda: False)
+    close(on_gpu, found(), 2e-2)
 
 
 IMAGE, TEXT = ("vit_tiny", (24, 24, 3)), ("bert_tiny", (19,))  # 37 and 19 tokens: odd
