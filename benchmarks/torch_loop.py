@@ -193,7 +193,7 @@ def main(o: dict[str, Any]) -> dict[str, Any]:
         seconds = [timed(run, forward) for _ in range(o["repeats"])]
         examples = o["rows"] if run is bare else o["clients"] * o["steps"] * o["batch"]
         results[name] = {
-            "mode": mode,
+            "mode": mode if o["compile"] else "eager",
             "seconds": seconds,
             "first": first,
             "examples": examples,

@@ -75,11 +75,10 @@ def may_be_too_large(problem: Problem, phase: Phase) -> bool:
     program = jax.make_jaxpr(model.apply)(model.trained, model.frozen, one).jaxpr
     results = sum(times * array_bytes(out.aval) for eqn, times in all_equations(program) for out in eqn.outvars)
     trained = sum(array_bytes(leaf) for leaf in jax.tree.leaves(model.trained))
-    devices = processes.devices(speed.devices)
-    sharing = len(devices) if devices[0].platform == "cpu" else 1
-    own = next(d for d in devices if d.process_index == jax.process_index())
+    own = [d for d in processes.devices(speed.devices) if d.process_index == jax.process_index()]
+    sharing = len(own) if own[0].platform == "cpu" else 1  # host devices share the machine's memory
     about = phase.config.batch_size * results + COPIES * trained
-    return processes.any_true(about > MEMORY_SHARE * free_memory(own, sharing))
+    return processes.any_true(about > MEMORY_SHARE * free_memory(own[0], sharing))
 
 
 def answer_ones(engine: Lanes) -> list[Asked]:

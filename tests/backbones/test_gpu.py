@@ -49,7 +49,10 @@ def test_norm_and_bias_are_the_plain_ones(own: bool, dtype: Any, tolerance: floa
     x = normal(clients, 2, 5, 24, dtype=dtype) * 3 + 1
     scale, bias = (normal(*((clients,) if own else ()), 24, dtype=dtype) for _ in range(2))
     axis = 0 if own else None
-    norm = lambda fn: lambda x, scale, bias: fn(x, scale, bias, 1e-6)  # noqa: E731
+
+    def norm(fn: Any) -> Any:
+        return lambda x, scale, bias: fn(x, scale, bias, 1e-6)
+
     args, axes = (x, scale, bias), (0, axis, axis)
     close(gradients(norm(gpu.layer_norm), args, axes), gradients(norm(kernels.layer_norm), args, axes), tolerance)
     close(gradients(gpu.plus, (x, bias), (0, axis)), gradients(kernels.plus, (x, bias), (0, axis)), tolerance)
@@ -94,7 +97,10 @@ def test_cudnn_gets_what_the_plain_form_means(
         if mask is None:
             return gradients(fn, (query, key, value), (0, 0, 0))
         given = [jax.vmap(lambda q, k, v, m: jax.vjp(lambda *a: fn(*a, m), q, k, v)[0])(query, key, value, mask)]
-        summed = lambda q, k, v: jax.vmap(fn)(q, k, v, mask).astype(jnp.float32).sum()  # noqa: E731
+
+        def summed(*qkv: jax.Array) -> jax.Array:
+            return jax.vmap(fn)(*qkv, mask).astype(jnp.float32).sum()
+
         given += jax.grad(summed, argnums=(0, 1, 2))(query, key, value)
         return [np.asarray(leaf, np.float32) for leaf in given]
 
@@ -149,7 +155,10 @@ def test_whole_models_have_the_same_gradients(
 
     def found() -> list[np.ndarray]:
         apply = precision.computed(model, "bfloat16").apply
-        loss = lambda trained: jax.nn.log_softmax(apply(trained, held, given))[:, 0].mean()  # noqa: E731
+
+        def loss(trained: Any) -> jax.Array:
+            return jax.nn.log_softmax(apply(trained, held, given))[:, 0].mean()
+
         value, grads = jax.jit(jax.value_and_grad(loss))(own)
         return [np.asarray(value), np.concatenate([np.ravel(grads[path]) for path in sorted(grads)])]
 
