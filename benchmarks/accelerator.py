@@ -46,7 +46,7 @@ from fedsim.cohort import Cohort
 from fedsim.core import Passes, mean
 from fedsim.evaluate import classification_loss
 from fedsim.flops import training_flops
-from fedsim.host import tune_host
+from fedsim.host import compile_clock, tune_host
 from fedsim.lanes import Lanes
 from fedsim.local import fit
 from fedsim.memory import Memory
@@ -294,13 +294,17 @@ def measure(o: Options, case: Case, remat: str, lanes: int | str, forms: str) ->
     x = rng.integers(1, high, (EXAMPLES, *shape)).astype(kind)
     y = rng.integers(0, CLASSES, EXAMPLES).astype(np.int32)
 
-    computed = precision.computed(model, o.precision, remat)
+    clock, computed = compile_clock(), precision.computed(model, o.precision, remat)
+    before = clock.seconds
     run, engine = federated(o, case, computed, trained, held, x, y, lanes)
+    compile_seconds = clock.seconds - before
     lanes = int(engine.lanes)
     size = lanes * case.batch
     bare = bare_pass(classification_loss(computed.apply), trained, held, x, y, size)
     wait_for_leave()
+    before = clock.seconds
     first = report.interleaved({"first": run}, 1)["first"][0]
+    compile_seconds += clock.seconds - before
     report.interleaved({"again": run}, 1)
     peak_bytes = used(device)
     report.interleaved({"first": bare}, 1)
@@ -318,6 +322,7 @@ def measure(o: Options, case: Case, remat: str, lanes: int | str, forms: str) ->
         "lanes": lanes,
         "remat": remat,
         "forms": forms,
+        "compile_seconds": compile_seconds,  # tracing, lowering and XLA; with --together beside other cases
         "first": first,
         "peak_bytes": peak_bytes,
         "rows": size,

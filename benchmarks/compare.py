@@ -98,7 +98,7 @@ def adopted(found: dict[str, Any]) -> dict[str, Any]:
         }
     cells = found.get("cells")
     if found.keys() == {"cells"} and cells and all({"form", "population"} <= cell.keys() for cell in cells.values()):
-        about = (*MACHINE, "git", "processes")
+        about = (*MACHINE, "git", "processes", "time")
         first = cells[next(iter(cells))]  # each cell says where it was measured; what differs is not looked for
         rows = [
             # Earlier files do not say these two, and give lanes to the store, which has none.

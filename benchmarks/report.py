@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -64,8 +63,6 @@ def write(
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "options": dataclasses.asdict(options),
         **(machine or record.machine()),
-        "processor": processor(),
-        "cores": os.cpu_count(),
         "load": os.getloadavg(),
         "results": results,
     }
@@ -73,12 +70,3 @@ def write(
     file.write_text(json.dumps(record.plain(content), indent=1) + "\n")
     print(f"written: {file}")
     return file
-
-
-def processor() -> str:
-    """Name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

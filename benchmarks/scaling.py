@@ -1,7 +1,7 @@
 """The engine's own cost of several devices and processes: the same work on 1 to 8 host devices, in one process and more.
 
     python benchmarks/scaling.py                    # ViT-Ti/16 with LoRA at 64 px, 5 interleaved repeats
-    python benchmarks/scaling.py --processes 2 4    # the devices also spread over four processes
+    python benchmarks/scaling.py --processes 2      # no four processes
     python benchmarks/scaling.py --small            # to see that it works
 
 Host devices share the machine's cores, so nothing here can become faster: what N devices take beyond the time of one is
@@ -55,7 +55,7 @@ class Options:
     """Lanes of all devices together in the strong form, and of 8 devices in the weak one."""
     devices: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of devices; each divides `lanes`."""
-    processes: tuple[int, ...] = (2,)
+    processes: tuple[int, ...] = (2, 4)
     """Numbers of processes, beside one; each has those settings whose devices it divides."""
     repeats: int = 5
     """Timed repeats, after one that compiles."""

@@ -1,6 +1,6 @@
 """Clients: 10 to 10,000 a round, populations to a million. What a round, a trained row and a client cost.
 
-Command:  python experiments/client_count.py            (every cell is a process of its own; goes on where it stopped)
+Command:  python experiments/client_count.py            (three turns, each cell a process of its own; goes on where it stopped)
           python experiments/client_count.py --small    (a minute, to see that it works)
 Data:     Fashion-MNIST (`fedsim data fetch fashion_mnist`). Clients have 2 to 60 examples, log-normal with median 9; a million
           of them own 13 million, so they draw theirs from the 54,000 training images with replacement.
@@ -14,6 +14,7 @@ Checked:  the index takes at most 64 bytes a client, the store's included, and 4
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -56,11 +58,11 @@ EARLIER = {"devices": 1, "least_seconds": 4.0}  # of cells that do not say: the 
 class Options:
     """What is measured."""
 
-    cohorts: tuple[int, ...] = (10, 100, 1000, 10_000)
+    cohorts: tuple[int, ...] = (10, 16, 100, 1000, 10_000)
     """Clients a round; left out where the population has fewer than ten times as many."""
     populations: tuple[int, ...] = (10**4, 10**5, 10**6)
     """Numbers of clients for the perceptron; the ViT has the largest."""
-    vit_cohorts: tuple[int, ...] = (10, 100, 1000)
+    vit_cohorts: tuple[int, ...] = (10, 16, 100, 1000)
     """Clients a round of the ViT."""
     seen: tuple[int, ...] = (1000, 10_000, 100_000)
     """Clients with a memory, of which 1,000 come a round: the store alone."""
@@ -68,8 +70,10 @@ class Options:
     """Lanes, the same in all cells."""
     seconds: float = 4.0
     """Timed rounds of a cell take at least this together; a cell of other lanes or seconds is another cell."""
+    turns: int = 3
+    """How often all cells are measured, in turn, since the machine's speed drifts; medians are shown."""
     small: bool = False
-    """A few small cells; no figure worth reporting."""
+    """A few small cells, one turn; no figure worth reporting."""
     fresh: bool = False
     """Measure cells again that the JSON file has."""
     table: bool = False
@@ -250,16 +254,19 @@ def measure_memory(members: int, seen: int) -> dict[str, Any]:
 
 
 def read(file: Path) -> dict[Cell, dict[str, Any]]:
-    """The cells of a file, by what they measure: keys of earlier files do not say all of it."""
+    """The cells of a file, by what they measure: keys of earlier files do not say all of it.
+
+    What is measured is a list with a figure for each turn; earlier files have a figure alone.
+    """
     found = json.loads(file.read_text())["cells"].values() if file.exists() else ()
     return {cell_of(one): one for one in found}
 
 
 def run(o: Options, file: Path) -> dict[Cell, dict[str, Any]]:
-    """Measures the cells that the file does not have, and writes it after each."""
+    """Measures the turns of cells that the file does not have, and writes it after each."""
     have = {} if o.fresh else read(file)
-    for cell in cells(o):
-        if cell in have:
+    for turn, cell in itertools.product(range(o.turns), cells(o)):
+        if turns_of(have.get(cell)) > turn:
             continue
         command = [sys.executable, __file__, f"--lanes={o.lanes}", f"--seconds={o.seconds}"]
         command += ["--child", cell.form, str(cell.members), str(cell.population)]
@@ -268,14 +275,35 @@ def run(o: Options, file: Path) -> dict[Cell, dict[str, Any]]:
             raise SystemExit(f"{cell}: {done.stderr}")
         asked = {name: value for name, value in cell._asdict().items() if value}
         machine = {key: value for key, value in record.machine().items() if key != "platform"}  # the kernel
-        have[cell] = {**asked, **machine, **json.loads(done.stdout.splitlines()[-1])}
-        print(f"{cell}: done", flush=True)
+        now = {"time": datetime.now().astimezone().isoformat(timespec="seconds")}
+        before = have[cell] if turn else {}
+        figures = json.loads(done.stdout.splitlines()[-1])
+        figures = {name: [*listed(before.get(name, [])), value] for name, value in figures.items()}
+        have[cell] = {**asked, **now, **machine, **figures}
+        print(f"{cell}: turn {turn + 1} of {o.turns}", flush=True)
         record.write_json(file, {"cells": {str(name): one for name, one in have.items()}})
     return have
 
 
+def turns_of(found: dict[str, Any] | None) -> int:
+    """How many turns a cell of the file has; a cell of an earlier file, whose figures are no lists, has one."""
+    if found is None:
+        return 0
+    return max((len(value) for value in found.values() if isinstance(value, list)), default=1)
+
+
+def listed(value: Any) -> list[Any]:
+    """The turns of a figure; one of an earlier file is a single turn."""
+    return value if isinstance(value, list) else [value]
+
+
+def medians(found: dict[str, Any]) -> dict[str, Any]:
+    """The cell with a figure in the place of its turns."""
+    return {name: float(np.median(value)) if isinstance(value, list) else value for name, value in found.items()}
+
+
 def chosen(o: Options, have: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The cells that the options ask for, of those that there are.
+    """The cells that the options ask for, of those that there are; medians of their turns.
 
     Raises:
         SystemExit: rounds are asked for, and there are none of these options.
@@ -286,7 +314,7 @@ def chosen(o: Options, have: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]
         raise SystemExit(
             f"Expected the file to have cells of these options, as {asked[0]}; it has: {', '.join(map(str, have))}."
         )
-    return [have[cell] for cell in found]
+    return [medians(have[cell]) for cell in found]
 
 
 def index(found: list[dict[str, Any]]) -> str:
@@ -379,7 +407,13 @@ def main(o: Options) -> None:
     suffix = "_small" if o.small else ""
     if o.small:
         o = dataclasses.replace(
-            o, cohorts=(10, 100), populations=(1000, 10_000), vit_cohorts=(10, 100), seen=(1000, 2000), seconds=0.5
+            o,
+            cohorts=(10, 100),
+            populations=(1000, 10_000),
+            vit_cohorts=(10, 100),
+            seen=(1000, 2000),
+            seconds=0.5,
+            turns=1,
         )
     file = RESULTS / f"client_count{suffix}.json"
     found = chosen(o, read(file) if o.table else run(o, file))

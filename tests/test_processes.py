@@ -1,4 +1,4 @@
-"""Two processes on one machine, by `jax.distributed` and gloo, give what one process gives, and agree on everything."""
+"""Two processes and three on one machine, by `jax.distributed` and gloo, give what one process gives, and agree on everything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import two_processes
+import several_processes
 from fedsim import processes, record
 from fedsim.__main__ import main
 from test_resume import REMEMBERS, TIMES
@@ -30,7 +30,7 @@ def free_port() -> int:
 
 
 def started(
-    commands: Sequence[Sequence[str]], folder: Path, environment: dict[str, str], devices: Sequence[int] = (1, 1)
+    commands: Sequence[Sequence[str]], folder: Path, environment: dict[str, str], devices: Sequence[int] = (1, 1, 1)
 ) -> list[tuple[int, str, str]]:
     """Status, output and errors of processes that run side by side, each with so many devices."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -39,13 +39,13 @@ def started(
         kept = environment | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
         return subprocess.Popen([sys.executable, *command], cwd=folder, env=kept, **pipes)
 
-    pair = [start(command, count) for command, count in zip(commands, devices, strict=False)]
+    running = [start(command, count) for command, count in zip(commands, devices, strict=False)]
     try:
-        ended = [process.communicate(timeout=LIMIT) for process in pair]
+        ended = [process.communicate(timeout=LIMIT) for process in running]
     finally:
-        for process in pair:
+        for process in running:
             process.kill()
-    return [(process.returncode, out, error) for process, (out, error) in zip(pair, ended, strict=True)]
+    return [(process.returncode, out, error) for process, (out, error) in zip(running, ended, strict=True)]
 
 
 def prepared(folder: Path, blobs: Callable[..., Path]) -> Path:
@@ -61,9 +61,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, blobs: Callable[..., Path])
 
 @pytest.fixture(scope="module")
 def told(folder: Path, environment: dict[str, str]) -> list[dict[str, Any]]:
-    """What each of two processes found; `two_processes.py` has the code."""
-    at, script = f"127.0.0.1:{free_port()}", two_processes.__file__
-    ended = started([[script, at, str(i), str(folder)] for i in range(2)], folder, environment)
+    """What each of two processes found; `several_processes.py` has the code."""
+    at, script = f"127.0.0.1:{free_port()}", several_processes.__file__
+    ended = started([[script, at, "2", str(i), str(folder)] for i in range(2)], folder, environment)
     assert [status for status, _, _ in ended] == [0, 0], "\n".join(error for _, _, error in ended)
     shown = [[line for line in out.splitlines() if "[Gloo]" not in line] for _, out, _ in ended]
     assert any("4/4" in line for line in shown[0]) and not shown[1], "process 1 is silent"
@@ -72,16 +72,33 @@ def told(folder: Path, environment: dict[str, str]) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_two_processes_equal_one_device(told, folder, monkeypatch):
-    """The engine on the contract's task: model, clients' memory, bytes."""
+    """The engine on the contract's task: model, clients' memory, bytes; frozen features of texts."""
     monkeypatch.chdir(folder)
-    expected, traffic = two_processes.contract(devices=1)
+    expected, traffic = several_processes.contract(devices=1)
     traffic = json.loads(json.dumps(traffic))
+    expected["features"], rows = several_processes.frozen_features(None)
     for i in range(2):
+        assert 150 <= told[i]["feature rows"] < 0.7 * rows, "each computes its share"
         found = np.load(folder / f"{i}.npz")
         assert set(found) == set(expected)
         for name in expected:
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=f"{name} of {i}")
         assert told[i]["contract"] == traffic
+
+
+@pytest.mark.slow
+def test_three_processes_equal_one_device(folder, environment, monkeypatch, tmp_path):
+    """Cohorts of six clients on three devices, of which each process plans all and computes its own."""
+    at, script = f"127.0.0.1:{free_port()}", several_processes.__file__
+    ended = started([[script, at, "3", str(i), str(tmp_path)] for i in range(3)], folder, environment)
+    assert [status for status, _, _ in ended] == [0] * 3, "\n".join(error for _, _, error in ended)
+    monkeypatch.chdir(folder)
+    expected, traffic = several_processes.contract(devices=1)
+    for i in range(3):
+        assert json.loads((tmp_path / f"{i}.json").read_text())["contract"] == json.loads(json.dumps(traffic))
+        found = np.load(tmp_path / f"{i}.npz")
+        for name in expected:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=f"{name} of {i}")
 
 
 @pytest.mark.slow
@@ -97,7 +114,9 @@ def test_a_run_of_two_processes_equals_one(told, folder, monkeypatch):
     import fedsim
 
     monkeypatch.chdir(folder)
-    one = fedsim.run(fedsim.Config(**two_processes.OPTIONS), fedsim.Speed(devices=1), out=folder / "one", quiet=True)
+    one = fedsim.run(
+        fedsim.Config(**several_processes.OPTIONS), fedsim.Speed(devices=1), out=folder / "one", quiet=True
+    )
     two = record.load(folder / "whole")
     assert two.about["processes"] == 2 and two.about["device"]["count"] == 2
     for a, b in zip(one.rounds, two.rounds, strict=True):
@@ -112,10 +131,27 @@ def test_ctrl_c_in_one_process_stops_both_and_resumed_equals_uninterrupted(told,
     runs = told[0]["runs"]
     assert runs["stop"].startswith("Stopped after round 2; go on with: fedsim run --resume"), runs["stop"]
     whole, resumed = ([{k: v for k, v in line.items() if k not in TIMES} for line in lines] for lines in runs["lines"])
-    assert whole == resumed and len(whole) == two_processes.ROUNDS
+    assert whole == resumed and len(whole) == several_processes.ROUNDS
     assert runs["parameters"][0] == runs["parameters"][1]
     trained = [(folder / name / record.TRAINED).read_bytes() for name in ("whole", "stopped")]
     assert trained[0] == trained[1]
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_in_one_process_costs_both_half_the_lanes_and_no_result(told, folder):
+    """Process 1 alone runs out in round 3, after the checkpoint of round 2, and in each evaluation in batches over ten."""
+    first, second = (each["short"] for each in told)
+    rounds = list(dict.fromkeys(map(tuple, first["asked"])))
+    assert rounds == [(1, 2), (2, 2), (3, 2), (3, 1), (4, 1)], "(round, lanes)"
+    assert [line["bitwise"] for line in first["lines"]] == [True, True, False, False]
+    assert first["warned"] and not second["warned"], "process 1 is silent"
+    assert first["parameters"] == second["parameters"] and first["lines"] == second["lines"]
+    whole = record.load(folder / "whole")
+    for name, value in whole.parameters.items():
+        np.testing.assert_allclose(np.array(first["parameters"][name]), value, rtol=1e-5, atol=1e-6, err_msg=name)
+    for a, b in zip(first["lines"], whole.rounds, strict=True):
+        assert [a[k] for k in record.INTEGERS] == [b[k] for k in record.INTEGERS]
+        assert a["validation"] == pytest.approx(b["validation"], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -145,7 +181,7 @@ def test_checkpoints_of_two_processes_are_refused_by_one(told, folder, monkeypat
 
 
 def command(folder: Path, number: int, at: str, *more: str) -> list[str]:
-    (folder / "options.py").write_text(f"import fedsim\n\nconfig = fedsim.Config(**{two_processes.OPTIONS})\n")
+    (folder / "options.py").write_text(f"import fedsim\n\nconfig = fedsim.Config(**{several_processes.OPTIONS})\n")
     pair = ["--distributed", "--coordinator", at, "--processes", "2", "--process-id", str(number)]
     return ["-m", "fedsim", "run", "options.py", "--no-head-baseline", *pair, *more]
 
@@ -176,7 +212,7 @@ def test_the_command_line_runs_and_resumes(told, folder, environment):
     )
     assert [status for status, _, _ in ended] == [0, 0], "\n".join(error for _, _, error in ended)
     assert "Folder: line" in ended[0][1] and "Folder" not in ended[1][1]
-    assert record.load(folder / "line").summary["rounds"] == two_processes.ROUNDS
+    assert record.load(folder / "line").summary["rounds"] == several_processes.ROUNDS
     (folder / "line" / record.SUMMARY).unlink()
     at = f"127.0.0.1:{free_port()}"
     pair = [[*command(folder, i, at)[:3], "--resume", "line", *command(folder, i, at)[5:]] for i in range(2)]

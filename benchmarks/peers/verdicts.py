@@ -189,6 +189,7 @@ RESULT = (
     "work",
     "system",
     "s/round (min-max of repeats)",
+    "repeats",
     "times fedsim's",
     "start-up s",
     "first round s",
@@ -215,20 +216,18 @@ def markdown(tables: Mapping[str, Sequence[Row]]) -> str:
     lines = head(RESULT)
     for workload, table in tables.items():
         base = next((r for r in table if r.system == BASE and not r.void), None)
-        most = max((len(r.repeats) for r in table if not r.apart), default=0)
         for r in table:
             apart = " (measured apart)" if r.apart else ""
             if not r.repeats:
                 empty = [""] * (len(RESULT) - 4)
                 lines.append(line([workload, r.system + apart, f"void: {r.void}", *empty, r.commit]))
                 continue
-            note = apart or (f" ({len(r.repeats)} of {most} repeats)" if len(r.repeats) < most else "")
-            note += f" void: {r.void}" if r.void else ""
+            note = apart + (f" void: {r.void}" if r.void else "")
             times = f"{r.median / base.median:.2f}" if base and not r.apart else ""
             rounds = f"{r.median:.2f} ({r.low:.2f}-{r.high:.2f})"
             compiling = "" if r.compiling is None else f"{r.compiling:.1f}"
             startup = f"{r.startup:.1f}{'*' * r.beside}"
-            cells = [workload, r.system + note, rounds, times, startup, f"{r.first:.1f}", compiling]
+            cells = [workload, r.system + note, rounds, len(r.repeats), times, startup, f"{r.first:.1f}", compiling]
             lines.append(line([*cells, f"{r.pss:.0f}", f"{r.others:.0%}", f"{r.loss:.4f}", r.commit]))
     return "\n".join(lines)
 

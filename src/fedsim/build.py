@@ -271,9 +271,8 @@ def features(problem: Problem, model: peft.Model, frozen: dict[str, np.ndarray])
             continue
         below = max((c for k, c in cache if k == kind and c < cut), default=0)
         x = cache.get((kind, below), problem.dataset.x)
-        cache[kind, cut] = run_stages(
-            model, frozen, x, below, cut, problem.texts, jax.local_devices()[: problem.speed.devices]
-        )
+        devices = processes.devices(problem.speed.devices)
+        cache[kind, cut] = run_stages(model, frozen, x, below, cut, problem.texts, devices)
     return cache[kind, model.cut]
 
 

@@ -13,6 +13,7 @@ from jax import Array
 from fedsim import network, processes, wire
 from fedsim import plan as planning
 from fedsim.core import Info, Local, Reduce, Tree, mean
+from fedsim.device_memory import all_fit
 from fedsim.lanes import Lanes, message_bytes
 from fedsim.memory import Memory
 from fedsim.programs import Clock, Programs, Slots, key_for, split_message
@@ -115,15 +116,19 @@ class Cohort:
         shared = engine.put(shared)
         own = engine.split(jax.tree.map(lambda a: self._by_slot(plan, jnp.asarray(a)), own))
 
-        state: Any = None
-        ends: list[Array] = []  # of each segment a number that the next one does not take away
-        for start in range(0, plan.rows.shape[1], programs.steps):
-            jax.block_until_ready(ends[-2:-1])  # so that batches of two segments at most lie on the devices
-            x, y, at, trip = self._segment(plan, start, programs)  # while the devices run the one before
-            if state is None:
-                state = programs.begin(engine.held, shared, own, slots, clock, engine.root, x, y, at)
-            state = programs.segment(engine.held, shared, own, slots, clock, engine.root, state, x, y, at, trip)
-            ends.append(jnp.copy(state.weight))
+        def trained() -> Any:
+            state: Any = None
+            ends: list[Array] = []  # of each segment a number that the next one does not take away
+            for start in range(0, plan.rows.shape[1], programs.steps):
+                jax.block_until_ready(ends[-2:-1])  # so that batches of two segments at most lie on the devices
+                x, y, at, trip = self._segment(plan, start, programs)  # while the devices run the one before
+                if state is None:
+                    state = programs.begin(engine.held, shared, own, slots, clock, engine.root, x, y, at)
+                state = programs.segment(engine.held, shared, own, slots, clock, engine.root, state, x, y, at, trip)
+                ends.append(jnp.copy(state.weight))
+            return state
+
+        state = all_fit(trained)
         key = key_for(engine.root, "reduce", self.round, len(self.done))
         whole, member = engine.together((state._replace(carry=(), memory=(), nbytes=()), engine.split(plan.member)))
         result, info = programs.end(whole, member, engine.put(args), key)

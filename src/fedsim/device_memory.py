@@ -6,14 +6,17 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 
+from fedsim import processes
 from fedsim.report import size
+
+T = TypeVar("T")
 
 GROUP = Path("/sys/fs/cgroup")  # where Linux says what a container may use
 MEMORY = Path("/proc/meminfo")
@@ -106,6 +109,32 @@ def exhausted(error: Exception) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error)
 
 
+class ExhaustedError(Exception):
+    """The memory of a device ran out in one of several processes, and all of them know."""
+
+
+def all_fit(compute: Callable[[], T]) -> T:
+    """`compute()`, which has this process' devices compute and communicates nothing; of several processes, all learn here
+    whether memory ran out in one, before any waits for the others in a sum.
+
+    Raises:
+        ExhaustedError: it did, in this process or in another.
+    """
+    if not processes.several():
+        return compute()
+    try:
+        return processes.each(lambda: jax.block_until_ready(compute()))
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # its own, or what another one told
+        if not exhausted(error):
+            raise
+        raise ExhaustedError(str(error).partition("\n")[0]) from error
+
+
+def all_know(error: Exception) -> bool:
+    """Whether memory ran out and every process knows. Otherwise the others wait for this one already, which has to end."""
+    return isinstance(error, ExhaustedError) or (exhausted(error) and not processes.several())
+
+
 class OutOfMemoryError(Exception):
     """A round did not fit into the device's memory; `lanes` were running."""
 
@@ -131,9 +160,8 @@ def out_of_memory(round: int, engine: Engine, batch_size: int) -> Iterator[None]
     try:
         yield
         return
-    except jax.errors.JaxRuntimeError as error:
-        # Of several processes, the others would wait for this one.
-        if not exhausted(error) or engine.lanes == "auto" or jax.process_count() > 1:
+    except (jax.errors.JaxRuntimeError, ExhaustedError) as error:
+        if not all_know(error) or engine.lanes == "auto":
             raise
         why = str(error).partition("\n")[0]
     if engine.lanes == 1:

@@ -14,7 +14,7 @@ from jax import Array
 
 from fedsim import lengths, metrics, processes
 from fedsim.core import Batch, Metrics, Params, Tree
-from fedsim.device_memory import exhausted
+from fedsim.device_memory import ExhaustedError, all_fit, all_know
 from fedsim.lanes import Lanes
 from fedsim.lengths import Lengths
 
@@ -99,9 +99,8 @@ def evaluator(
         while True:
             try:
                 return whole(server)
-            except jax.errors.JaxRuntimeError as error:
-                # Of several processes, the others would wait for this one.
-                if not exhausted(error) or processes.several():
+            except (jax.errors.JaxRuntimeError, ExhaustedError) as error:
+                if not all_know(error):
                     raise
                 if size == devices:
                     raise ValueError(
@@ -109,11 +108,12 @@ def evaluator(
                         "--precision bfloat16."
                     ) from error
             half = -(-size // (2 * devices)) * devices
-            warnings.warn(
-                f"Expected batches of {size} examples to fit into the device's memory in evaluation; going on with {half}. "
-                f"--eval-batch {half} starts with that.",
-                stacklevel=2,
-            )
+            if processes.is_first():
+                warnings.warn(
+                    f"Expected batches of {size} examples to fit into the device's memory in evaluation; going on with {half}. "
+                    f"--eval-batch {half} starts with that.",
+                    stacklevel=2,
+                )
             size, whole = half, one_pass(engine, predict, rows, half, texts)
 
     return evaluate
@@ -155,14 +155,17 @@ def one_pass(
             count = classes(server)
             none = np.zeros((devices, count, count), np.int32), np.zeros(devices, np.int32)
             zero.append(Counts(*engine.split(none)))
-        counts = zero[0]
-        parts: list[dict[str, Array]] = []
-        for rows, mask, (_, length) in zip(index, masks, batches, strict=True):
-            jax.block_until_ready(parts[-2:-1])  # so that two batches at most lie on the devices
-            x, y = engine.gather(rows)
-            counts, sums = steps[length](engine.held, server, counts, x, y, mask)
-            parts.append(sums)
-        split, host = processes.fetch((counts, parts))
+
+        def answered() -> tuple[Counts, list[dict[str, Array]]]:
+            counts, parts = zero[0], []
+            for rows, mask, (_, length) in zip(index, masks, batches, strict=True):
+                jax.block_until_ready(parts[-2:-1])  # so that two batches at most lie on the devices
+                x, y = engine.gather(rows)
+                counts, sums = steps[length](engine.held, server, counts, x, y, mask)
+                parts.append(sums)
+            return counts, parts
+
+        split, host = processes.fetch(all_fit(answered))
         confusion, top = split.confusion.sum(axis=0), split.top.sum(axis=0)
         total = sum(len(part) for part, _ in batches)
         scores = {

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedsim import lengths, peft, wire
+from fedsim import lengths, peft, processes, wire
 from fedsim.config import Config, Speed
 from fedsim.host import aligned, zeros
 from fedsim.lengths import Lengths
@@ -32,23 +32,24 @@ def run_stages(
     """Stages start..stop - 1 on every example of x (N, ...), in batches; host arrays, zero where a text has ended.
 
     Args:
-        devices: of this process, over which a batch is split; default: its first.
+        devices: over which a batch is split; default: this process' first. Those of several processes are called by all of
+            them: each computes its share of the examples, and gets the others'.
     """
     run, everywhere, split = program(model, start, stop, devices or jax.local_devices()[:1])
-    held = jax.device_put(jax.tree.map(aligned, frozen), everywhere)
+    held = processes.put(jax.tree.map(aligned, frozen), everywhere)
     texts = lengths.entering(texts, model, start)
     if texts is not None:
         x = texts.cut(x, texts.longest)
     count = jax.tree.leaves(x)[0].shape[0]
     many = len(split.device_set)
-    size = -(-FEATURE_BATCH // many) * many
+    size = -(-FEATURE_BATCH // len(split.addressable_devices)) * many
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((many, *a.shape[1:]), a.dtype), x)
     out = jax.tree.map(lambda a: zeros((count, *a.shape[1:]), a.dtype), jax.eval_shape(run, held, one))
     waiting: deque[tuple[np.ndarray, Any]] = deque()  # so that the host fetches one batch while the next is computed
 
     def receive() -> None:
         rows, part = waiting.popleft()
-        for whole, new in zip(jax.tree.leaves(out), jax.tree.leaves(jax.device_get(part)), strict=True):
+        for whole, new in zip(jax.tree.leaves(out), jax.tree.leaves(processes.fetch(part)), strict=True):
             whole[(rows, *(slice(n) for n in new.shape[1:]))] = new[: len(rows)]
 
     for rows, length in lengths.batches(np.arange(count), size, texts):
@@ -56,7 +57,7 @@ def run_stages(
         part = jax.tree.map(lambda a, batch=batch: a[batch], x)
         if texts is not None and length is not None:
             part = texts.cut(part, length)
-        waiting.append((rows, run(held, jax.device_put(part, split))))
+        waiting.append((rows, run(held, processes.put(part, split))))
         if len(waiting) > 1:
             receive()
     while waiting:

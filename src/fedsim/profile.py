@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,8 @@ def profile(
                 run_round(now)
         result = {
             "schema": 1,
+            "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "command": sys.argv,
             **record.machine(),
             "config": dataclasses.asdict(phase.config),
             "speed": dataclasses.asdict(speed),

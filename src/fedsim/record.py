@@ -184,7 +184,7 @@ def start(directory: Path, config: Config, speed: Speed, more: Mapping[str, Any]
 
 
 def machine() -> dict[str, Any]:
-    """Versions, commit, Python, platform and devices of this process; asks JAX for its devices."""
+    """Versions, commit, Python, platform, processor and devices of this process; asks JAX for its devices."""
     import jax
 
     versions = {}
@@ -197,9 +197,20 @@ def machine() -> dict[str, Any]:
         "git": commit(Path(__file__).parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
         "device": {"platform": jax.default_backend(), "kind": ", ".join(kinds), "count": jax.device_count()},
         "processes": jax.process_count(),
     }
+
+
+def processor() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def commit(source: Path) -> dict[str, Any] | None:

@@ -168,7 +168,7 @@ def test_void_rows_do_not_count() -> None:
     assert [r.system for r in table] == ["fedsim", "flower", "drjax", "torch", "pfl"]
     text = verdicts.markdown({"W2": table})
     assert len(text.splitlines()) == 2 + 5
-    assert "| W2 | flower | 1.40 (1.40-1.40) | 1.40 | 2.0 | 9.0 |  | 500 | 2% | 1.0100 |  |" in text
+    assert "| W2 | flower | 1.40 (1.40-1.40) | 5 | 1.40 | 2.0 | 9.0 |  | 500 | 2% | 1.0100 |  |" in text
     assert all(line.count("|") == len(verdicts.RESULT) + 1 for line in text.splitlines())
     assert "torch void: loss 1.2000" in text and "void: ended instead of 'ready'" in text
     assert said([record("fedsim", [1.0], loss=float("nan")), *others]) == {"all": "not measured"}
@@ -187,8 +187,11 @@ def test_a_row_measured_apart_from_fedsims_is_marked_and_does_not_count() -> Non
     old = record("pfl", [0.4] * 5)  # from before batches were noted
     assert said([ours, other, apart, old]) == {AHEAD: "met", "at least 1x of torch": "met"}
     text = verdicts.markdown({"W2": verdicts.rows([ours, other, apart, old], "W2", 2.0)})
-    assert "| W2 | fedsim | 1.00 (1.00-1.00) | 1.00 | 2.0 | 9.0 | 6.2 | 500 | 2% | 1.0000 | 0123456+ |" in text
-    assert "| W2 | flower (measured apart) | 0.50 (0.50-0.50) |  | " in text and "| W2 | pfl (measured apart) |" in text
+    assert "| W2 | fedsim | 1.00 (1.00-1.00) | 5 | 1.00 | 2.0 | 9.0 | 6.2 | 500 | 2% | 1.0000 | 0123456+ |" in text
+    assert (
+        "| W2 | flower (measured apart) | 0.50 (0.50-0.50) | 5 |  | " in text
+        and "| W2 | pfl (measured apart) |" in text
+    )
     # Two starts of one system, one of them in another measurement than fedsim's: they make one row, which is apart.
     table = verdicts.rows([ours, record("torch", [1.4], batch="b"), record("torch", [1.4], batch="a")], "W2", 2.0)
     assert [r.apart for r in table] == [False, True]
@@ -199,8 +202,8 @@ def test_a_row_measured_apart_from_fedsims_is_marked_and_does_not_count() -> Non
 def test_the_start_of_those_that_start_together_is_marked() -> None:
     records = [record("fedsim", [1.0], together=True), record("torch", [1.0], together=False)]
     text = verdicts.markdown({"W2": verdicts.rows(records, "W2", 2.0)})
-    assert "| W2 | fedsim | 1.00 (1.00-1.00) | 1.00 | 2.0* |" in text
-    assert "| W2 | torch | 1.00 (1.00-1.00) | 1.00 | 2.0 |" in text
+    assert "| W2 | fedsim | 1.00 (1.00-1.00) | 1 | 1.00 | 2.0* |" in text
+    assert "| W2 | torch | 1.00 (1.00-1.00) | 1 | 1.00 | 2.0 |" in text
 
 
 @pytest.mark.slow

@@ -24,7 +24,9 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def few(script: Any, **changes: Any) -> Any:
-    return script.Options(**{"cohorts": (10,), "populations": (100,), "vit_cohorts": (10,), "seen": (1000,), **changes})
+    return script.Options(
+        **{"cohorts": (10,), "populations": (100,), "vit_cohorts": (10,), "seen": (1000,), "turns": 1, **changes}
+    )
 
 
 def test_the_committed_file_is_that_of_the_defaults(script: Any) -> None:
@@ -62,6 +64,30 @@ def test_other_lanes_and_seconds_are_other_cells(script: Any, tmp_path: Path, mo
     assert [command[1] for command in asked] == ["--seconds=0.5"] * 2
     assert len(have) == 7 and len(json.loads(file.read_text())["cells"]) == 7
     assert len(script.chosen(few(script), have)) == 3
+
+
+def test_turns_go_round_all_cells_and_their_medians_count(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    figures = iter([1.0, 10.0, 100.0, 5.0, 50.0, 500.0, 3.0, 30.0, 300.0])
+
+    def run(command: list[str], **_: Any) -> Any:
+        asked.append(command[5])
+        return SimpleNamespace(returncode=0, stdout=json.dumps({"seconds": next(figures)}))
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    monkeypatch.setattr(record, "machine", lambda: {"git": None})
+    file = tmp_path / "cells.json"
+    script.run(few(script), file)
+    script.run(few(script, turns=3), file)  # goes on after the first turn
+    assert asked == ["perceptron", "ViT, LoRA", "memory"] * 3
+    cells = script.read(file)
+    assert [cell["seconds"] for cell in cells.values()] == [[1.0, 5.0, 3.0], [10.0, 50.0, 30.0], [100.0, 500.0, 300.0]]
+    assert [cell["seconds"] for cell in script.chosen(few(script), cells)] == [3.0, 30.0, 300.0]
+    single = {cell: {**found, "seconds": 7.0} for cell, found in cells.items()}  # as in a file without turns
+    assert [script.turns_of(found) for found in single.values()] == [1] * 3
+    assert [script.listed(found["seconds"]) for found in single.values()] == [[7.0]] * 3
 
 
 def test_an_index_beyond_its_limit_is_an_error(script: Any) -> None:

@@ -1,6 +1,7 @@
-"""What `test_processes.py` runs in each of two processes: `python two_processes.py HOST:PORT ID FOLDER`.
+"""What `test_processes.py` runs in each of several processes: `python several_processes.py HOST:PORT PROCESSES ID FOLDER`.
 
-Results go to FOLDER/ID.npz and FOLDER/ID.json; the test compares them with one process.
+Results go to FOLDER/ID.npz and FOLDER/ID.json; the test compares them with one process. More than two processes do the
+engine's part only.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,31 @@ def contract(devices: int | None) -> tuple[dict[str, np.ndarray], list[Any]]:
     arrays = {**processes.fetch(server.params), "visits": rows["visits"], "clients": clients, "loss": loss}
     arrays |= {f"memory {name}": kept for name, kept in rows["last"].items()}
     return arrays, [cohort.traffic() for cohort in done]
+
+
+def frozen_features(devices: Any) -> tuple[np.ndarray, int]:
+    """Features of 300 texts of mixed lengths, and how many rows this process has computed."""
+    from fedsim import features, lengths, peft
+
+    rng, rows, program = np.random.default_rng(0), [], features.program
+    ids = np.where(np.arange(32) < rng.integers(2, 33, (300, 1)), rng.integers(3, 60, (300, 32)), 0).astype(np.int32)
+    model = peft.build("bert_tiny", 3, peft="head")
+    _, frozen = peft.start(model, "random", 0)
+
+    def noted(*args: Any) -> Any:
+        run, *shardings = program(*args)
+
+        def counted(held: Any, x: Any) -> Any:
+            if not isinstance(x, processes.jax.core.Tracer):  # its shapes are asked for first
+                rows.append(sum(shard.data.shape[0] for shard in x.addressable_shards))
+            return run(held, x)
+
+        return counted, *shardings
+
+    features.program = noted
+    found = features.run_stages(model, frozen, ids, 0, model.cut, lengths.measure(ids, 0, 2), devices)
+    features.program = program
+    return found, sum(rows)
 
 
 def refused() -> dict[str, str]:
@@ -74,8 +101,8 @@ def runs(folder: Path) -> dict[str, Any]:
 
     config, speed = fedsim.Config(**OPTIONS), fedsim.Speed(checkpoint_every=2, lanes=2, resident="off")
     whole = fedsim.run(config, speed, out=folder / "whole")
+    exchange = simulate.exchange_round
     if processes.jax.process_index() == 1:
-        exchange = simulate.exchange_round
 
         def interrupted(*args: Any) -> Any:
             if args[3].round == 2:
@@ -88,6 +115,7 @@ def runs(folder: Path) -> dict[str, Any]:
         stop = "never"
     except KeyboardInterrupt as stopped:
         stop = str(stopped)
+    simulate.exchange_round = exchange
     resumed = fedsim.run(resume=folder / "stopped")
     return {
         "stop": stop,
@@ -97,14 +125,53 @@ def runs(folder: Path) -> dict[str, Any]:
     }
 
 
-def main(coordinator: str, number: int, folder: Path) -> None:
-    """Both parts; standard output stays with process 0."""
-    processes.distributed(coordinator, 2, number)
+def short_of_memory(folder: Path) -> dict[str, Any]:
+    """A run in which process 1 alone runs out of memory: in round 3 with two lanes, in evaluation with over ten rows."""
+    import fedsim
+    from fedsim.cohort import Cohort
+    from fedsim.lanes import Lanes
+
+    segment, gather, asked = Cohort._segment, Lanes.gather, []
+
+    def exhausted() -> None:
+        if processes.jax.process_index() == 1:
+            raise processes.jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+
+    def of_round(cohort: Cohort, plan: Any, start: int, programs: Any) -> Any:
+        asked.append((cohort.round, programs.lanes))
+        if cohort.round == 3 and programs.lanes > 1:
+            exhausted()
+        return segment(cohort, plan, start, programs)
+
+    def of_evaluation(engine: Lanes, rows: np.ndarray) -> Any:
+        if rows.ndim == 2 and rows.shape[1] > 10:
+            exhausted()
+        return gather(engine, rows)
+
+    Cohort._segment, Lanes.gather = of_round, of_evaluation
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        run = fedsim.run(fedsim.Config(**OPTIONS), fedsim.Speed(checkpoint_every=2, lanes=2), out=folder / "short")
+    Cohort._segment, Lanes.gather = segment, gather
+    return {
+        "asked": asked,
+        "warned": [str(w.message) for w in warned if "--eval-batch" in str(w.message)],
+        "lines": run.rounds,
+        "parameters": {k: v.tolist() for k, v in run.parameters.items()},
+    }
+
+
+def main(coordinator: str, count: int, number: int, folder: Path) -> None:
+    """All parts; standard output stays with process 0."""
+    processes.distributed(coordinator, count, number)
     arrays, traffic = contract(None)
-    told = {"contract": traffic, "refused": refused(), "runs": runs(folder)}
+    arrays["features"], rows = frozen_features(processes.devices(None))
+    told: dict[str, Any] = {"contract": traffic, "feature rows": rows}
+    if count == 2:
+        told |= {"refused": refused(), "runs": runs(folder), "short": short_of_memory(folder)}
     np.savez(folder / f"{number}.npz", **arrays)
     (folder / f"{number}.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
