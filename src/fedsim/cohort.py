@@ -111,7 +111,8 @@ class Cohort:
             widths=programs.widths,
         )
         slots = self._slots(plan, turn.reports)
-        clock = engine.put(Clock(jnp.int32(self.round), jnp.int32(len(self.done)), jnp.float32(self.lr)))
+        now: tuple[Any, ...] = np.int32(self.round), np.int32(len(self.done)), np.float32(self.lr)
+        clock = engine.put(Clock(*now))
         shared, own, _ = split_message(message)
         shared = engine.put(shared)
         own = engine.split(jax.tree.map(lambda a: self._by_slot(plan, jnp.asarray(a)), own))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
@@ -58,7 +59,12 @@ class State(NamedTuple):
 
 def key_for(root: Array, purpose: str, *numbers: Array | int) -> Array:
     """A key for a named purpose and numbers, independent of lanes, devices and of every other purpose."""
-    key = jax.random.fold_in(root, zlib.crc32(purpose.encode()))
+    return folded_in(root, np.uint32(zlib.crc32(purpose.encode())), *numbers)
+
+
+@partial(jax.jit, inline=True)  # from the host one call, not several for each number
+def folded_in(key: Array, *numbers: Array | int) -> Array:
+    """The key with every number folded in, one after the other."""
     for number in numbers:
         key = jax.random.fold_in(key, number)
     return key
