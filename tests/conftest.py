@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ import jax
 import numpy as np
 import pytest
 
+from fedsim.host import COLLECT
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # XLA's older way to compile element-wise loops takes half the time where nothing is optimised. A flag that XLA does not
@@ -25,6 +28,7 @@ QUICK = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Programs are compiled without most optimisations, which takes less time; the full-size models' have them."""
+    gc.set_threshold(*COLLECT)
     if config.getoption("markexpr") != "reference":
         os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for the processes that tests start
         jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
@@ -48,11 +52,11 @@ def few_programs(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder (FEDSIM_CACHE) of this test session, one for all its processes."""
+    """A cache folder (FEDSIM_CACHE), one for all processes: of this test session, or FEDSIM_TEST_CACHE for several sessions."""
     base = tmp_path_factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         base = base.parent
-    folder = base / "fedsim-cache"
+    folder = Path(os.environ.get("FEDSIM_TEST_CACHE") or base / "fedsim-cache")
     folder.mkdir(exist_ok=True)
     return folder
 
