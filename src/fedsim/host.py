@@ -23,7 +23,7 @@ from fedsim.data.assets import cache_dir
 
 CPU_DEVICES = 2  # measured on two cores (docs/lanes.md); they share backbone and examples
 ALIGNMENT, LARGE = 64, 2**16  # bytes
-COLLECT = 50_000, 20, 50  # thresholds of Python's garbage collector; tracing takes a tenth less time than with (700, 10, 10)
+COLLECT = 50_000, 20, 50  # thresholds of the garbage collector, with which tracing takes a tenth less time
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
