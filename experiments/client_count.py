@@ -263,8 +263,13 @@ def read(file: Path) -> dict[Cell, dict[str, Any]]:
 
 
 def run(o: Options, file: Path) -> dict[Cell, dict[str, Any]]:
-    """Measures the turns of cells that the file does not have, and writes it after each."""
+    """Measures the turns of cells that the file does not have, and writes it after each.
+
+    A cell with too few turns, measured by another commit, starts anew.
+    """
+    git = record.machine()["git"]
     have = {} if o.fresh else read(file)
+    have = {cell: found for cell, found in have.items() if turns_of(found) >= o.turns or found.get("git") == git}
     for turn, cell in itertools.product(range(o.turns), cells(o)):
         if turns_of(have.get(cell)) > turn:
             continue

@@ -128,10 +128,11 @@ def runs(folder: Path) -> dict[str, Any]:
 def short_of_memory(folder: Path) -> dict[str, Any]:
     """A run in which process 1 alone runs out of memory: in round 3 with two lanes, in evaluation with over ten rows."""
     import fedsim
+    from fedsim import simulate
     from fedsim.cohort import Cohort
     from fedsim.lanes import Lanes
 
-    segment, gather, asked = Cohort._segment, Lanes.gather, []
+    segment, gather, exchange, asked, servers = Cohort._segment, Lanes.gather, simulate.exchange_round, [], []
 
     def exhausted() -> None:
         if processes.jax.process_index() == 1:
@@ -148,16 +149,21 @@ def short_of_memory(folder: Path) -> dict[str, Any]:
             exhausted()
         return gather(engine, rows)
 
-    Cohort._segment, Lanes.gather = of_round, of_evaluation
+    def noted(*args: Any) -> Any:
+        server, metrics = exchange(*args)
+        servers.append(server)
+        return server, metrics
+
+    Cohort._segment, Lanes.gather, simulate.exchange_round = of_round, of_evaluation, noted
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         run = fedsim.run(fedsim.Config(**OPTIONS), fedsim.Speed(checkpoint_every=2, lanes=2), out=folder / "short")
-    Cohort._segment, Lanes.gather = segment, gather
+    Cohort._segment, Lanes.gather, simulate.exchange_round = segment, gather, exchange
     return {
         "asked": asked,
         "warned": [str(w.message) for w in warned if "--eval-batch" in str(w.message)],
         "lines": run.rounds,
-        "parameters": {k: v.tolist() for k, v in run.parameters.items()},
+        "own": {k: np.asarray(v).tolist() for k, v in processes.local(servers[-1].params).items()},
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from fedsim import host
+from fedsim.config import Speed
 from fedsim.lanes import Lanes
 
 DIVIDED = """
@@ -143,3 +145,14 @@ def test_an_engine_of_several_host_devices_holds_backbone_and_examples_once() ->
     for kept in (engine.held["w"], engine.x):
         first, second = (shard.data.unsafe_buffer_pointer() for shard in kept.addressable_shards)
         assert first == second
+
+
+def test_the_garbage_collectors_thresholds_are_raised_but_where_somebody_chose_them():
+    before = gc.get_threshold()
+    try:
+        for chosen, found in (((700, 10, 10), host.COLLECT), ((0, 10, 10), (0, 10, 10)), ((9000, 5, 5), (9000, 5, 5))):
+            gc.set_threshold(*chosen)
+            host.tune_host(Speed(compilation_cache=False))
+            assert gc.get_threshold() == found
+    finally:
+        gc.set_threshold(*before)

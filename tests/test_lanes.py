@@ -1,6 +1,7 @@
 """The engine against a client-by-client loop, and its promises: nothing recompiles, nothing empty counts."""
 
 import math
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from fedsim.core import Algorithm, Local, Passes, Reduce, by_examples, mean, sta
 from fedsim.device_memory import Need
 from fedsim.local import fit
 from fedsim.memory import Memory
+from fedsim.programs import key_for
 from fedsim.testing import (
     CHECKS,
     COHORT,
@@ -284,6 +286,15 @@ def test_keys_depend_on_round_and_client_only():
     b = run(counting, problem, ((*COHORT[::-1], 3),), lanes=5, devices=None)[2][0].done[0].info.clients["key"]
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b)[:6][::-1])
     assert len(set(np.asarray(b).tolist())) == 7
+
+
+def test_a_key_folds_in_purpose_and_numbers_one_after_the_other():
+    root = jax.random.key(3)
+    expected = jax.random.fold_in(root, zlib.crc32(b"reduce"))
+    for number in (7, 2):
+        expected = jax.random.fold_in(expected, number)
+    for found in (key_for(root, "reduce", 7, 2), jax.jit(lambda n: key_for(root, "reduce", n, 2))(7)):
+        np.testing.assert_array_equal(jax.random.key_data(found), jax.random.key_data(expected))
 
 
 def test_memory_of_new_and_old_clients():

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fedsim
 import several_processes
 from fedsim import processes, record
 from fedsim.__main__ import main
@@ -94,6 +95,7 @@ def test_three_processes_equal_one_device(folder, environment, monkeypatch, tmp_
     assert [status for status, _, _ in ended] == [0] * 3, "\n".join(error for _, _, error in ended)
     monkeypatch.chdir(folder)
     expected, traffic = several_processes.contract(devices=1)
+    expected["features"], _ = several_processes.frozen_features(None)
     for i in range(3):
         assert json.loads((tmp_path / f"{i}.json").read_text())["contract"] == json.loads(json.dumps(traffic))
         found = np.load(tmp_path / f"{i}.npz")
@@ -111,8 +113,6 @@ def test_both_processes_hold_the_same_bits(told, folder):
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_equals_one(told, folder, monkeypatch):
-    import fedsim
-
     monkeypatch.chdir(folder)
     one = fedsim.run(
         fedsim.Config(**several_processes.OPTIONS), fedsim.Speed(devices=1), out=folder / "one", quiet=True
@@ -145,10 +145,11 @@ def test_memory_that_runs_out_in_one_process_costs_both_half_the_lanes_and_no_re
     assert rounds == [(1, 2), (2, 2), (3, 2), (3, 1), (4, 1)], "(round, lanes)"
     assert [line["bitwise"] for line in first["lines"]] == [True, True, False, False]
     assert first["warned"] and not second["warned"], "process 1 is silent"
-    assert first["parameters"] == second["parameters"] and first["lines"] == second["lines"]
-    whole = record.load(folder / "whole")
+    assert first["own"] == second["own"] and first["asked"] == second["asked"]
+    whole, short = record.load(folder / "whole"), record.load(folder / "short")
     for name, value in whole.parameters.items():
-        np.testing.assert_allclose(np.array(first["parameters"][name]), value, rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(short.parameters[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_array_equal(short.parameters[name], np.array(first["own"][name], np.float32), err_msg=name)
     for a, b in zip(first["lines"], whole.rounds, strict=True):
         assert [a[k] for k in record.INTEGERS] == [b[k] for k in record.INTEGERS]
         assert a["validation"] == pytest.approx(b["validation"], rel=1e-5)
@@ -172,8 +173,6 @@ def test_what_two_processes_are_refused(told):
 @pytest.mark.slow
 def test_checkpoints_of_two_processes_are_refused_by_one(told, folder, monkeypatch):
     """Two devices of one process sum in another way than two processes of one device."""
-    import fedsim
-
     monkeypatch.chdir(folder)
     (folder / "stopped" / record.SUMMARY).unlink()
     with pytest.raises(ValueError, match=r"devices is \d in this run, \[1, 1\] in the checkpoint"):
@@ -204,7 +203,7 @@ def test_other_numbers_of_devices_are_refused(folder, environment):
 
 
 @pytest.mark.slow
-def test_the_command_line_runs_and_resumes(told, folder, environment):
+def test_the_command_line_runs_and_resumes(told, folder, environment, monkeypatch):
     """`fedsim run --distributed` twice: a run, then its resumption, from the folder that process 0 alone has."""
     at = f"127.0.0.1:{free_port()}"
     ended = started(
@@ -219,9 +218,9 @@ def test_the_command_line_runs_and_resumes(told, folder, environment):
     ended = started(pair, folder, environment)
     assert [status for status, _, _ in ended] == [0, 0], "\n".join(error for _, _, error in ended)
     assert ended[0][1].count("Folder: line") == 1
-    one = ["-m", "fedsim", "run", "options.py", "--no-head-baseline", "--local-test", "0.2", "--out", "alone"]
-    assert started([one], folder, environment)[0][0] == 0
-    alone, line = record.load(folder / "alone"), record.load(folder / "line")
+    monkeypatch.chdir(folder)
+    config = fedsim.Config(**several_processes.OPTIONS, local_test=0.2)
+    alone, line = fedsim.run(config, fedsim.Speed(devices=1), out="alone", quiet=True), record.load("line")
     for name in alone.parameters:
         np.testing.assert_allclose(line.parameters[name], alone.parameters[name], rtol=1e-5, atol=1e-6)
     for a, b in zip(alone.clients(), line.clients(), strict=True):

@@ -6,10 +6,11 @@ import math
 import os
 import resource
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 
@@ -122,12 +123,20 @@ def all_fit(compute: Callable[[], T]) -> T:
     """
     if not processes.several():
         return compute()
-    try:
-        return processes.each(lambda: jax.block_until_ready(compute()))
-    except (jax.errors.JaxRuntimeError, ValueError) as error:  # its own, or what another one told
-        if not exhausted(error):
-            raise
-        raise ExhaustedError(str(error).partition("\n")[0]) from error
+
+    def tried() -> tuple[Any, str]:
+        try:
+            return jax.block_until_ready(compute()), ""
+        except jax.errors.JaxRuntimeError as error:
+            if not exhausted(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold arrays, and the next try needs the memory
+            return None, str(error).partition("\n")[0]
+
+    result, why = processes.each(tried)
+    if processes.any_true(bool(why)):
+        raise ExhaustedError(why or "RESOURCE_EXHAUSTED in another process")
+    return result
 
 
 def all_know(error: Exception) -> bool:

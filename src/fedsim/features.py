@@ -45,10 +45,14 @@ def run_stages(
     size = -(-FEATURE_BATCH // len(split.addressable_devices)) * many
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((many, *a.shape[1:]), a.dtype), x)
     out = jax.tree.map(lambda a: zeros((count, *a.shape[1:]), a.dtype), jax.eval_shape(run, held, one))
-    waiting: deque[tuple[np.ndarray, Any]] = deque()  # so that the host fetches one batch while the next is computed
+    waiting: deque[tuple[np.ndarray, Any]] = deque()  # so that the host fetches one batch while the next is computed,
+    ahead = 1 if split.is_fully_addressable else 0  # but where processes gather it, which waits for all devices
 
     def receive() -> None:
         rows, part = waiting.popleft()
+        jax.block_until_ready(
+            part
+        )  # a gathering of host devices may block threads that another of them needs to get there
         for whole, new in zip(jax.tree.leaves(out), jax.tree.leaves(processes.fetch(part)), strict=True):
             whole[(rows, *(slice(n) for n in new.shape[1:]))] = new[: len(rows)]
 
@@ -58,7 +62,7 @@ def run_stages(
         if texts is not None and length is not None:
             part = texts.cut(part, length)
         waiting.append((rows, run(held, processes.put(part, split))))
-        if len(waiting) > 1:
+        if len(waiting) > ahead:
             receive()
     while waiting:
         receive()

@@ -23,7 +23,8 @@ from fedsim.data.assets import cache_dir
 
 CPU_DEVICES = 2  # measured on two cores (docs/lanes.md); they share backbone and examples
 ALIGNMENT, LARGE = 64, 2**16  # bytes
-COLLECT = 50_000, 20, 50  # thresholds of the garbage collector, with which tracing takes a tenth less time
+COLLECT = 50_000, 20, 10  # thresholds of the garbage collector, with which tracing takes a tenth less time
+PYTHONS = 2000  # the most that a Python has for the first of them by itself; more was chosen by somebody
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -37,7 +38,7 @@ def tune_host(speed: Speed) -> None:
     allocates beyond 64 MiB is mapped each time all the same, once for a segment (docs/kernels.md).
     """
     divide_cpu(speed.devices)
-    if gc.get_threshold() == (700, 10, 10):  # Python's own: nobody has chosen another
+    if 0 < gc.get_threshold()[0] <= PYTHONS:
         gc.set_threshold(*COLLECT)
     if speed.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))

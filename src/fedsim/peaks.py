@@ -72,9 +72,12 @@ def share(devices: Sequence[Any]) -> Peak:
     return one._replace(name=f"{one.name}, one of {count} that share it", **limits)
 
 
+PASSES = 16
+
+
 @functools.cache
 def measured(device: Any) -> Peak:
-    """The best of a few matrix products of 1024 x 1024 (of an accelerator, 8192), and of copies of 64 MiB (read and written)."""
+    """The best of a few matrix products of 1024 x 1024 (of an accelerator, 8192), and of passes over 64 MiB (read and written)."""
     import jax
     import jax.numpy as jnp
 
@@ -87,9 +90,13 @@ def measured(device: Any) -> Peak:
             seconds.append(time.perf_counter() - start)
         return min(seconds)
 
-    product, copy = jax.jit(jnp.matmul), jax.jit(lambda a: -a)
+    def copies(count: int, a: jax.Array) -> jax.Array:
+        """Passes over an array in its place: a program's new result has pages that a CPU first has to map."""
+        return jax.lax.fori_loop(0, count, lambda _, a: -a, a)
+
+    product, copy = jax.jit(jnp.matmul), jax.jit(copies)
     size = 1024 if device.platform == "cpu" else 8192  # smaller ones are over before an accelerator is busy
     with jax.default_device(device):
         rates = {t: 2 * size**3 / best(product, *[jnp.ones((size, size), t)] * 2) for t in (jnp.bfloat16, jnp.float32)}
-        moved = 2 * 64 * 2**20 / best(copy, jnp.ones((64 * 2**18,), jnp.float32))
+        moved = PASSES * 2 * 64 * 2**20 / best(copy, PASSES, jnp.ones((64 * 2**18,), jnp.float32))
     return Peak(f"{device.device_kind} here", rates[jnp.bfloat16], rates[jnp.float32], moved, "measured")
