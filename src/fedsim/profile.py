@@ -188,7 +188,7 @@ def profile(
         result = {
             "schema": 1,
             "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "command": sys.argv,
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             **record.machine(),
             "config": dataclasses.asdict(phase.config),
             "speed": dataclasses.asdict(speed),
