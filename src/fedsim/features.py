@@ -50,9 +50,7 @@ def run_stages(
 
     def receive() -> None:
         rows, part = waiting.popleft()
-        jax.block_until_ready(
-            part
-        )  # a gathering of host devices may block threads that another of them needs to get there
+        jax.block_until_ready(part)  # gathering, host devices may block threads that another one still needs
         for whole, new in zip(jax.tree.leaves(out), jax.tree.leaves(processes.fetch(part)), strict=True):
             whole[(rows, *(slice(n) for n in new.shape[1:]))] = new[: len(rows)]
 
