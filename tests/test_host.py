@@ -70,6 +70,7 @@ def test_a_nested_program_takes_no_longer_than_it_took() -> None:
     assert 0 < clock.seconds - before <= time.perf_counter() - start
 
 
+@pytest.mark.slow
 def test_devices_divide_a_cpu_and_a_resumed_run_has_as_many(
     tmp_path: Path, environment: dict[str, str], blobs: Callable[..., Path]
 ) -> None:
@@ -88,7 +89,8 @@ def test_devices_divide_a_cpu_and_a_resumed_run_has_as_many(
     assert fresh(RESUMED) == ["3"]
 
 
-@pytest.mark.parametrize("algorithm", ["fed_sa_lora", pytest.param("flora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["fed_sa_lora", "flora"])
 def test_no_program_of_a_run_makes_host_devices_wait_for_each_other(
     tmp_path: Path, environment: dict[str, str], blobs: Callable[..., Path], algorithm: str
 ) -> None:

@@ -63,6 +63,7 @@ def test_it_sends_what_a_trained_round_sends(config: Config, tmp_path: Path, cha
     assert run.rounds[0]["setup_bytes"] == 8 * parts[0].setup
 
 
+@pytest.mark.slow
 def test_lanes_that_do_not_fit_in_a_phase_are_refused_before_the_first(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
