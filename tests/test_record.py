@@ -192,6 +192,7 @@ def test_config_json_tells_what_ran_and_where(tmp_path: Path) -> None:
     assert {"jax", "flax", "optax", "orbax-checkpoint", "numpy"} <= set(about["versions"])
     assert about["device"]["platform"] == "cpu"
     assert about["device"]["count"] >= 1
+    assert about["cores"] == os.cpu_count() and isinstance(about["processor"], str)
     assert about["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
     assert about["started"].startswith("20")
 

@@ -85,6 +85,10 @@ def test_turns_go_round_all_cells_and_their_medians_count(
     cells = script.read(file)
     assert [cell["seconds"] for cell in cells.values()] == [[1.0, 5.0, 3.0], [10.0, 50.0, 30.0], [100.0, 500.0, 300.0]]
     assert [cell["seconds"] for cell in script.chosen(few(script), cells)] == [3.0, 30.0, 300.0]
+    monkeypatch.setattr(record, "machine", lambda: {"git": {"commit": "later"}})
+    figures = iter([2.0] * 12)
+    script.run(few(script, turns=4), file)  # one turn more is asked for, of other code: all four are measured
+    assert [cell["seconds"] for cell in script.read(file).values()] == [[2.0] * 4] * 3
     single = {cell: {**found, "seconds": 7.0} for cell, found in cells.items()}  # as in a file without turns
     assert [script.turns_of(found) for found in single.values()] == [1] * 3
     assert [script.listed(found["seconds"]) for found in single.values()] == [[7.0]] * 3
