@@ -32,15 +32,18 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from fedsim import build, data, plan, plots, record
-from fedsim.cohort import Cohort
+from fedsim import data, record
 from fedsim.config import Config, Speed
 from fedsim.core import Population
-from fedsim.data.dataset import stream
 from fedsim.data.partition.index import by_size
-from fedsim.host import tune_host
-from fedsim.memory import Memory
-from fedsim.programs import key_for
+from fedsim.engine import plan
+from fedsim.engine.client_memory import Memory
+from fedsim.engine.cohort import Cohort
+from fedsim.engine.host import tune_host
+from fedsim.engine.keys import key_for
+from fedsim.randomness import stream
+from fedsim.report import plots
+from fedsim.simulation import build
 
 ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES = ROOT / "experiments" / "results", ROOT / "docs" / "images"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedsim.core import Algorithm, Cohort, Metrics, Params, Task, Tree, mean
-from fedsim.local import fit
+from fedsim.training.local import fit
 
 
 class Server(NamedTuple):

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from fedsim.host import COLLECT
+from fedsim.engine.host import COLLECT
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -41,7 +41,7 @@ def few_programs(request: pytest.FixtureRequest) -> Iterator[None]:
 
     Afterwards a module's programs are forgotten: they are of no use to the next one, and a whole run of them takes 5 GB.
     """
-    from fedsim import packing
+    from fedsim.engine import packing
 
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__.rpartition(".")[2] not in ("test_packing", "test_widths"):

@@ -19,9 +19,10 @@ import pytest
 import tyro
 
 import fedsim
-from fedsim import __main__ as cli
-from fedsim import algorithms, data, profile
+from fedsim import algorithms, data
+from fedsim.cli import main as cli
 from fedsim.config import main_job
+from fedsim.profiling import profile
 from fedsim.record import Run
 
 ROOT = Path(__file__).parents[1]

@@ -314,7 +314,7 @@ def source() -> dict[str, Any]:
     """fedsim's commit, and whether its source has been changed since; empty outside of a checkout."""
     from fedsim import record
 
-    return record.commit(Path(record.__file__).parent) or {}
+    return record.commit() or {}
 
 
 def versions(env: str | None) -> dict[str, str]:

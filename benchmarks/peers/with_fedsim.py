@@ -21,14 +21,14 @@ from safetensors.numpy import save_file
 from workloads import LORA_SCALE, RANK, Workload
 
 import fedsim
-from fedsim import build, simulate
 from fedsim.backbones import BACKBONES, Row, bert_row, vit_row
 from fedsim.backbones.bert import BertConfig
-from fedsim.cohort import Cohort, Memory
 from fedsim.config import Config, Speed
 from fedsim.data.partition import Partition
-from fedsim.host import tune_host
-from fedsim.programs import key_for
+from fedsim.engine.cohort import Cohort, Memory
+from fedsim.engine.host import tune_host
+from fedsim.engine.keys import key_for
+from fedsim.simulation import build, simulate
 
 TRANSFORMER = "transformer_of_peers"  # the name of the workload's ViT or BERT in the table of backbones
 PATHS = {

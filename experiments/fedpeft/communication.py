@@ -19,7 +19,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from fedsim import cost
+from fedsim.cli import cost
 from fedsim.config import Config
 
 CLASSES = {"CIFAR-100": 100, "Resisc45": 45, "PCam": 2}

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from rows import header
 from running import Experiment, method_config
 
-from fedsim import build, peft
+from fedsim import peft
 from fedsim.config import Config
-from fedsim.flops import forward_flops, training_flops
+from fedsim.peft.flops import forward_flops, training_flops
+from fedsim.simulation import build
 
 DEVICE, PEAK, UTILISATION = "A100", 312e12, 0.30  # bfloat16 without sparsity, NVIDIA's data sheet; the share is assumed
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fedsim import plots
+from fedsim.report import plots
 
 
 def at_bytes(curve: Sequence[Sequence[Any]], budget: int) -> float | None:

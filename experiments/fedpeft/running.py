@@ -18,12 +18,14 @@ import numpy as np
 from rows import rows
 
 import fedsim
-from fedsim import build, record, simulate
-from fedsim.build import Problem
+from fedsim import record
 from fedsim.config import Config, Data, Speed
 from fedsim.data import partition
-from fedsim.data.dataset import Dataset, stream
-from fedsim.host import tune_host
+from fedsim.data.dataset import Dataset
+from fedsim.engine.host import tune_host
+from fedsim.randomness import stream
+from fedsim.simulation import build, simulate
+from fedsim.simulation.build import Problem
 
 
 class Experiment(NamedTuple):

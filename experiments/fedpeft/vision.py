@@ -26,11 +26,12 @@ import tyro
 from rows import header
 from running import finished, search
 
-from fedsim import build, record, simulate
-from fedsim.build import Problem
+from fedsim import record
 from fedsim.config import Config, Speed
-from fedsim.evaluate import evaluator
-from fedsim.host import tune_host
+from fedsim.engine.host import tune_host
+from fedsim.evaluation.evaluate import evaluator
+from fedsim.simulation import build, simulate
+from fedsim.simulation.build import Problem
 
 RESULTS = Path(__file__).parents[1] / "results"
 

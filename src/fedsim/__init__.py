@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedsim.backbones.own import Backbone as Backbone
-    from fedsim.cohort import Cohort as Cohort
     from fedsim.config import Config as Config
     from fedsim.config import Speed as Speed
     from fedsim.config import main_job as main_job
@@ -27,27 +26,28 @@ if TYPE_CHECKING:
     from fedsim.core import mean as mean
     from fedsim.core import stack as stack
     from fedsim.data.arrays import arrays as arrays
-    from fedsim.local import fit as fit
-    from fedsim.processes import distributed as distributed
-    from fedsim.record import load as load
-    from fedsim.report import compare as compare
-    from fedsim.simulate import run as run
-    from fedsim.testing import check_algorithm as check_algorithm
+    from fedsim.engine.cohort import Cohort as Cohort
+    from fedsim.engine.processes import distributed as distributed
+    from fedsim.report.tables import compare as compare
+    from fedsim.simulation.loaded import load as load
+    from fedsim.simulation.simulate import run as run
+    from fedsim.testing.contract import check_algorithm as check_algorithm
+    from fedsim.training.local import fit as fit
     from fedsim.wire import Packet as Packet
     from fedsim.wire import PerClient as PerClient
 
 _HOME = {
     "fedsim.backbones.own": ("Backbone",),
-    "fedsim.cohort": ("Cohort",),
+    "fedsim.engine.cohort": ("Cohort",),
     "fedsim.config": ("Config", "Speed", "main_job"),
     "fedsim.core": ("Algorithm", "Batch", "Client", "Info", "Local", "Passes", "Reduce", "Task", "mean", "stack"),
     "fedsim.data.arrays": ("arrays",),
-    "fedsim.local": ("fit",),
-    "fedsim.processes": ("distributed",),
-    "fedsim.record": ("load",),
-    "fedsim.report": ("compare",),
-    "fedsim.simulate": ("run",),
-    "fedsim.testing": ("check_algorithm",),
+    "fedsim.training.local": ("fit",),
+    "fedsim.engine.processes": ("distributed",),
+    "fedsim.simulation.loaded": ("load",),
+    "fedsim.report.tables": ("compare",),
+    "fedsim.simulation.simulate": ("run",),
+    "fedsim.testing.contract": ("check_algorithm",),
     "fedsim.wire": ("Packet", "PerClient"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fedsim import peft, precision
-from fedsim.backbones import attention, gpu, kernels
+from fedsim import peft
+from fedsim.backbones import attention, forms, gpu, kernels
 from fedsim.backbones.layers import Attention
+from fedsim.peft import precision
 
 RNG = np.random.default_rng(0)
 
@@ -77,7 +78,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value).astype(jnp.bfloat16)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", computed)
-    monkeypatch.setattr(kernels, "has_cuda", lambda: True)
+    monkeypatch.setattr(forms, "has_cuda", lambda: True)
     return asked
 
 
@@ -128,7 +129,7 @@ def test_a_token_that_is_added_is_seen_by_none(
 
     on_gpu = found()
     assert stand_in and all(one["lengths"] == bool(tokens % 2) for one in stand_in)
-    monkeypatch.setattr(kernels, "has_cuda", lambda: False)
+    monkeypatch.setattr(forms, "has_cuda", lambda: False)
     close(on_gpu, found(), 2e-2)
 
 
@@ -164,5 +165,5 @@ def test_whole_models_have_the_same_gradients(
 
     on_gpu = found()
     assert stand_in
-    monkeypatch.setattr(kernels, "has_cuda", lambda: False)
+    monkeypatch.setattr(forms, "has_cuda", lambda: False)
     close(on_gpu, found(), 3e-2)

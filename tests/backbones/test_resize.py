@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedsim import build, peft
+from fedsim import peft
 from fedsim.backbones import row
 from fedsim.backbones.images import Pixels, prepare
 from fedsim.config import Config
+from fedsim.simulation import build
 
 TENSORFLOW = Path(__file__).parents[1] / "fixtures" / "backbones" / "resize.npz"
 METHODS: tuple[Literal["bilinear", "bicubic"], ...] = ("bilinear", "bicubic")

@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "accelerators"))
     for name in ("report", "accelerator"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module("accelerator")

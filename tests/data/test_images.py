@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 import fedsim
-from fedsim import __main__ as cli
 from fedsim import data, peft
 from fedsim.backbones.images import IMAGENET, IMAGENET_PIXELS, prepare
+from fedsim.cli import main as cli
 from fedsim.config import Config
 from fedsim.data import assets, images
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import fedsim
-from fedsim import __main__ as cli
 from fedsim import data
+from fedsim.cli import main as cli
 from fedsim.config import Config
 from fedsim.data.dataset import Columns
 from fedsim.data.tfds import prepare, read_tfds, stacked

@@ -23,8 +23,9 @@ from make_fixtures import augreg, torch_images
 from reference_libraries import timm, torchvision
 from safetensors.torch import save_file
 
-from fedsim import export, peft
+from fedsim import peft
 from fedsim.backbones.load import load
+from fedsim.peft import export
 
 pytestmark = pytest.mark.reference
 TOLERANCE = 1e-4
@@ -217,11 +218,10 @@ def test_peft_round_trip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fixture: str, options: dict[str, bool]
 ) -> None:
     """Our LoRA in the real `peft`, on the reference model: the same logits; saved by `peft` and read again: the same leaves."""
-    from peft import PeftModel
-
     from fedsim.backbones import BACKBONES, Row, bert_row
     from fedsim.backbones.bert import BertConfig
     from fedsim.backbones.vit import Vit, VitConfig
+    from peft import PeftModel
 
     folder = Path(__file__).parents[1] / "fixtures" / "backbones" / fixture
     rows = {

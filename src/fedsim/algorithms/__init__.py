@@ -7,13 +7,13 @@ from pathlib import Path
 
 from fedsim import own
 from fedsim.algorithms.fed_avg import fed_avg, fed_prox
-from fedsim.algorithms.fed_ex_lora import fed_ex_lora
-from fedsim.algorithms.fed_it import fed_it
-from fedsim.algorithms.fed_sa_lora import fed_sa_lora
-from fedsim.algorithms.ffa_lora import ffa_lora
-from fedsim.algorithms.flex_lora import flex_lora
-from fedsim.algorithms.flora import flora
-from fedsim.algorithms.het_lora import het_lora
+from fedsim.algorithms.lora.fed_ex_lora import fed_ex_lora
+from fedsim.algorithms.lora.fed_it import fed_it
+from fedsim.algorithms.lora.fed_sa_lora import fed_sa_lora
+from fedsim.algorithms.lora.ffa_lora import ffa_lora
+from fedsim.algorithms.lora.flex_lora import flex_lora
+from fedsim.algorithms.lora.flora import flora
+from fedsim.algorithms.lora.het_lora import het_lora
 from fedsim.config import nearest, parse_call
 from fedsim.core import Algorithm, Task
 

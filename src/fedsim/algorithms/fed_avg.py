@@ -16,7 +16,7 @@ import optax
 from jax import Array
 
 from fedsim.core import Algorithm, Cohort, Metrics, Params, Task, Tree, mean
-from fedsim.local import Penalty, fit, proximal
+from fedsim.training.local import Penalty, fit, proximal
 
 
 class Server(NamedTuple):

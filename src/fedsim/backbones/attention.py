@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fedsim.backbones.kernels import takes, wide
+from fedsim.backbones.forms import takes, wide
 
 FEW = 16  # queries up to which the scores are small anyway
 MOST_DEPTH, EIGHT = 128, 8  # of cuDNN's heads; their depths are multiples of eight

@@ -15,17 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fedsim.backbones.kernels import gelu
-from fedsim.backbones.layers import (
-    MLP,
-    Attention,
-    Embedding,
-    LayerNorm,
-    Linear,
-    Shape,
-    Stage,
-    append,
-    append_true,
-)
+from fedsim.backbones.layers import MLP, Attention, Embedding, LayerNorm, Linear, Shape, Stage, append, append_true
 
 
 @dataclass(frozen=True)

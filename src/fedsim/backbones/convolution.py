@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 
-from fedsim.backbones.kernels import wide
+from fedsim.backbones.forms import wide
 from fedsim.backbones.layers import param
 
 

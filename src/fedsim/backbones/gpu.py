@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import layout
 
-from fedsim.backbones.kernels import wide
+from fedsim.backbones.forms import wide
 
 
 def by_rows(x: jax.Array) -> jax.Array:

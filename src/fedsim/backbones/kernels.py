@@ -12,29 +12,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-GPU_FORMS = {"attention", "bias", "norm"}
-"""What is computed in a form of its own on an NVIDIA GPU (`attention.py`, `gpu.py`); fewer of them to measure without."""
-
-
-def takes(form: str) -> bool:
-    """Whether this process computes that in its form for NVIDIA GPUs of Ampere or later."""
-    return form in GPU_FORMS and has_cuda()
-
-
-@functools.cache
-def has_cuda() -> bool:
-    """Whether JAX's first device is such a GPU."""
-    device = jax.devices()[0]
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
-        return False
-    return tuple(map(int, device.compute_capability.split("."))) >= (8, 0)
+from fedsim.backbones import gpu
+from fedsim.backbones.forms import takes, wide
 
 
 def plus(y: jax.Array, bias: jax.Array) -> jax.Array:
     """y (..., F) + bias (F,)."""
     if takes("bias"):
-        from fedsim.backbones import gpu
-
         return gpu.plus(y, bias)
     return y + bias
 
@@ -42,15 +26,8 @@ def plus(y: jax.Array, bias: jax.Array) -> jax.Array:
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
     """x (..., D) with mean 0 and variance 1 over D, times scale (D,), plus bias (D,); in float32, returned in x's dtype."""
     if takes("norm"):
-        from fedsim.backbones import gpu
-
         return gpu.layer_norm(x, scale, bias, eps)
     return (normalise(x, eps) * wide(scale) + wide(bias)).astype(x.dtype)
-
-
-def wide(x: jax.Array) -> jax.Array:
-    """x in float32 where its own dtype is narrower."""
-    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 
 def normal_cdf(x: jax.Array) -> jax.Array:

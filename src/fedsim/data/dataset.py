@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedsim.config import nearest
+from fedsim.randomness import stream
 
 TEST_SHARE = 0.2  # of all rows, where a set has no test split of its own
 
@@ -69,11 +70,6 @@ class Dataset(NamedTuple):
     kind: str  # "text", "image" or "array"
     licence: str
     natural: dict[str, np.ndarray]  # natural keys of rows (author, domain ...), each (N,); may be empty
-
-
-def stream(seed: int, purpose: str) -> np.random.Generator:
-    """A generator that depends on the seed and a named purpose only."""
-    return np.random.default_rng([seed, *purpose.encode()])
 
 
 def divide(

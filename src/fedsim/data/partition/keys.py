@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedsim.data.dataset import stream
 from fedsim.data.partition.index import Partition, by_owner, by_size
 from fedsim.data.partition.sizes import apportioned, equal
+from fedsim.randomness import stream
 
 
 def natural(rows: np.ndarray, keys: np.ndarray, clients: int, min_size: int, seed: int) -> Partition:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedsim.data.dataset import stream
 from fedsim.data.partition.index import Partition, by_owner
 from fedsim.data.partition.sizes import apportioned, equal, require_rows
+from fedsim.randomness import stream
 
 CLIENTS_AT_ONCE = 2**16  # bounds what a draw for all clients holds in memory
 

@@ -7,8 +7,8 @@ import heapq
 import numpy as np
 
 from fedsim.config import size_law
-from fedsim.data.dataset import stream
 from fedsim.data.partition.index import Partition, by_size
+from fedsim.randomness import stream
 
 
 def iid(rows: np.ndarray, clients: int, seed: int) -> Partition:

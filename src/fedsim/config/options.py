@@ -1,0 +1,304 @@
+"""Everything that can be set, as frozen dataclasses: what is simulated (`Config`) apart from how fast (`Speed`).
+
+No JAX here, so that `fedsim --help` and every check of the options are immediate. `Config` is flat in Python
+(`Config(peft="lora", rank=4)`) and on the command line (`--peft lora --rank 4`); its base classes only group the
+options for the reader and for `--help`. Values that come from a library are written as a call in a string: any optax
+optimizer as `"adamw(weight_decay=0.01)"`, any optax schedule as `"cosine_decay_schedule(1.0, 20)"`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fedsim.config.checks import PartitionLaw, check, one_of, positive, require_known
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is learned from, and how it is spread over the clients."""
+
+    dataset: str = "20newsgroups"
+    """Packaged name (`fedsim data list`), `tfds:NAME`, `hf:NAME`, a folder of images by class, a file (.csv, .jsonl,
+    .parquet, .npz), or `arrays` for those given to `fedsim.run` (docs/data.md)."""
+    accept_licence: str | None = None
+    """Name of a licence that you accept; some packaged sets are neither fetched nor read without it."""
+    data_dir: str | None = None
+    """Where TFDS looks for prepared sets (default: TFDS' own)."""
+    text_column: str = "text"
+    """Column or feature with the input: of a table its text; a TFDS set's `image` is found by itself."""
+    label_column: str = "label"
+    """Column or feature with the class."""
+    client_column: str | None = None
+    """Column or feature that names the client of an example (author, writer, episode), for a partition by clients."""
+    domain_column: str | None = None
+    """Column or feature that names the domain of an example (camera, hospital), for `partition=domain`."""
+    image_store: int | None = None
+    """Side to which images are resized once, when they are read: the shorter side, then the centre is cut out (default:
+    they stay as they are, and must be of one size)."""
+    tokens: int = 32
+    """Length to which texts are cut or padded, special tokens included."""
+    validation: float = 0.1
+    """Share of the training examples held out for every choice (where the set has no validation split)."""
+    examples: int | None = None
+    """Keep only this many training examples, drawn by seed (default: all)."""
+    clients: int = 100
+    """Number of clients N."""
+    partition: PartitionLaw = "dirichlet"
+    """How training examples go to clients (docs/partitions.md): by label, by size, by the set's own key (`natural`: its
+    clients; `domain`: each client in one domain, such as ELPV's two cell types), or at random."""
+    alpha: float = 0.3
+    """Concentration of the Dirichlet partitions over labels; smaller is more skewed."""
+    classes_per_client: int = 2
+    """Shards of a client under `shards`, and the most classes that it can have."""
+    size_law: str = "lognormal(sigma=1.0)"
+    """Sizes of clients under `quantity`: `"lognormal(sigma=1.0)"`, or `"power(exponent=1.5)"` of a client's rank."""
+    min_size: int = 8
+    """Every client has at least this many examples, those of its local test set included; 0 allows empty clients."""
+    local_test: float = 0.0
+    """Share of each client's examples that is held out as its own test set and never trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The frozen backbone and the small part of it that is trained and travels."""
+
+    backbone: str = "minilm_l6"
+    """Name of a backbone (`fedsim list backbones`), or `file.py:name` of your own (docs/own_model.md)."""
+    weights: str | None = None
+    """File, directory or hub name with its checkpoint; `random` for none (default: the packaged weights)."""
+    pool: Literal["mean", "cls", "pooler"] | None = None
+    """Features of a transformer that the head reads (default: the backbone's own)."""
+    image_size: int | None = None
+    """Side to which images are resized inside the backbone (default: as they are)."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How images are resized; both are antialiased when the image shrinks."""
+    peft: str = "lora"
+    """What is trained beside the classification head (`fedsim list peft`), parts joined by `+`; `full` is everything,
+    `head` nothing else."""
+    rank: int = 8
+    """LoRA rank r."""
+    lora_alpha: float = 16.0
+    """LoRA scale is lora_alpha / rank."""
+    targets: tuple[str, ...] = ("query", "value")
+    """Linear layers that LoRA adapts: path patterns, `*` allowed."""
+    rslora: bool = False
+    """LoRA scale is lora_alpha / sqrt(rank)."""
+    dora: bool = False
+    """LoRA with a trained length per output of the adapted matrix."""
+    adapter: Literal["single", "houlsby", "parallel"] = "single"
+    """Adapters: one per block after its MLP, two per block (after attention too), or one beside the MLP (AdaptFormer)."""
+    adapter_width: int = 8
+    """Width of an adapter's bottleneck."""
+    prompt_tokens: int = 10
+    """Trained tokens of a prompt."""
+    prompt_depth: Literal["deep", "shallow"] = "deep"
+    """A prompt of its own for every block, or one that enters the first block and stays."""
+    prefix_tokens: int = 10
+    """Trained keys and values in every attention."""
+    bias_patch: bool = True
+    """Whether `bias` trains the bias of the patch embedding too."""
+    last_blocks: int = 1
+    """Blocks at the top that `last_k` trains."""
+    head_rounds: int = 0
+    """Rounds at the start that train the head alone, from cached features, before the PEFT part joins (LP-FT)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Rounds, cohorts and both optimizers."""
+
+    algorithm: str = "fed_avg"
+    """Name (`fedsim list algorithms`) or `file.py:function`, with options as a call: `"fed_prox(mu=0.1)"`."""
+    rounds: int = 20
+    """Communication rounds in all, head_rounds included."""
+    clients_per_round: int = 10
+    """Cohort size M, drawn without replacement."""
+    epochs: int = 1
+    """Passes of a client over its examples in a round."""
+    steps: int | None = None
+    """Exact number of local steps instead of epochs."""
+    batch_size: int = 8
+    """Examples in a local step."""
+    augment: tuple[str, ...] = ()
+    """Random changes of images in training: `flip`, `"crop(padding=4)"`, `"resized_crop(scale=0.08)"`, in this order."""
+    optimizer: str = "adam"
+    """Clients' optax optimizer, as a name or a call: `"sgd(momentum=0.9)"`."""
+    lr: float = 2e-3
+    """Clients' learning rate in round 1."""
+    lr_schedule: str = "constant_schedule(1.0)"
+    """optax schedule over rounds; multiplies lr."""
+    head_lr: float | None = None
+    """Clients' learning rate in the head_rounds (default: lr)."""
+    server_optimizer: str = "sgd"
+    """Server's optax optimizer on the mean update; `sgd` with server_lr 1 is plain FedAvg."""
+    server_lr: float = 1.0
+    """Server's learning rate."""
+    server_lr_schedule: str = "constant_schedule(1.0)"
+    """optax schedule over rounds; multiplies server_lr."""
+    weighting: Literal["examples", "uniform"] = "examples"
+    """Weight of a client in the mean."""
+    codec_up: Literal["none", "bfloat16", "float16"] = "none"
+    """What clients' messages are cast to on the wire."""
+    codec_down: Literal["none", "bfloat16", "float16"] = "none"
+    """What the server's messages are cast to on the wire."""
+    seed: int = 0
+    """Seed of everything: partition, cohorts, batches, initial values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """Which clients take part and how long it takes them (docs/network.md); laws are numbers, `uniform(5, 50)`,
+    `lognormal(median=20, sigma=0.5)` or `choice(5, 20, 100)`, drawn once for each client."""
+
+    availability: str = "always"
+    """Who can be reached in a round: `always`, `"bernoulli(p=0.8)"`, `"diurnal(period=24, peak=0.9, low=0.1)"` (a wave
+    over rounds, each client with a phase of its own), or a .csv trace with columns client, start, end (rounds)."""
+    dropout: float = 0.0
+    """Probability that a client of the cohort drops out in mid-round: its download is paid, nothing returns."""
+    over_selection: float = 1.0
+    """Invite this many times clients_per_round; the first clients_per_round that report count."""
+    deadline: float | None = None
+    """Simulated seconds after which a round ends."""
+    late: Literal["discard", "partial"] = "discard"
+    """Clients that cannot be ready by the deadline are left out, or report after the local steps that fit."""
+    download: str | None = None
+    """Law of the clients' bandwidth from the server in Mbit/s (default: takes no time)."""
+    upload: str | None = None
+    """Law of the clients' bandwidth to the server in Mbit/s (default: takes no time)."""
+    latency: str | None = None
+    """Law of the time of every message on its way in ms (default: none)."""
+    compute: str | None = None
+    """Law of the clients' local steps per second (default: take no time)."""
+    device_table: str | None = None
+    """A .csv with a row for each client: client, and any of download, upload, latency, compute instead of their laws."""
+
+    @property
+    def timed(self) -> bool:
+        """Whether anything takes simulated time."""
+        return any((self.download, self.upload, self.latency, self.compute, self.device_table))
+
+    @property
+    def traced(self) -> bool:
+        """Whether a file says who can be reached."""
+        return self.availability.lower().endswith(".csv")
+
+    @property
+    def reliable(self) -> bool:
+        """Whether every client takes part and nothing takes simulated time."""
+        return self.availability == "always" and not self.dropout and self.over_selection == 1 and not self.timed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """When to look at the validation set, and when to stop."""
+
+    eval_every: int = 1
+    """Rounds between evaluations on the validation set; the last round is always evaluated. The test set is read once, at the end."""
+    target_accuracy: float | None = None
+    """Stop once the validation accuracy reaches this."""
+    personal_epochs: int = 0
+    """At the end also tune the global model on each client's own examples, this many epochs, before its local test."""
+    personal_lr: float | None = None
+    """Learning rate of that tuning (default: lr)."""
+    eval_clients: int = 1000
+    """Most clients whose local tests (`local_test`) are read at the end; more are drawn by seed."""
+    patience: int | None = None
+    """Stop after this many evaluations without a better validation accuracy (default: never)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Data, Model, Training, Network, Evaluation):
+    """What is simulated. Two runs with equal `Config` and `Speed` on the same machine give the same bits."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with some options changed; checked like a new one.
+
+        Raises:
+            ValueError: an unknown option (the nearest ones are named) or an impossible value.
+        """
+        require_known(changes, [f.name for f in dataclasses.fields(self)], "option")
+        return dataclasses.replace(self, **changes)
+
+    def hash(self) -> str:
+        """First 12 hex digits of the SHA-256 of the canonical JSON of all options."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast it is simulated: no option here but the precision changes a result beyond float summation order."""
+
+    lanes: int | Literal["auto"] = "auto"
+    """Clients that train side by side on one device."""
+    devices: int | None = None
+    """Local devices to use (default: all). A CPU is divided into so many, which share its cores (default: two)."""
+    parallel: Literal["shard_map", "pmap"] = "shard_map"
+    """How lanes are spread over devices."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward and backward pass; trained parameters, optimizers, messages and losses are float32 in both."""
+    remat: Literal["none", "blocks", "dots"] = "none"
+    """What the backward pass computes again to save memory: nothing, all within a block, all but products with weights."""
+    resident: Literal["auto", "on", "off"] = "auto"
+    """Keep the examples on the device; off leaves them on the host, from which batches are sent ahead of their use."""
+    cache: Literal["auto", "on", "off"] = "auto"
+    """Compute the frozen layers below the first trained one once and keep their output as the data set."""
+    segment_steps: int | Literal["auto"] = "auto"
+    """Steps of the plan that one call of the compiled program runs."""
+    length_buckets: int = 4
+    """Lengths for which programs over texts are compiled at most, so that short texts do not pay for long ones."""
+    eval_batch: int | Literal["auto"] = "auto"
+    """Examples in one evaluation step (auto: 64 on a CPU, whose caches a larger one leaves, 256 elsewhere)."""
+    checkpoint_every: int = 5
+    """Rounds between checkpoints; the last round is always saved."""
+    compilation_cache: bool = True
+    """Keep compiled programs on disk between runs."""
+
+    def __post_init__(self) -> None:
+        positive(lanes=self.lanes, devices=self.devices, segment_steps=self.segment_steps)
+        positive(eval_batch=self.eval_batch, checkpoint_every=self.checkpoint_every, length_buckets=self.length_buckets)
+        one_of(("shard_map", "pmap"), parallel=self.parallel)
+        one_of(("auto", "on", "off"), cache=self.cache, resident=self.resident)
+        one_of(("float32", "bfloat16"), precision=self.precision)
+        one_of(("none", "blocks", "dots"), remat=self.remat)
+
+
+GROUPS: tuple[type, ...] = (Data, Model, Training, Network, Evaluation)
+
+RELIABLE: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Network)}  # all are there, nothing takes time
+
+# What `fedsim run` does without an option: head first from cached features, then LoRA in the upper third of MiniLM, whose
+# lower four blocks are evaluated once per text (experiments/main_job.py has time and result).
+MAIN_JOB: dict[str, Any] = {
+    "targets": ("blocks/[45]/attention/query", "blocks/[45]/attention/value", "blocks/[45]/mlp/*"),
+    "head_rounds": 400,
+    "head_lr": 5e-3,
+    "rounds": 440,
+    "steps": 4,
+    "batch_size": 16,
+    "lr": 8e-3,
+    "lr_schedule": "linear_schedule(1.0, 0.1, 40, 400)",  # constant for the head, then down to a tenth
+    "eval_every": 5,
+}
+
+
+def main_job(**changes: Any) -> Config:
+    """The config of `fedsim run` without an option, with some options changed.
+
+    Raises:
+        ValueError: an unknown option or an impossible value.
+    """
+    return Config().replace(**{**MAIN_JOB, **changes})
+
+
+def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """Options in which two configs differ: name -> (value in a, value in b)."""
+    fields = [f.name for f in dataclasses.fields(a)]
+    return {f: (getattr(a, f), getattr(b, f)) for f in fields if getattr(a, f) != getattr(b, f)}

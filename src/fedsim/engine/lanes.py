@@ -1,0 +1,321 @@
+"""The engine: packs a cohort into lanes, runs `Local` in all lanes at once, folds the replies, counts every byte.
+
+The vmapped axis is a fixed number of LANES, not the clients: at a client's first step a lane's carry is `start(...)`, at
+its last step `finish(...)` hands the reply to the fold and the memory to its slot, and the next client begins. A plan
+(`plan.py`) runs as SEGMENTS of one compiled program - batches in, lane state in and out - so its length is data, not a
+shape, and batches from the device's memory or from the host go through the same program.
+
+Every mapped array has a leading device axis D, sharded over the mesh axis "clients"; `shard_map` (or `pmap`) gives each
+device its own block, its own trip count, and no collective inside. The sums over devices happen once, in `end`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fedsim import wire
+from fedsim.core import Local, Passes, Reduce, Tree
+from fedsim.engine import packing, processes
+from fedsim.engine.device_memory import Need, device_memory, exhausted, free_memory, refuse_too_large
+from fedsim.engine.host import aligned
+from fedsim.engine.programs import (
+    Clock,
+    Programs,
+    Slots,
+    make_programs,
+    reply_bytes,
+    reply_shapes,
+    split_message,
+    takes_rows,
+)
+
+PREFETCH_BYTES = 256 * 2**20  # of batches that a segment may hold on a device at once
+RESIDENT_SHARE = 0.4  # of a device's memory that the examples may take; larger sets stay on the host
+MEMORY_SHARE = 0.8  # of a device's free memory that "auto" lets the program take; the rest is for fragments
+CPU_LANES, ACCELERATOR_LANES = 6, 256  # at most; the first measured (docs/lanes.md), the second a choice
+CONVOLUTION_LANES = 1  # at most on a CPU, where clients train whole kernels of a convolution
+FLAT = 0.02  # of a plan's cost that fewer lanes may cost more
+
+
+class Lanes:
+    """Holds what stays on the devices - backbone, examples, partition - and runs cohorts over it.
+
+    Args:
+        held: frozen parameters, a pytree; replicated.
+        x, y: the examples, leading axis n. `x` may be a pytree.
+        rows, offsets: the partition: client i owns rows[offsets[i]:offsets[i + 1]].
+        lanes: lanes a device, or "auto".
+        devices: how many local devices, of every process; None for all.
+        parallel: "shard_map", or "pmap" within one process.
+        segment_steps: steps of the plan in one call, or "auto".
+        resident: "on" copies the examples to every device, "off" leaves them on the host and sends batches, "auto"
+            takes the first where they fit. The same programs run, so the results are equal bit for bit.
+        widths: columns of a batch that a step may compute, ascending up to the batch size; None for those that the
+            clients' sizes make worthwhile. Each further one compiles another step.
+        may_refuse: whether a program that should not fit by its own analysis is an error; else it is tried.
+    """
+
+    def __init__(
+        self,
+        held: Tree,
+        x: Tree,
+        y: np.ndarray,
+        rows: np.ndarray,
+        offsets: np.ndarray,
+        *,
+        seed: int = 0,
+        lanes: int | str = "auto",
+        devices: int | None = None,
+        parallel: str = "shard_map",
+        segment_steps: int | str = "auto",
+        resident: str = "auto",
+        widths: tuple[int, ...] | None = None,
+        may_refuse: bool = True,
+    ) -> None:
+        self.devices = processes.devices(devices)
+        self.own = [d for d in self.devices if d.process_index == jax.process_index()]
+        if parallel == "pmap" and len(self.own) < len(self.devices):
+            raise ValueError("Expected parallel='pmap' with one process only; several take shard_map, the default.")
+        self.mesh = Mesh(np.array(self.devices), ("clients",), axis_types=(AxisType.Auto,))
+        self.everywhere = NamedSharding(self.mesh, P())
+        self.apart = NamedSharding(self.mesh, P("clients"))
+        self.parallel = parallel
+        self.lanes, self.segment_steps, self.seed = lanes, segment_steps, seed
+        self.rows, self.offsets = np.asarray(rows), np.asarray(offsets)
+        self.held, self.root = self.keep((held, jax.random.key(seed)))
+        self.x, self.y = x, np.asarray(y, np.int32)
+        size = sum(wire.array_bytes(leaf) for leaf in jax.tree.leaves(x))
+        self.row_bytes = size // max(len(self.y), 1)
+        self.resident = resident == "on" or (
+            resident == "auto" and processes.all_true(size <= RESIDENT_SHARE * device_memory(self.own[0]))
+        )
+        if self.resident:
+            self.x, self.y = self.keep((self.x, self.y))
+        self.widths, self.may_refuse = widths, may_refuse
+        self.need = Need(0, 0)  # of the programs that were made last
+        self._programs: dict[Any, Programs] = {}
+        self._reply_bytes: dict[Any, int] = {}
+        self._gather = self.spread(
+            lambda x, y, rows: (jax.tree.map(lambda leaf: leaf[rows], x), y[rows]), (False, False, True)
+        )
+
+    def gather(self, rows: np.ndarray) -> tuple[Tree, Array]:
+        """Examples on the devices, split by the leading axis: rows (D, ...) -> x (D, ..., *), y (D, ...)."""
+        if self.resident:
+            return self._gather(self.x, self.y, self.split(rows))
+        return processes.put_rows((self.x, self.y), rows, self.apart)
+
+    @property
+    def shapes(self) -> tuple[Tree, Any]:
+        """Shapes of the examples, wherever they lie: x (n, ...), y (n,)."""
+        x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.x)
+        return x, jax.ShapeDtypeStruct(self.y.shape, self.y.dtype)
+
+    @property
+    def population(self) -> int:
+        """Number of clients N."""
+        return len(self.offsets) - 1
+
+    def put(self, tree: Tree) -> Tree:
+        """Copies a tree to every device."""
+        return processes.put(tree, self.everywhere)
+
+    def keep(self, tree: Tree) -> Tree:
+        """As `put`, for what nobody changes: where it can, a CPU's devices share one copy, the caller's."""
+        return self.put(jax.tree.map(aligned, tree) if self.devices[0].platform == "cpu" else tree)
+
+    def split(self, tree: Tree) -> Tree:
+        """Gives every device its block of arrays (D, ...)."""
+        return processes.put(tree, self.apart)
+
+    def together(self, tree: Tree) -> Tree:
+        """What is split over the devices (D, ...), for a program that sums over them: of host devices, on the host.
+
+        A collective of host devices blocks threads of XLA that another of them may need to get there: with as many devices
+        as cores, a run stood still now and then until XLA gave up. So no program of theirs has one.
+        """
+        shared = len(self.devices) > 1 and self.devices[0].platform == "cpu" and not processes.several()
+        return jax.device_get(tree) if shared else tree
+
+    def spread(self, fn: Callable[..., Any], mapped: Sequence[bool], donate: Sequence[int] = ()) -> Callable[..., Any]:
+        """Runs `fn` on every device: mapped arguments lose their leading device axis, results gain one."""
+        if self.parallel == "pmap":
+            axes = tuple(0 if m else None for m in mapped)
+            return jax.pmap(fn, "clients", in_axes=axes, devices=self.devices, donate_argnums=tuple(donate))
+
+        def block(*args: Any) -> Any:
+            own = [jax.tree.map(lambda a: a[0], arg) if m else arg for arg, m in zip(args, mapped, strict=True)]
+            return jax.tree.map(lambda a: a[None], fn(*own))
+
+        specs = tuple(P("clients") if m else P() for m in mapped)
+        # check_vma: the gradient with respect to a replicated input would be summed over devices.
+        program = jax.shard_map(block, mesh=self.mesh, in_specs=specs, out_specs=P("clients"), check_vma=False)
+        return jax.jit(program, donate_argnums=tuple(donate))
+
+    def programs(self, local: Local, reduce: Reduce, init_memory: Any, message: Tree, sizes: np.ndarray) -> Programs:
+        """The programs of an exchange with a cohort of these sizes; made once per (local, reduce, cohort size).
+
+        Where "auto" is to choose the lanes, it halves what the cohort keeps busy until the compiled program fits into
+        the memory of the device, and stays with that for the exchanges that follow.
+
+        Raises:
+            ValueError: the program does not fit, by its own analysis; nothing has run.
+        """
+        known = (local, reduce, init_memory, _structure(message), len(sizes))
+        if known not in self._programs:
+            reply, of_step, of_finish = reply_shapes(local, init_memory, message, self.held, *self.shapes, self.root)
+            widths = self._widths_for(local, init_memory, message)
+
+            def made(lanes: int) -> tuple[Programs, Need]:
+                steps = self.resolve_segment(lanes, local.passes.batch_size)
+                members = len(sizes)
+                shapes = (reply, of_step, of_finish, members, lanes, steps, widths)
+                programs = make_programs(self.spread, self.everywhere, local, reduce, init_memory, message, *shapes)
+                return self._compiled(programs, local, init_memory, message, members)
+
+            platform, own = self.devices[0].platform, own_convolutions(wire.unwrap(reply))
+            sharing = len(self.own) if platform == "cpu" else 1  # host devices share the machine's memory
+            free, asked = free_memory(self.own[0], sharing), self.lanes
+            lanes = (
+                choose_lanes(sizes, local.passes, len(self.devices), platform, widths, convolutions=own)
+                if asked == "auto"
+                else int(asked)
+            )
+            programs, need = made(lanes)
+            while asked == "auto" and lanes > 1 and processes.any_true(need.lanes > MEMORY_SHARE * free):
+                lanes = halved(lanes, need, MEMORY_SHARE * free)
+                programs, need = made(lanes)
+            if self.may_refuse and not self._programs:  # what fitted in a phase's first round may go on
+                refuse_too_large(need, free, lanes, local.passes.batch_size, sharing)
+            self.lanes, self.segment_steps, self.need = lanes, programs.steps, need
+            self._programs[known] = programs
+        return self._programs[known]
+
+    def _widths_for(self, local: Local, init_memory: Any, message: Tree) -> tuple[int, ...]:
+        """The widths of this local's steps; the whole batch where its carry depends on the number of rows."""
+        size = local.passes.batch_size
+        multiple = packing.width_multiple(self.population, len(self.devices), self.devices[0].platform)
+        widths = self.widths or packing.choose_widths(np.diff(self.offsets), local.passes, multiple)
+        narrow = min(width or size for width in widths)
+        common = (local, init_memory, message, self.held, *self.shapes, self.root)
+        return widths if narrow == size or takes_rows(narrow, *common) else (size,)
+
+    def reply_bytes(self, local: Local, init_memory: Any, message: Tree) -> int:
+        """Bytes of one client's reply before there is one; see `programs.reply_bytes`."""
+        known = (local, init_memory, _structure(message))
+        if known not in self._reply_bytes:
+            self._reply_bytes[known] = reply_bytes(local, init_memory, message, self.held, *self.shapes, self.root)
+        return self._reply_bytes[known]
+
+    def _compiled(
+        self, programs: Programs, local: Local, init_memory: Any, message: Tree, members: int
+    ) -> tuple[Programs, Need]:
+        """Compiles the segment ahead of its first call; what it takes on a device, by XLA's own analysis."""
+
+        def apart(tree: Tree) -> Tree:
+            return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.apart), tree)
+
+        def array(dtype: Any, *shape: int) -> Any:
+            return jax.ShapeDtypeStruct((len(self.devices), *shape), dtype)
+
+        slots, grid = -(-members // len(self.devices)), (programs.steps, programs.lanes)
+        kept = jax.eval_shape(init_memory, self.root, self.held)
+        kept = jax.tree.map(lambda s: array(s.dtype, slots, *s.shape), kept)
+        number, flag = array(jnp.int32, slots), array(jnp.bool_, slots)
+        shared, own, _ = split_message(message)
+        own = jax.tree.map(lambda a: array(a.dtype, slots, *a.shape[1:]), own)
+        shared, clock = self.put((shared, Clock(jnp.int32(0), jnp.int32(0), jnp.float32(0))))
+        own, cohort = apart((own, Slots(number, number, number, flag, flag, kept)))
+        rows = (len(self.devices), *grid, local.passes.batch_size)
+        at = {name: array(jnp.int32, *grid) for name in ("count", "step", "slot")}
+        at |= {name: array(jnp.bool_, *grid) for name in ("first", "last")}
+        at["width"] = array(jnp.int32, programs.steps)
+        x, y = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*rows, *a.shape[1:]), a.dtype), (self.x, self.y))
+        x, y, at, trip = apart((x, y, at, array(jnp.int32)))
+        common = (self.held, shared, own, cohort, clock, self.root)
+        state = apart(jax.eval_shape(programs.begin, *common, x, y, at))
+        held = sum(wire.array_bytes(leaf) for leaf in jax.tree.leaves(self.held))
+        there = held + self.resident * self.row_bytes * len(self.y)
+        try:
+            segment = programs.segment.lower(*common, state, x, y, at, trip).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if not exhausted(error):
+                raise
+            return programs, Need(math.inf, there)  # a TPU's compiler knows the memory and refuses by itself
+        use = segment.memory_analysis()
+        lanes = use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes
+        return programs._replace(segment=segment), Need(lanes - use.alias_size_in_bytes - held, there)
+
+    def reuse(self, lanes: int | str, segment_steps: int | str) -> None:
+        """Takes what "auto" chose in an earlier process, so that a resumed run sums in the same order."""
+        self.lanes = lanes if self.lanes == "auto" else self.lanes
+        self.segment_steps = segment_steps if self.segment_steps == "auto" else self.segment_steps
+
+    def resolve_segment(self, lanes: int, batch_size: int) -> int:
+        """Steps a segment: short where a step's batches are large, so that they fit beside the model."""
+        if self.segment_steps != "auto":
+            return int(self.segment_steps)
+        return int(np.clip(PREFETCH_BYTES // max(lanes * batch_size * self.row_bytes, 1), 1, 32))
+
+
+def _structure(message: Tree) -> tuple[Any, Any]:
+    return jax.tree.structure(message), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(message))
+
+
+def halved(lanes: int, need: Need, limit: float) -> int:
+    """The lanes halved until they should fit, since what they need grows with them: each try compiles a program."""
+    fewer = lanes // 2
+    while fewer > 1 and math.isfinite(need.lanes) and processes.any_true(need.lanes * fewer > limit * lanes):
+        fewer //= 2
+    return fewer
+
+
+def own_convolutions(trained: Tree) -> bool:
+    """Whether clients train whole kernels of a convolution: over lanes they make a grouped one, slow on a CPU."""
+    return any(len(leaf.shape) == 4 for leaf in jax.tree.leaves(trained))
+
+
+def choose_lanes(
+    sizes: np.ndarray,
+    passes: Passes,
+    devices: int,
+    platform: str,
+    widths: Sequence[int] | None = None,
+    *,
+    convolutions: bool = False,
+) -> int:
+    """Lanes a device for cohorts with sizes like these (M,): the number whose plan is cheapest by `packing.cost`.
+
+    Lanes beyond (total steps / steps of the longest client) stand idle at the end, so there are no more than that, and
+    no more than the platform's most. On a CPU fewer are taken where they cost hardly more: they need less memory. On an
+    accelerator no fewer than half of the most are looked at, a step's rows count with what they are padded with, and of
+    numbers that cost about the same those that need no padding are taken: multiples of eight with any widths.
+
+    Args:
+        widths: as `packing.choose_widths` gives them; None for whole batches.
+        convolutions: clients train whole kernels of a convolution.
+    """
+    work = packing.work_of(sizes, packing.steps_of(sizes, passes), passes)
+    busy = int(work.spans.sum() // (work.spans.max(initial=1) * devices))
+    cpu = platform == "cpu"
+    share = CONVOLUTION_LANES if convolutions else -(-CPU_LANES // devices)  # host devices share the cores
+    most = max(1, min(busy, share if cpu else ACCELERATOR_LANES))
+    tile, widths = packing.row_tile(platform), widths or (passes.batch_size,)
+    eighths = [-(-most * k // 8) for k in range(4, 9)]
+    tiled = [lanes // tile * tile for lanes in eighths]
+    tried = range(1, most + 1) if cpu else sorted({n for n in (*eighths, *tiled) if n >= eighths[0]})
+    costs = {lanes: packing.cost(packing.pack(work, devices, lanes, widths)[1], lanes, tile) for lanes in tried}
+    near = [lanes for lanes in tried if costs[lanes] <= (1 + FLAT) * min(costs.values())]
+    if cpu:
+        return min(near)
+    padded = {lanes: any(lanes * width % tile for width in widths) for lanes in near}
+    return min(near, key=lambda lanes: (padded[lanes], costs[lanes], -lanes))

@@ -1,0 +1,114 @@
+"""All clients of a run as laws, and what one cohort of them meets in a round: who is absent, drops out, is slow.
+
+A `Fleet` holds laws, not clients: whether client i is there in round t, and how fast it is, follow from hashes of
+(seed, purpose, t, i), so that nothing grows with the population and a resumed run meets the same clients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fedsim.config import Config
+from fedsim.network.laws import Law, availability, law
+from fedsim.network.traces import read_devices
+from fedsim.randomness import chance
+
+UNITS = {"download": 1e6, "upload": 1e6, "latency": 1e-3, "compute": 1.0}  # an option's unit in bit/s, s, steps/s
+FREE = {"download": np.inf, "upload": np.inf, "latency": 0.0, "compute": np.inf}  # where nothing is said
+
+
+class Fleet(NamedTuple):
+    """All clients of a run, as laws."""
+
+    seed: int
+    wanted: int  # replies that a round waits for
+    available: Callable[[np.ndarray, int], np.ndarray] | None  # (ids (K,), round) -> (K,) bool; None: always
+    dropout: float
+    laws: Mapping[str, Law]  # of download, upload (bit/s), latency (s), compute (steps/s), where they are given
+    deadline: float  # s; inf for none
+    partial: bool  # late clients report what they have
+
+
+class Conditions(NamedTuple):
+    """What one cohort meets in one round."""
+
+    present: np.ndarray  # (M,), bool: can be reached
+    drops: np.ndarray  # (M,), bool: gets the message and never replies
+    download: np.ndarray  # (M,), bit/s
+    upload: np.ndarray  # (M,), bit/s
+    latency: np.ndarray  # (M,), s, each way
+    compute: np.ndarray  # (M,), local steps/s
+    wanted: int  # replies that the round waits for
+    deadline: float  # s
+    partial: bool
+    timed: bool  # whether anything takes time
+
+
+def fleet(config: Config) -> Fleet:
+    """The clients that the config describes; reads its files.
+
+    Raises:
+        ValueError: an unknown law or impossible values; a file with holes, which is named with line or client.
+    """
+    laws = {name: law(text, name, config.seed) for name in UNITS if (text := getattr(config, name)) is not None}
+    if config.device_table is not None:
+        for name, values in read_devices(Path(config.device_table), config.clients).items():
+            if name in laws:
+                raise ValueError(
+                    f"Expected {name}={getattr(config, name)!r} or a column {name} in {config.device_table}, not both; "
+                    "leave one out."
+                )
+            laws[name] = values.__getitem__
+    return Fleet(
+        seed=config.seed,
+        wanted=config.clients_per_round,
+        available=availability(config),
+        dropout=config.dropout,
+        laws={name: _scaled(found, UNITS[name]) for name, found in laws.items()},
+        deadline=math.inf if config.deadline is None else config.deadline,
+        partial=config.late == "partial",
+    )
+
+
+def reachable(fleet: Fleet, round: int) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Who can be reached in this round, for `Population.available`."""
+    available = fleet.available
+    return None if available is None else lambda ids: available(ids, round)
+
+
+def conditions(fleet: Fleet, ids: np.ndarray, round: int) -> Conditions:
+    """What these clients (M,) meet in this round (from 1)."""
+    ids = np.asarray(ids, np.int64)
+    present = np.ones(len(ids), bool) if fleet.available is None else fleet.available(ids, round)
+    values = {name: fleet.laws[name](ids) if name in fleet.laws else np.full(len(ids), FREE[name]) for name in UNITS}
+    return Conditions(
+        present=present,
+        drops=present & (chance(fleet.seed, "dropout", round, ids) < fleet.dropout),
+        **values,
+        wanted=fleet.wanted,
+        deadline=fleet.deadline,
+        partial=fleet.partial,
+        timed=bool(fleet.laws),
+    )
+
+
+def reliable(members: int) -> Conditions:
+    """Everybody is there, reports, and takes no time."""
+    everybody = np.ones(members, bool)
+    values = {name: np.full(members, FREE[name]) for name in UNITS}
+    return Conditions(everybody, ~everybody, **values, wanted=members, deadline=np.inf, partial=False, timed=False)
+
+
+def _scaled(values: Law, unit: float) -> Law:
+    return lambda ids: unit * values(ids)
+
+
+def files(config: Config) -> list[Path]:
+    """Files that the config's network is read from."""
+    named = (config.availability if config.traced else None, config.device_table)
+    return [Path(name) for name in named if name is not None]

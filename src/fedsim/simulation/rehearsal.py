@@ -1,0 +1,132 @@
+"""A round without training: what it sends and needs. The algorithm runs; its programs are compiled, and answer with ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fedsim.core import Tree
+from fedsim.engine import processes
+from fedsim.engine.client_memory import Memory
+from fedsim.engine.cohort import Cohort
+from fedsim.engine.device_memory import Need, free_memory
+from fedsim.engine.host import zeros
+from fedsim.engine.keys import key_for
+from fedsim.engine.lanes import MEMORY_SHARE, Lanes
+from fedsim.engine.programs import Programs, State
+from fedsim.peft.flops import all_equations
+from fedsim.simulation import build
+from fedsim.simulation.build import Phase, Problem
+from fedsim.training import lengths
+from fedsim.training.features import use_cache
+from fedsim.wire import array_bytes, message_bytes
+
+COPIES = 6  # of the trained leaves, for a lane: parameters, gradients, an optimizer's two moments, the fold, what comes and goes
+
+
+class Rehearsal(NamedTuple):
+    """What a round of a phase does."""
+
+    down: float  # bytes of a client in the second round, all exchanges together: the first one may have less to tell
+    up: float  # bytes; a packet whose price depends on values counts as not encoded
+    setup: int  # bytes that a client is given once
+    lanes: int  # of each device
+    widths: tuple[int, ...]  # of the first exchange's batches
+    need: Need  # of the last exchange
+
+
+class Asked(NamedTuple):
+    """One exchange, as the algorithm asked for it."""
+
+    down: float  # bytes of a client
+    up: float
+    widths: tuple[int, ...]
+
+
+def rehearse(problem: Problem, phase: Phase, ids: np.ndarray) -> Rehearsal:
+    """What a round of a phase sends and needs with this cohort, which meets twice; nothing is trained.
+
+    Raises:
+        ValueError: lanes that were asked for and do not fit into the memory; see `device_memory.refuse_too_large`.
+    """
+    trainer = build.trainer(stand_in(problem, phase, lambda count, shape, dtype: zeros((count, *shape), dtype)), phase)
+    engine, algorithm = trainer.engine, trainer.algorithm
+    asked = answer_ones(engine)
+    server = engine.put(algorithm.init(key_for(engine.root, "init"), engine.held))
+    memory, met = Memory(algorithm.memory, engine.held), np.zeros(engine.population, np.int32)
+    for round in (phase.first, phase.first + 1):
+        asked.clear()
+        cohort = Cohort(engine, ids, round, memory, met=met, lr=trainer.lr(round))
+        server, _ = algorithm.round(key_for(engine.root, "server", round), engine.held, server, cohort)
+        met[ids] = round
+    down, up = sum(exchange.down for exchange in asked), sum(exchange.up for exchange in asked)
+    return Rehearsal(down, up, build.setup_bytes(trainer), int(engine.lanes), asked[0].widths, engine.need)
+
+
+def may_be_too_large(problem: Problem, phase: Phase) -> bool:
+    """Whether a batch might not even fit in one lane: then it is worth compiling to know.
+
+    By a generous estimate: every result of a forward pass, as if nothing of it were fused or freed, and the trained leaves
+    several times over. What is missing, such as a segment's batches, matters where both are small.
+    """
+    speed, x = problem.speed, problem.dataset.x
+    model = build.split_model(phase.config, problem.dataset, speed)
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
+    program = jax.make_jaxpr(model.apply)(model.trained, model.frozen, one).jaxpr
+    results = sum(times * array_bytes(out.aval) for eqn, times in all_equations(program) for out in eqn.outvars)
+    trained = sum(array_bytes(leaf) for leaf in jax.tree.leaves(model.trained))
+    own = [d for d in processes.devices(speed.devices) if d.process_index == jax.process_index()]
+    sharing = len(own) if own[0].platform == "cpu" else 1  # host devices share the machine's memory
+    about = phase.config.batch_size * results + COPIES * trained
+    return processes.any_true(about > MEMORY_SHARE * free_memory(own[0], sharing))
+
+
+def answer_ones(engine: Lanes) -> list[Asked]:
+    """Has the engine compile its programs and not run them; a list of the exchanges, as they are asked for.
+
+    Ones as the answer: a server that counts replies by their weight finds that all have come.
+    """
+    made, asked = engine.programs, []
+
+    def programs(local: Any, reduce: Any, init_memory: Any, message: Tree, sizes: np.ndarray) -> Programs:
+        real = made(local, reduce, init_memory, message, sizes)
+        down = sum(float(each.mean()) for each in message_bytes(message, len(sizes)).values())
+        asked.append(Asked(down, engine.reply_bytes(local, init_memory, message), real.widths))
+
+        def ones(shapes: Tree) -> Tree:
+            return jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes)
+
+        def begin(*args: Any) -> State:
+            state = jax.eval_shape(real.begin, *args)
+            weight, memory, nbytes = engine.split(ones((state.weight, state.memory, state.nbytes)))
+            return state._replace(weight=weight, memory=memory, nbytes=nbytes)
+
+        def end(*args: Any) -> Any:
+            return engine.put(ones(jax.eval_shape(real.end, *args)))
+
+        return real._replace(begin=begin, segment=lambda *args: args[6], end=end)
+
+    engine.programs = programs  # pyrefly: ignore[bad-assignment]
+    return asked
+
+
+def stand_in(problem: Problem, phase: Phase, make: Callable[[int, tuple[int, ...], Any], np.ndarray]) -> Problem:
+    """The problem with other numbers in place of the phase's cached features, where it has such.
+
+    Args:
+        make: (examples, shape of one, dtype) -> an array of them.
+    """
+    model = build.split_model(phase.config, problem.dataset, problem.speed)
+    if not use_cache(problem.speed, model, problem.dataset.x, phase.config):
+        return problem
+    x, texts = problem.dataset.x, lengths.entering(problem.texts, model, 0)
+    one = jax.tree.map(lambda a: a[:1], x)
+    one = texts.cut(one, texts.longest) if texts else one
+    count = len(problem.dataset.y)
+    features = jax.tree.map(
+        lambda s: make(count, s.shape[1:], s.dtype), jax.eval_shape(model.prefix, model.frozen, one)
+    )
+    return problem._replace(cuts=(model.cut,), cache={(problem.speed.precision, model.cut): features})

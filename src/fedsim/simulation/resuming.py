@@ -1,0 +1,73 @@
+"""What a checkpoint holds and must agree with, so that a run goes on bit for bit; `simulate.py` saves and restores."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedsim import network
+from fedsim.backbones.own import file_of, identity
+from fedsim.config import Config, Speed
+from fedsim.engine import processes
+from fedsim.engine.client_memory import Memory, Table
+from fedsim.simulation.build import Problem, Trainer
+
+
+def restore_memory(memory: Memory, table: Table) -> None:
+    """Goes on from a checkpoint's table; the rows are in process 0's file, and the other processes get them from it."""
+    if processes.is_first():
+        memory.restore(table)
+    if processes.several():
+        rows, ids = processes.by_first(memory.state)
+        if not processes.is_first():
+            memory.scatter(ids, rows)
+
+
+def expected(config: Config, speed: Speed, trainer: Trainer, inputs: str) -> dict[str, Any]:
+    """What a checkpoint must agree with for the run to go on bit for bit: options, inputs, devices, what `auto` chose."""
+    engine = trainer.engine
+    return {
+        "config": config.hash(),
+        "inputs": inputs,
+        "parallel": engine.parallel,
+        "precision": speed.precision,
+        "remat": speed.remat,
+        "devices": [len(engine.own)] * jax.process_count() if processes.several() else len(engine.devices),
+        "device": engine.devices[0].device_kind,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        "lanes": engine.lanes,
+        "segment_steps": engine.segment_steps,
+    }
+
+
+def fingerprint(config: Config, problem: Problem) -> str:
+    """A hash of examples, partition and, where they are files, algorithm, backbone, network: edits are noticed on resuming."""
+    data, owned = problem.dataset, problem.partition
+    digest = hashlib.sha256()
+    for part in (
+        *jax.tree.leaves(data.x),
+        data.y,
+        data.train,
+        data.validation,
+        data.test,
+        *owned,
+        *(problem.local_test or ()),
+    ):
+        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
+    for file in (file_of(config.algorithm), file_of(config.backbone), *network.files(config)):
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    digest.update((identity(config.backbone) or "").encode())
+    return digest.hexdigest()[:16]
+
+
+def shapes(server: Any, memory: Memory, population: int, extra: dict[str, Any]) -> dict[str, Any]:
+    """Shapes of a checkpoint's arrays: the server's are known, the number of clients with a memory stands in `extra`."""
+    return {
+        "server": server,
+        "memory": memory.shapes(extra["memory_count"]),
+        "met": np.zeros(population, np.int32),
+    }

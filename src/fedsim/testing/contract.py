@@ -1,0 +1,250 @@
+"""The contract tests as functions: for the project's own algorithms and for users' (`fedsim check my.py:fed_mine`).
+
+They run on a tiny task, softmax regression over a frozen linear map - with LoRA on that map where the algorithm needs
+one - and with clients of very different sizes, one of them without examples. Every check raises `AssertionError` with
+what differs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedsim import algorithms, wire
+from fedsim.core import Population, Tree
+from fedsim.engine.client_memory import Memory
+from fedsim.engine.cohort import Cohort
+from fedsim.engine.keys import key_for
+from fedsim.record.checkpoint import Checkpoints
+from fedsim.testing.toys import CLASSES, COHORT, SIZES, Make, engine, one_client, run, suited, tiny_problem
+
+# --- the contract
+
+
+def check_structure(make: Make) -> None:
+    """Two rounds keep structure, shapes and dtypes of the server's state; after round one nothing compiles."""
+    problem = tiny_problem()
+    lanes, algorithm = engine(problem), make(suited(make))
+    server = lanes.put(algorithm.init(key_for(lanes.root, "init"), lanes.held))
+    before = jax.tree.map(lambda a: (a.shape, a.dtype), server)
+    memory = Memory(algorithm.memory, lanes.held)
+    compiled: list[str] = []
+
+    def note(event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    for round, ids in enumerate((COHORT, (3, 11, 10, 6, 5, 8), (0, 1, 2, 3, 4, 5)), 1):
+        cohort = Cohort(lanes, np.array(ids), round, memory)
+        server, metrics = algorithm.round(key_for(lanes.root, "server", round), lanes.held, server, cohort)
+        cohort.fetch((server, metrics))
+        cohort.traffic()
+        if round > 1:
+            assert not compiled, (
+                f"round {round} compiled {len(compiled)} programs; values that change belong in the message"
+            )
+        compiled.clear()
+    after = jax.tree.map(lambda a: (a.shape, a.dtype), server)
+    assert before == after, f"the server's state changed its structure: {before} became {after}"
+
+
+def packed(name: str, packet: wire.Packet) -> int:
+    """Length of an array from which the packet's value really comes back, and which has as many bytes as it claims.
+
+    That is what `wire.cast` and `wire.ranked` send: the array in 32 or 16 bits, whole or its first entries along an axis
+    where the others are zero. A packet of another codec is refused.
+    """
+    value, claim = np.asarray(packet.value), int(packet.nbytes)
+    for dtype in (value.dtype, jnp.bfloat16, jnp.float16):
+        sent = value.astype(dtype)
+        for axis in range(value.ndim):
+            count, odd = divmod(claim, max(sent.nbytes // max(value.shape[axis], 1), 1))
+            if odd or count > value.shape[axis]:
+                continue
+            back = np.zeros_like(value)
+            first = (slice(None),) * axis + (slice(count),)
+            back[first] = sent[first].astype(value.dtype)
+            if np.array_equal(back, value):
+                return len(wire.to_bytes(sent[first]))
+    raise AssertionError(f"packet {name!r} claims {claim} bytes, from which its value does not come back")
+
+
+def check_bytes(make: Make) -> None:
+    """Bytes up and down equal the length of the really packed messages, of all clients, in Python integers.
+
+    Of a broadcast leaf with a price per client only its sum and its bound, the whole leaf, can be checked here: what a
+    client holds already is known to the algorithm alone, and to its own tests.
+    """
+    problem, sent = tiny_problem(), []
+    _, memory, cohorts = run(make, problem, sent=sent)
+    down, up = cohorts[0].traffic()
+    members = len(COHORT)
+    assert all(type(n) is int for n in (*down.values(), *up.values())), "bytes must be Python integers"
+    packed_down = packed_up = 0
+    for index, (message, local) in enumerate(sent):
+        for name, node in wire.parts(message):
+            own = isinstance(node, wire.PerClient)
+            for leaf_name, leaf in wire.named_leaves(node.tree if own else node):
+                where = f"{name}/{leaf_name}"
+                if not wire.is_packet(leaf):
+                    packed_down += len(wire.to_bytes(leaf)) * (1 if own else members)
+                elif own:
+                    each = [jax.tree.map(lambda a, m=m: a[m], leaf) for m in range(members)]
+                    packed_down += sum(packed(where, one) for one in each)
+                elif np.ndim(leaf.nbytes):
+                    whole = wire.array_bytes(leaf.value)
+                    assert all(0 <= int(n) <= whole for n in leaf.nbytes), f"{where} costs more than its {whole} bytes"
+                    packed_down += sum(int(n) for n in leaf.nbytes)
+                else:
+                    packed_down += members * packed(where, leaf)
+        for place, id in enumerate(COHORT):
+            fresh = memory.init(key_for(jax.random.key(0), "memory", id), problem.held)
+            reply, _ = one_client(problem, local, wire.for_client(message, place), fresh, id, 1, exchange=index)
+            for name, leaf in wire.named_leaves(reply):
+                packed_up += packed(name, leaf) if wire.is_packet(leaf) else len(wire.to_bytes(leaf))
+    assert sum(down.values()) == packed_down, f"down: {sum(down.values())} bytes claimed, {packed_down} packed"
+    assert sum(up.values()) == packed_up, f"up: {sum(up.values())} bytes claimed, {packed_up} packed"
+
+
+def check_padding(make: Make) -> None:
+    """Padding, empty steps and a client without examples change nothing, whatever stands in the padded rows."""
+    problem = tiny_problem()
+    plain, _, _ = run(make, problem)
+    other = problem.x.copy()
+    other[0] = 1e3
+    same(plain, run(make, problem._replace(x=other))[0], "another padding row")
+    with_empty = run(make, problem, ((*COHORT, 3),))[0]
+    same(plain, with_empty, "a client without examples", rtol=1e-5)
+
+
+def check_lanes(make: Make) -> None:
+    """One lane, three, more than clients, and all devices agree to float tolerance."""
+    problem = tiny_problem()
+    plain, _, _ = run(make, problem, lanes=1)
+    variants: tuple[dict[str, Any], ...] = (
+        {"lanes": 3},
+        {"lanes": 16},
+        {"lanes": 2, "devices": None},
+        {"lanes": 2, "segment_steps": 1},
+        {"lanes": 2, "devices": None, "parallel": "pmap"},
+    )
+    for options in variants:
+        same(plain, run(make, problem, **options)[0], f"{options}", rtol=1e-5)
+
+
+def check_frozen(make: Make) -> None:
+    """The frozen backbone is bit-identical after a round."""
+    problem = tiny_problem()
+    _, _, cohorts = run(make, problem)
+    same(problem.held, jax.device_get(cohorts[0].engine.held), "the frozen backbone")
+
+
+def check_resume(make: Make) -> None:
+    """A round after a checkpoint equals the same round without one, bit for bit."""
+    problem = tiny_problem()
+    cohorts = (COHORT, (7, 5, 3, 2, 8, 10))
+    whole, kept, done = run(make, problem, cohorts)
+    server, memory, _ = run(make, problem, cohorts[:1])
+    with tempfile.TemporaryDirectory() as folder:
+        rows, ids = memory.state()
+        with Checkpoints(Path(folder)) as checkpoints:
+            checkpoints.save(1, {"server": server, "memory": rows, "ids": ids}, {})
+        with Checkpoints(Path(folder)) as checkpoints:
+            found = checkpoints.restore({"server": server, "memory": rows, "ids": ids}, {})
+    assert found is not None
+    fresh = Memory(memory.init, problem.held)
+    fresh.scatter(found[1]["ids"], found[1]["memory"])
+    met = np.isin(np.arange(len(SIZES)), cohorts[0]).astype(np.int32)
+    resumed, fresh, more = run(make, problem, cohorts[1:], state=(found[1]["server"], fresh), first=2, met=met)
+    assert done[1].traffic() == more[0].traffic(), "the bytes of the round after resuming differ"
+    same(whole, resumed, "the server's state after resuming")
+    same(kept.state(), fresh.state(), "clients' memory after resuming")
+
+
+def check_memory(make: Make) -> None:
+    """Memory of a client that was not in the cohort is untouched; structure and dtypes stay."""
+    problem = tiny_problem()
+    _, memory, _ = run(make, problem, ((0, 1, 2), (4, 5, 6)))
+    _, once, _ = run(make, problem, ((0, 1, 2),))
+    (rows, ids), (first, first_ids) = memory.state(), once.state()
+    places = [list(ids).index(i) for i in first_ids]
+    same(jax.tree.map(lambda r: r[places], rows), first, "memory of absent clients")
+
+
+def same(a: Tree, b: Tree, what: str, rtol: float = 0.0) -> None:
+    """Raises `AssertionError` unless two trees are equal: bit for bit, or relative to their largest entry."""
+    assert jax.tree.structure(a) == jax.tree.structure(b), f"{what}: the structures differ"
+    for (path, x), (_, y) in zip(wire.named_leaves(a), wire.named_leaves(b), strict=True):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        x, y = np.asarray(x), np.asarray(y)
+        if rtol == 0:
+            assert x.dtype == y.dtype and np.array_equal(x, y, equal_nan=True), f"{what}: {path} differs"
+        else:
+            gap, scale = np.abs(x - y).max(initial=0.0), np.abs(x).max(initial=0.0)
+            assert gap <= rtol * scale + 1e-8, f"{what}: {path} differs by {gap:.2e} of {scale:.2e}"
+
+
+def check_functions(make: Make) -> None:
+    """`select`, `observe`, `setup`, `predict` and `params` work on what `init` and `round` give."""
+    problem, algorithm = tiny_problem(), make(suited(make))
+    server, memory, cohorts = run(make, problem)
+    held, clients = cohorts[0].engine.held, len(SIZES)
+    ids = algorithm.select(np.random.default_rng(0), server, Population(clients, 5))
+    assert len(set(ids.tolist())) == len(ids) and all(0 <= i < clients for i in ids), f"select gave {ids}"
+    after = algorithm.observe(server, {"loss": 1.0, "accuracy": 0.5})
+    assert jax.tree.structure(after) == jax.tree.structure(server), "observe changed the server's structure"
+    wire.price(jax.eval_shape(algorithm.setup, held))
+    kept = jax.tree.map(lambda rows: rows[0], memory.state()[0])
+    logits = algorithm.predict(held, server, kept, jnp.asarray(problem.x[:4]))
+    assert logits.shape == (4, CLASSES), f"predict gave shape {logits.shape}, not (4, {CLASSES})"
+    assert algorithm.params(server), "params gave no parameters to export"
+
+
+CHECKS: dict[str, Callable[[Make], None]] = {
+    "structure kept, nothing recompiles": check_structure,
+    "bytes equal the packed messages": check_bytes,
+    "padding and empty clients change nothing": check_padding,
+    "lanes and devices agree": check_lanes,
+    "frozen backbone untouched": check_frozen,
+    "resumed equals uninterrupted": check_resume,
+    "absent clients keep their memory": check_memory,
+    "select, observe, setup, predict, params": check_functions,
+}
+
+
+def check_algorithm(make: Make) -> None:
+    """Runs every contract test on a constructor `task -> Algorithm`.
+
+    Raises:
+        AssertionError: names the check and what differs.
+    """
+    for name, check in CHECKS.items():
+        try:
+            check(make)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+def print_checks(algorithm: str) -> bool:
+    """Runs the contract tests on an algorithm by name or `file.py:function`, a line each; True if all passed."""
+    make = algorithms.find(algorithm)
+    passed = 0
+    for name, check in CHECKS.items():
+        start = time.perf_counter()
+        try:
+            check(make)
+            passed, said = passed + 1, "ok"
+        except Exception as error:
+            said = f"FAILED: {type(error).__name__}: {error}"
+        print(f"{name:42} {time.perf_counter() - start:5.1f} s  {said}", flush=True)
+    print(f"{passed} of {len(CHECKS)} checks passed for {algorithm}.")
+    return passed == len(CHECKS)

@@ -1,0 +1,220 @@
+"""A tiny federated task for the contract: softmax regression over a frozen linear map, with LoRA on it where it is needed.
+
+Its clients have very different sizes, one of them no examples.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from fedsim.core import Algorithm, Batch, Client, Factors, Local, Params, Passes, Task, Tree, by_examples
+from fedsim.engine import plan
+from fedsim.engine.client_memory import Memory
+from fedsim.engine.cohort import Cohort
+from fedsim.engine.keys import key_for
+from fedsim.engine.lanes import Lanes
+from fedsim.evaluation.evaluate import classification_loss
+
+Make = Callable[[Task], Algorithm]
+
+SIZES = (7, 1, 23, 0, 12, 5, 9, 40, 3, 16, 8, 2)  # examples of each client
+FEATURES, CLASSES = 6, 3
+LORA = Factors("frozen", "lora_a", "lora_b", scale=1.5, inputs=FEATURES, rank=2, outputs=FEATURES)
+COHORT = (2, 0, 7, 4, 9, 1)
+
+
+class Problem(NamedTuple):
+    """A tiny federated data set. Row 0 belongs to nobody: it is what padding points at."""
+
+    held: Tree
+    x: np.ndarray
+    y: np.ndarray
+    rows: np.ndarray
+    offsets: np.ndarray
+
+
+def tiny_problem(seed: int = 0) -> Problem:
+    """Twelve clients of 0 to 40 examples of three classes."""
+    rng = np.random.default_rng(seed)
+    n = sum(SIZES) + 1
+    x = rng.normal(size=(n, FEATURES)).astype(np.float32)
+    y = (x @ rng.normal(size=(FEATURES, CLASSES))).argmax(axis=1).astype(np.int32)
+    rows = (1 + rng.permutation(n - 1)).astype(np.int32)
+    held = {"frozen": rng.normal(size=(FEATURES, FEATURES)).astype(np.float32)}
+    held["lora_a"] = rng.normal(size=(FEATURES, LORA.rank)).astype(np.float32)  # for tasks that do not train it
+    return Problem(held, x, y, rows, np.concatenate([[0], np.cumsum(SIZES)]).astype(np.int64))
+
+
+def tiny_task(**changes: Any) -> Task:
+    """Softmax regression on frozen features, trained by SGD; `changes` replaces fields of the `Task`."""
+
+    def apply(params: Params, held: Params, x: Array) -> Array:
+        return jnp.tanh(x @ held["frozen"]) @ params["kernel"] + params["bias"]
+
+    def init(key: Array) -> Params:
+        return {"kernel": 0.1 * jax.random.normal(key, (FEATURES, CLASSES)), "bias": jnp.zeros((CLASSES,))}
+
+    task = Task(
+        init=init,
+        loss=classification_loss(apply),
+        logits=lambda held, params, x: apply(params, held, x),
+        optimizer=lambda rate: optax.sgd(rate, momentum=0.9),
+        lr=lambda client: 0.1 / client.round.astype(jnp.float32),
+        server_optimizer=optax.sgd(1.0),
+        passes=Passes(epochs=2, batch_size=4),
+        weight=by_examples,
+        encode_up=lambda tree: tree,
+        encode_down=lambda tree: tree,
+        trained=frozenset({"kernel", "bias"}),
+    )
+    return task._replace(**changes)
+
+
+def tiny_lora_task(trains_a: bool = True, **changes: Any) -> Task:
+    """`tiny_task` with LoRA on its frozen map, A trained or held as FFA-LoRA has it."""
+    plain = tiny_task()
+
+    def apply(params: Params, held: Params, x: Array) -> Array:
+        leaves = {**held, **params}
+        h = x @ leaves["frozen"] + ((x @ leaves["lora_a"]) * LORA.scale) @ leaves["lora_b"]
+        return jnp.tanh(h) @ leaves["kernel"] + leaves["bias"]
+
+    def init(key: Array) -> Params:
+        params = {**plain.init(key), "lora_b": jnp.zeros((LORA.rank, FEATURES))}
+        return {**params, "lora_a": jax.random.normal(key, (FEATURES, LORA.rank))} if trains_a else params
+
+    task = plain._replace(
+        init=init,
+        loss=classification_loss(apply),
+        logits=lambda held, params, x: apply(params, held, x),
+        trained=frozenset({"kernel", "bias", "lora_b", *(["lora_a"] if trains_a else [])}),
+        factors=(LORA,),
+    )
+    return task._replace(**changes)
+
+
+def suited(make: Make) -> Task:
+    """The first of the tiny tasks that the constructor does not refuse.
+
+    Raises:
+        ValueError: it refuses all of them; what it says of the last one with LoRA.
+    """
+    tasks = (tiny_task(), tiny_lora_task(trains_a=False), tiny_lora_task())
+    for task in tasks[:-1]:
+        try:
+            make(task)
+        except ValueError:
+            continue
+        return task
+    make(tasks[-1])
+    return tasks[-1]
+
+
+def engine(problem: Problem, **options: Any) -> Lanes:
+    """An engine over the problem; two lanes on one device unless said otherwise."""
+    chosen: dict[str, Any] = {"lanes": 2, "devices": 1, "segment_steps": 5}
+    return Lanes(*problem, **{**chosen, **options})
+
+
+class Sent(NamedTuple):
+    """An exchange as it was asked for."""
+
+    message: Tree
+    local: Local
+
+
+def run(
+    make: Make,
+    problem: Problem,
+    cohorts: tuple[tuple[int, ...], ...] = (COHORT,),
+    *,
+    task: Task | None = None,
+    state: tuple[Tree, Memory] | None = None,
+    first: int = 1,
+    met: np.ndarray | None = None,
+    sent: list[Sent] | None = None,
+    **options: Any,
+) -> tuple[Tree, Memory, list[Cohort]]:
+    """Rounds `first`, `first + 1`, ... with the given cohorts: the server's state, clients' memory, the cohorts.
+
+    Args:
+        state, met: of the rounds before `first`; `met` (N,) is the last round in which a client was in the cohort.
+    """
+    lanes = engine(problem, **options)
+    met = np.zeros(lanes.population, np.int32) if met is None else met.copy()
+    algorithm = make(task or suited(make))
+    server, memory = state or (
+        algorithm.init(key_for(lanes.root, "init"), lanes.held),
+        Memory(algorithm.memory, lanes.held),
+    )
+    server = lanes.put(server)
+    done = []
+    for round, ids in enumerate(cohorts, first):
+        cohort = Cohort(lanes, np.array(ids), round, memory, met=met)
+        met[list(ids)] = round
+        if sent is not None:
+            listen(cohort, sent)
+        server, _ = algorithm.round(key_for(lanes.root, "server", round), lanes.held, server, cohort)
+        done.append(cohort)
+    return server, memory, done
+
+
+def listen(cohort: Cohort, sent: list[Sent]) -> None:
+    """Notes every message of the cohort's exchanges."""
+    exchange = cohort.exchange
+
+    def listening(message: Tree, local: Local, *args: Any, **options: Any) -> Any:
+        sent.append(Sent(message, local))
+        return exchange(message, local, *args, **options)
+
+    cohort.exchange = listening  # type: ignore[method-assign]  # on this one instance, for the test
+
+
+@functools.cache
+def compiled(local: Local) -> Local:
+    """The same functions, each compiled by itself."""
+    return Local(jax.jit(local.start), jax.jit(local.step), jax.jit(local.finish), local.passes)
+
+
+def one_client(
+    problem: Problem, local: Local, message: Tree, memory: Tree, id: int, round: int, seed: int = 0, exchange: int = 0
+) -> tuple[Tree, Tree]:
+    """What client `id` replies and keeps, computed alone, batch by batch, without lanes: the oracle of the engine.
+
+    `message` is what this client gets: own parts are already its own.
+    """
+    local = compiled(local)
+    size = problem.offsets[id + 1] - problem.offsets[id]
+    own = problem.rows[problem.offsets[id] : problem.offsets[id + 1]]
+    root = jax.random.key(seed)
+    key = key_for(root, "local", round, exchange, id)
+    client = Client(jnp.int32(id), jnp.int32(size), memory, key, jnp.int32(round), jnp.float32(0.0))
+    _, step, column, example = plan.batches(np.array([id]), np.array([size]), local.passes, seed, round, exchange)
+    steps = max(int(plan.steps_of(np.array([size]), local.passes)[0]), 1)
+    carry: Tree = None
+    for s in range(steps):
+        here = step == s
+        rows = np.zeros(local.passes.batch_size, np.int32)
+        rows[column[here]] = own[example[here]]
+        mask = (np.arange(len(rows)) < here.sum()).astype(np.float32)
+        batch = Batch(
+            jnp.asarray(problem.x[rows]),
+            jnp.asarray(problem.y[rows]),
+            jnp.asarray(mask),
+            jax.random.fold_in(key, s),
+            jnp.int32(s),
+            jnp.asarray(s == steps - 1),
+        )
+        carry = local.start(problem.held, message, client, batch) if s == 0 else carry
+        if here.any():
+            carry, _ = local.step(problem.held, message, carry, batch)
+    reply, memory, _ = local.finish(problem.held, message, carry, client)
+    return reply, memory

@@ -1,0 +1,283 @@
+"""The command line: every option can be set, nonsense is refused before any work, and help does not wait for JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import subprocess
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+
+from fedsim.cli import main as cli
+from fedsim.config import Config, Speed, main_job
+
+pytestmark = pytest.mark.usefixtures("compile_once")
+
+# Options whose values are names: any other value than the default that their check takes.
+NAMES = {
+    "dataset": "tfds:mnist",
+    "backbone": "mlp",
+    "peft": "lora+bias",
+    "algorithm": "my.py:fed_mine(mu=0.5)",
+    "optimizer": "sgd(momentum=0.9)",
+    "lr_schedule": "cosine_decay_schedule(1.0, 20)",
+    "server_optimizer": "adam",
+    "server_lr_schedule": "linear_schedule(1.0, 0.0, 5)",
+    "size_law": "power(exponent=1.5)",
+}
+# Options that are refused alone: what they go with.
+WITH = {
+    "deadline": {"compute": "5"},
+    "late": {"compute": "5", "deadline": 9.0},
+    "personal_epochs": {"local_test": 0.2},
+}
+
+
+def other(name: str, hint: Any, default: Any) -> tuple[Any, list[str]]:
+    """A value that is not the default, and the arguments that set it."""
+    flag = "--" + name.replace("_", "-")
+    kinds = get_args(hint) if get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    if hint is bool:
+        return not default, [flag if not default else flag.replace("--", "--no-", 1)]
+    if name in NAMES:
+        return NAMES[name], [flag, NAMES[name]]
+    if get_origin(hint) is tuple:
+        return ("key", "blocks/*/up"), [flag, "key", "blocks/*/up"]
+    if float in kinds:
+        value = 0.75 if default is None else default * 1.5 or 0.25
+        return value, [flag, str(value)]
+    if int in kinds:
+        value = 3 if default in (None, "auto") else default + 1
+        return value, [flag, str(value)]
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            value = next(v for v in get_args(kind) if v != default)
+            return value, [flag, value]
+    assert str in kinds, f"the test knows no value for {name}: {hint}"
+    return "other", [flag, "other"]
+
+
+FIELDS = [(kind, field.name) for kind in (Config, Speed) for field in dataclasses.fields(kind)]
+DEFAULTS = {Config: main_job(), Speed: Speed()}
+
+
+@pytest.mark.parametrize(("kind", "name"), FIELDS, ids=[name for _, name in FIELDS])
+def test_every_option_can_be_set(kind: type, name: str) -> None:
+    value, argv = other(name, typing.get_type_hints(kind)[name], getattr(DEFAULTS[kind], name))
+    needed = WITH.get(name, {})
+    argv = argv + [part for k, v in needed.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+    options = cli.parse(cli.RunOptions, argv, "fedsim run")
+    config, speed = options.config(), options.speed
+    if name == "backbone":  # another backbone starts from Config(), not from the main job that is made for MiniLM
+        assert config == Config(backbone=value)
+        return
+    changed = {f"{k.__name__}.{f.name}" for k, found in ((Config, config), (Speed, speed))
+               for f in dataclasses.fields(k) if getattr(found, f.name) != getattr(DEFAULTS[k], f.name)}  # fmt: skip
+    assert changed == {f"{kind.__name__}.{option}" for option in (name, *needed)}
+    assert getattr(config if kind is Config else speed, name) == value
+
+
+def test_no_option_is_named_twice() -> None:
+    names = [name for _, name in FIELDS] + [f.name for f in dataclasses.fields(cli.RunOptions)]
+    assert len(names) == len(set(names))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["run", "--rounds", "0"], "Expected rounds=0 > 0"),
+        (["run", "--clients", "5"], "Expected clients_per_round=10 <= clients=5"),
+        (["run", "--target-accuracy", "62"], "Expected 0 < target_accuracy=62.0 <= 1; write 62 % as 0.62."),
+        (["run", "--backbone", "minilm"], "did you mean minilm_l6"),
+        (["run", "--optimizer", "adm"], "Expected optimizer='adm'"),
+        (["run", "--optimizer", "sgd(momentum=x)"], "Expected optimizer='sgd(momentum=x)'"),
+        (["run", "--algorithm", "fed_avgg"], "did you mean fed_avg"),
+        (["run", "--algorithm", "none.py:mine"], "Expected algorithm file 'none.py' to exist"),
+        (["run", "--dry-run", "--peft", "lorra"], "did you mean lora"),
+        (["run", "--dataset", "none.npz", "--backbone", "mlp", "--peft", "full"], "Expected dataset='none.npz'"),
+        (["run", "--dataset", "20newsgroop", "--backbone", "mlp", "--peft", "full"], "did you mean 20newsgroups"),
+        (["run", "--resume", "nowhere"], "Expected 'nowhere' to hold a run"),
+        (["run", "--resume", "nowhere", "--rounds", "3"], "Expected --resume without --rounds"),
+        (["run", "none.py"], "Expected experiment file 'none.py' to exist"),
+        (
+            ["rnu"],
+            "Expected command 'rnu' to be one of run, profile, cost, compare, check, data, list; did you mean run?",
+        ),
+        (["list", "pefts"], "did you mean peft"),
+        (["data", "lits"], "did you mean list"),
+        (["data", "fetch", "minilm"], "minilm"),
+        (["compare", "a", "b"], "Expected 'a' to hold a run"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_nonsense_is_refused_before_any_work(
+    here: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    assert cli.main(argv) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("fedsim: Expected ") and message in said.err and said.out == ""
+    assert list(here.iterdir()) == [], "no folder is left behind"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["run", "--roundz", "3"], "--rounds"),
+        (["run", "--partition", "dirichelt"], "dirichlet"),
+        (["run", "--rounds", "many"], "--rounds"),
+        (["run", "--lr"], "--lr"),
+        (["compare", "a"], "PATH"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_unknown_options_are_refused_and_the_nearest_named(
+    here: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert list(here.iterdir()) == []
+
+
+HELP = """
+import sys
+from fedsim.__main__ import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as stop:
+    status = stop.code
+loaded = [m for m in ("jax", "numpy", "flax", "optax", "orbax", "tensorflow_datasets", "matplotlib") if m in sys.modules]
+print(loaded, file=sys.stderr)
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["run", "--help"], ["compare", "--help"], ["check", "--help"], ["data"]], ids=" ".join
+)
+def test_help_is_immediate_and_without_jax(environment: dict[str, str], argv: list[str]) -> None:
+    """Processor time, not wall time, and the least of five at most: other tests run beside this one."""
+    command, spent = [sys.executable, "-c", HELP, *argv], []
+    while len(spent) < 5 and min(spent, default=1.0) >= 0.5:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert (done.returncode, done.stderr) == (0, "[]\n")
+        assert "usage: fedsim" in done.stdout
+        spent.append((after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime))
+    assert min(spent) < 0.5, spent
+
+
+def test_help_shows_every_option_with_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    text = capsys.readouterr().out
+    for _, name in FIELDS:
+        assert f"-{name.replace('_', '-')}" in text, name
+    assert "--dry-run" in text and "--resume" in text and "Communication rounds" in text
+
+
+EXPERIMENT = """
+import fedsim
+
+config = fedsim.Config(dataset="d.npz", backbone="mlp", peft="full", rounds=7, targets=("key",), lr=0.5)
+speed = fedsim.Speed(lanes=3)
+"""
+
+
+def test_an_experiment_file_and_options_that_override_it(here: Path) -> None:
+    (here / "mine.py").write_text(EXPERIMENT)
+    options = cli.parse(cli.RunOptions, ["mine.py", "--rounds", "5", "--eval-batch", "9"], "fedsim run")
+    wanted = Config(dataset="d.npz", backbone="mlp", peft="full", rounds=5, targets=("key",), lr=0.5)
+    assert options.config() == wanted and options.speed == Speed(lanes=3, eval_batch=9)
+    (here / "empty.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match=r"Expected empty.py to define config = fedsim.Config"):
+        cli.parse(cli.RunOptions, ["empty.py"], "fedsim run")
+    (here / "wrong.py").write_text("import fedsim\nconfig = fedsim.Config(rounds=0)\n")
+    with pytest.raises(ValueError, match="Expected rounds=0 > 0"):
+        cli.parse(cli.RunOptions, ["wrong.py"], "fedsim run")
+
+
+def arguments(data: Path, *more: str) -> list[str]:
+    text = (
+        f"run --dataset {data} --backbone mlp --peft full --clients 8 --clients-per-round 3 --rounds 2 --head-rounds 0"
+    )
+    return [*text.split(), "--no-compilation-cache", "--devices", "1", "--quiet", *more]
+
+
+def test_dry_run_trains_nothing(here: Path, blobs: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    data = blobs(here.parent)
+    assert cli.main(arguments(data, "--dry-run", "--head-rounds", "1")) == 0
+    said = capsys.readouterr().out
+    assert list(here.iterdir()) == []
+    for part in ("Nothing was trained", "rounds 1 to 1: head", "rounds 2 to 2: full", "lanes", "time", "memory"):
+        assert part in said, part
+    # layers 6-128-64 and a head of 3 classes: 9,347 parameters, of them 195 in the head, 3 clients each way
+    assert "37,388 B" in said and "780 B" in said
+    assert f"{2 * 3 * 780:,} B" in said and f"{2 * 3 * 37388:,} B" in said
+
+
+def test_run_compare_and_the_closing_table(
+    here: Path, blobs: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedsim.cli import job
+
+    data = blobs(here.parent)
+    monkeypatch.setattr(job, "HEAD_ROUNDS", 3)
+    assert cli.main(arguments(data, "--out", "a")) == 0
+    said = capsys.readouterr().out
+    for part in ("start", "head to convergence", "full (this run)", "minus head, test accuracy", "Folder: a"):
+        assert part in said, part
+    assert (here / "a" / "baselines" / "head-to-convergence" / "summary.json").is_file()
+    assert cli.main(arguments(data, "--out", "b", "--seed", "1", "--no-head-baseline")) == 0
+    assert not (here / "b" / "baselines").exists()
+    capsys.readouterr()
+    assert cli.main(["compare", "a", "b"]) == 0
+    said = capsys.readouterr().out
+    assert "seed" in said and "batch_size" not in said and "bytes" in said.lower() and "accuracy" in said
+    assert cli.main(arguments(data, "--out", "b")) == 2
+    assert "Expected out='b' to hold no run; go on with it by --resume b" in capsys.readouterr().err
+
+
+def test_data_list_and_show(here: Path, blobs: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data"]) == 0 and "fedsim data fetch" in capsys.readouterr().out
+    assert cli.main(["data", "list"]) == 0
+    said = capsys.readouterr().out
+    assert "20newsgroups" in said and "minilm_l6" in said and "licence" in said
+    show = f"data show --dataset {blobs(here.parent)} --clients 8 --clients-per-round 3 --out p.png".split()
+    assert cli.main(show) == 0
+    assert "blobs" in capsys.readouterr().out and (here / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    from fedsim import peft
+    from fedsim.algorithms import ALGORITHMS
+    from fedsim.backbones import BACKBONES
+
+    assert cli.main(["list"]) == 0
+    words = set(capsys.readouterr().out.split())
+    assert {*ALGORITHMS, *BACKBONES, *peft.KINDS, "20newsgroups"} <= words
+    assert cli.main(["list", "peft"]) == 0
+    only = capsys.readouterr().out
+    assert "lora" in only and "fed_avg" not in only
+
+
+def test_without_a_command_the_commands_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said for name in cli.COMMANDS)

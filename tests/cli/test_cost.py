@@ -1,0 +1,245 @@
+"""`fedsim cost`: the exact counts and bytes of FedPEFT's table, the same bytes as real messages and runs, no arrays."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import fedsim
+from fedsim import peft, wire
+from fedsim.backbones import BACKBONES
+from fedsim.cli import cost
+from fedsim.cli import main as cli
+from fedsim.config import Config
+
+CLASSES = {"CIFAR-100": 100, "Resisc45": 45, "PCam": 2}
+# Method -> (backbone, options, trained parameters for 100, 45, 2 classes), computed from the architectures.
+METHODS: dict[str, tuple[str, dict[str, Any], tuple[int, int, int]]] = {
+    "full": ("vit_b16", {"peft": "full"}, (85_875_556, 85_833_261, 85_800_194)),
+    "head": ("vit_b16", {"peft": "head"}, (76_900, 34_605, 1_538)),
+    "bias": ("vit_b16", {"peft": "bias"}, (179_812, 137_517, 104_450)),
+    "bias without patch": ("vit_b16", {"peft": "bias", "bias_patch": False}, (179_044, 136_749, 103_682)),
+    "adapter": ("vit_b16", {"peft": "adapter", "adapter_width": 8}, (233_668, 191_373, 158_306)),
+    "prompt": ("vit_b16", {"peft": "prompt", "prompt_tokens": 10}, (169_060, 126_765, 93_698)),
+    "lora": ("vit_b16", {"peft": "lora", "rank": 4}, (224_356, 182_061, 148_994)),
+    "shufflenet": ("shufflenet_v2_x0_5", {"peft": "full"}, (444_292, 387_917, 343_842)),
+}
+
+
+def every(**layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes of leaves of all 12 blocks."""
+    return {f"blocks/{i}/{path.replace('__', '/')}": shape for i in range(12) for path, shape in layers.items()}
+
+
+BIASES = every(
+    **{f"attention__{part}__bias": (768,) for part in ("query", "key", "value", "output")},
+    norm1__bias=(768,),
+    norm2__bias=(768,),
+    mlp__up__bias=(3072,),
+    mlp__down__bias=(768,),
+) | {"norm/bias": (768,)}
+SHAPES = {
+    "head": {},
+    "bias": BIASES | {"embeddings/patch/bias": (768,)},
+    "bias without patch": BIASES,
+    "adapter": every(
+        mlp__adapter__down_kernel=(768, 8),
+        mlp__adapter__down_bias=(8,),
+        mlp__adapter__up_kernel=(8, 768),
+        mlp__adapter__up_bias=(768,),
+    ),
+    "prompt": every(prompt=(10, 768)),
+    "lora": every(
+        attention__query__lora_a=(768, 4),
+        attention__query__lora_b=(4, 768),
+        attention__value__lora_a=(768, 4),
+        attention__value__lora_b=(4, 768),
+    ),
+}
+
+
+def config(method: str, **more: Any) -> Config:
+    backbone, options, _ = METHODS[method]
+    return Config(backbone=backbone, **options, **more)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_counts_and_bytes_of_the_table(method: str) -> None:
+    for classes, expected in zip(CLASSES.values(), METHODS[method][2], strict=True):
+        row = cost.cost(config(method, clients=64, clients_per_round=8, rounds=50), classes)
+        assert row.trainable_parameters == expected
+        assert row.bytes_up == row.bytes_down == 4 * expected
+        assert row.round_bytes_up == row.round_bytes_down == 8 * 4 * expected
+        assert row.run_bytes_up == row.run_bytes_down == 50 * 8 * 4 * expected
+        whole = METHODS["shufflenet" if method == "shufflenet" else "full"][2][[100, 45, 2].index(classes)]
+        assert row.total_parameters == whole
+        assert row.full_bytes == 4 * whole
+        assert row.full_ratio == pytest.approx(whole / expected)
+        assert row.share == pytest.approx(expected / whole)
+
+
+@pytest.mark.parametrize("method", SHAPES)
+def test_shapes_of_the_table(method: str) -> None:
+    """Counts collide (LoRA of rank 4 trains as much as a prompt of 16 tokens); shapes do not."""
+    leaves = cost.rules(config(method), 45)
+    trained = {leaf.path: leaf.shape for leaf in leaves if leaf.rule != "frozen"}
+    assert trained == SHAPES[method] | {"head/kernel": (768, 45), "head/bias": (45,)}
+    assert {leaf.rule for leaf in leaves if leaf.path.startswith("head/")} == {"head"}
+    assert len({leaf.path for leaf in leaves}) == len(leaves)
+    assert all(leaf.parameters == math.prod(leaf.shape) for leaf in leaves)
+
+
+def test_the_papers_two_figures() -> None:
+    """About 328MB and 0.68MB a client, one way: what rounds to them, and what does not."""
+    mib = {name: cost.cost(config(name), 100).bytes_up / 2**20 for name in METHODS}
+    assert round(mib["full"], 3) == 327.589
+    assert round(mib["bias"], 3) == 0.686
+    assert round(mib["bias without patch"], 3) == 0.683
+    assert round(cost.cost(config("prompt"), 100).bytes_up / 1e6, 3) == 0.676
+
+
+@pytest.mark.parametrize("codec", ["none", "bfloat16"])
+@pytest.mark.parametrize("kind", ["lora+bias", "adapter", "prompt", "full"])
+def test_a_row_equals_the_serialised_message(kind: str, codec: str) -> None:
+    row = cost.cost(Config(backbone="vit_tiny", peft=kind, codec_up=codec), 7)
+    trained, frozen = peft.start(peft.build("vit_tiny", 7, peft=kind), "random", 0)
+    sent = {name: np.asarray(leaf, np.float32) for name, leaf in trained.items()}
+    coder = wire.codec(codec)
+    assert row.bytes_up == len(wire.serialise(coder.encode(sent) if coder else sent, coder))
+    assert row.bytes_down == len(wire.serialise(sent))
+    assert row.setup_bytes == len(wire.serialise(frozen))
+    assert row.trainable_parameters == sum(leaf.size for leaf in sent.values())
+
+
+@pytest.mark.parametrize(("kind", "head_rounds"), [("bias", 1), ("full", 0), ("head", 0)])
+def test_a_row_equals_what_a_run_reports(
+    kind: str, head_rounds: int, tmp_path: Path, blobs: Callable[..., Path], compile_once: None
+) -> None:
+    setting = Config(
+        dataset=str(blobs(tmp_path)), backbone="mlp", peft=kind, head_rounds=head_rounds, rounds=3, clients=6,
+        clients_per_round=4, min_size=1, codec_up="float16",
+    )  # fmt: skip
+    run = fedsim.run(setting, out=tmp_path / "run", quiet=True)
+    row = cost.cost(setting, 3, input_shape=(6,))
+    last, summary = run.rounds[-1], run.summary or {}
+    assert (last["bytes_up"], last["bytes_down"]) == (row.round_bytes_up, row.round_bytes_down)
+    assert (last["total_bytes_up"], last["total_bytes_down"]) == (row.run_bytes_up, row.run_bytes_down)
+    assert run.rounds[0]["setup_bytes"] == 4 * row.setup_bytes
+    # Three cohorts of four of six clients meet all six. Who is met after the head's rounds is given less.
+    given = sum(line["setup_bytes"] for line in run.rounds)
+    assert row.run_setup_bytes == 6 * row.setup_bytes
+    assert given < row.run_setup_bytes if head_rounds else given == row.run_setup_bytes
+    assert summary["parameters"]["trained"] == row.trainable_parameters
+    assert row.head_rounds == head_rounds
+
+
+@pytest.mark.parametrize("name", [n for n in BACKBONES if n != "linear"])  # which has nothing but the head
+def test_full_fine_tuning_sends_what_it_is_compared_with(name: str) -> None:
+    """Batch norm's statistics are neither trained nor sent, so they count in no total."""
+    row = cost.cost(
+        Config(backbone=name, peft="full"), 10, input_shape=(6,) if BACKBONES[name].kind == "array" else None
+    )
+    assert row.bytes_up == row.full_bytes == 4 * row.total_parameters
+    assert row.share == row.full_ratio == 1
+    if name == "resnet18":
+        assert row.total_parameters == 11_176_512 + 10 * 513
+        assert row.setup_bytes == 2 * 4 * 4800  # two statistics for each of the 4,800 channels
+
+
+def test_dtype_and_attached_leaves() -> None:
+    half = cost.cost(Config(backbone="vit_tiny", peft="ffa_lora", rank=4), 3, dtype="bfloat16")
+    whole = cost.cost(Config(backbone="vit_tiny", peft="ffa_lora", rank=4), 3)
+    assert (2 * half.bytes_up, 2 * half.setup_bytes, 2 * half.full_bytes) == (
+        whole.bytes_up,
+        whole.setup_bytes,
+        whole.full_bytes,
+    )
+    head = cost.cost(Config(backbone="vit_tiny", peft="head"), 3)
+    assert whole.total_parameters == head.total_parameters
+    assert whole.setup_bytes == head.setup_bytes + 2 * 2 * 32 * 4 * 4  # FFA-LoRA's A is frozen, and given once
+    assert whole.options == {"rank": 4} and head.options == {}
+
+
+def said(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert cli.main(["cost", *argv]) == 0
+    return capsys.readouterr().out
+
+
+def test_json_has_a_row_for_each_combination(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = "--backbone vit_tiny bert_tiny --peft bias adapter --classes 3 5 --adapter-width 2 --json"
+    rows = json.loads(said(argv.split(), capsys))
+    assert [(r["backbone"], r["peft"], r["classes"]) for r in rows] == [
+        (b, p, c) for b in ("vit_tiny", "bert_tiny") for p in ("bias", "adapter") for c in (3, 5)
+    ]
+    for r in rows:
+        built = peft.build(r["backbone"], r["classes"], peft=r["peft"], adapter_width=2)
+        assert r["trainable_parameters"] == cost.count(built.trained)
+        assert r["bytes_up"] == r["bytes_down"] == 4 * r["trainable_parameters"]
+        assert r["options"] == ({"adapter_width": 2} if r["peft"] == "adapter" else {})
+        assert {"total_parameters", "setup_bytes", "dtype", "run_bytes_up", "run_bytes_down"} <= set(r)
+
+
+def test_tables_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(["--backbone", "vit_tiny", "--peft", "lora", "--rank", "4", "--classes", "3", "--rules"], capsys)
+    row = cost.cost(Config(backbone="vit_tiny", rank=4), 3)
+    for part in (f"{row.bytes_up:,} B", f"{row.run_bytes_down:,} B", f"{row.total_parameters:,}", "MiB", "rank=4"):
+        assert part in text
+    assert "blocks/1/attention/value/lora_b" in text and "frozen" in text and "32x4" in text
+    row = json.loads(said(["--backbone", "vit_tiny", "--peft", "lora", "--rules", "--json"], capsys))[0]
+    assert {r["rule"] for r in row["rules"]} == {"head", "lora", "frozen"}
+
+
+def test_a_huge_model_is_a_matter_of_seconds(environment: dict[str, str]) -> None:
+    """ViT-H/14 has 2.5 GB of parameters; none of them is allocated."""
+    code = (
+        "import resource, sys; from fedsim.__main__ import main; "
+        "main(['cost', '--backbone', 'vit_h14', '--classes', '100', '--peft', 'lora', 'full', '--json']); "
+        "import jax; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(jax.live_arrays()), file=sys.stderr)"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    lora, full = json.loads(done.stdout)
+    assert full["trainable_parameters"] == full["total_parameters"] == 630_764_800 + 1281 * 100
+    assert lora["trainable_parameters"] == 32 * 2 * 2 * 1280 * 8 + 1281 * 100
+    kibibytes, arrays = map(int, done.stderr.split()[-2:])
+    assert kibibytes < 1.5 * 2**20 and arrays < 10
+    assert time.perf_counter() - began < 120  # 5 s alone; other work may run beside the tests
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--backbone vit_b1", "did you mean vit_b16"),
+        ("--peft biass", "did you mean bias"),
+        ("--targets querry", "Expected targets='querry' to match a linear layer; did you mean query?"),
+        ("--backbone resnet18", "no linear layer but the head"),
+        ("--rank 500", "Expected rank=500 <= 384, the rank of blocks/0/attention/query; lower it"),
+        ("--backbone vit_b16 --image-size 225", "image_size=224, or another multiple of 16"),
+        ("--backbone mlp --peft full", "Expected input_shape of backbone='mlp' to be given"),
+        ("--backbone resnet18 --peft prompt", "to meet a transformer"),
+        ("--classes 0", "Expected classes=0 > 0"),
+        ("--classes", "Expected classes to have a value"),
+        ("--peft bias --peft lora", "Expected --peft once; put all its values behind it"),
+        ("--dtype float31", "did you mean float32"),
+        ("--codec-up bfloat", "did you mean bfloat16"),
+        ("--clients 5", "Expected clients_per_round=10 <= clients=5"),
+        ("--backbone vit_b16 --pool pooler", "Expected pool='pooler' to be one of"),
+    ],
+)
+def test_nonsense_is_refused_before_anything_is_allocated(
+    argv: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = len(jax.live_arrays())
+    assert cli.main(["cost", *argv.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert len(jax.live_arrays()) == before

@@ -1,0 +1,114 @@
+"""A round that is not trained sends what a trained one sends, and shows what does not fit before anything has run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fedsim
+from fedsim import record
+from fedsim.cli.estimate import dry_run
+from fedsim.config import Config, Speed
+from fedsim.engine import lanes as lanes_module
+from fedsim.simulation import build, rehearsal, simulate
+from fedsim.simulation.rehearsal import Rehearsal, rehearse
+
+pytestmark = pytest.mark.usefixtures("compile_once")
+SPEED = Speed(devices=1, lanes=2, compilation_cache=False)
+
+
+@pytest.fixture
+def config(blobs: Callable[..., Path], tmp_path: Path) -> Config:
+    return Config(
+        dataset=str(blobs(tmp_path)), backbone="mlp", peft="full", clients=8, clients_per_round=8, rounds=2, head_rounds=1,
+        optimizer="sgd", lr=0.05, min_size=3,
+    )  # fmt: skip
+
+
+def rehearsed(config: Config, speed: Speed = SPEED) -> list[Rehearsal]:
+    problem = build.problem(config, speed)
+    return [rehearse(problem, phase, np.arange(8)) for phase in build.phases(config)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"codec_up": "float16"}, id="codec", marks=pytest.mark.slow),
+        pytest.param({"algorithm": "fed_sa_lora", "head_rounds": 0}, id="clients keep B"),
+        pytest.param({"algorithm": "fed_ex_lora", "head_rounds": 0}, id="another message", marks=pytest.mark.slow),
+        pytest.param({"algorithm": "flora", "head_rounds": 0}, id="stacked", marks=pytest.mark.slow),
+    ],
+)
+def test_it_sends_what_a_trained_round_sends(config: Config, tmp_path: Path, changes: dict[str, Any]) -> None:
+    if "algorithm" in changes:
+        x = np.random.default_rng(0).integers(0, 255, (64, 16, 16, 3)).astype(np.uint8)
+        np.savez(tmp_path / "images.npz", x=x, y=np.arange(64) % 2)
+        changes |= {
+            "dataset": str(tmp_path / "images.npz"),
+            "backbone": "vit_tiny",
+            "weights": "random",
+            "peft": "lora",
+        }
+    config = dataclasses.replace(config, **changes)
+    phases = build.phases(config)
+    run = fedsim.run(config, SPEED, out=tmp_path / "run", quiet=True)
+    parts = rehearsed(config)
+    for part, phase in zip(parts, phases, strict=True):
+        line = run.rounds[phase.last - 1]  # of the rules, the second round: the first has no stack to send yet
+        assert (8 * part.down, 8 * part.up) == (line["bytes_down"], line["bytes_up"])
+    assert run.rounds[0]["setup_bytes"] == 8 * parts[0].setup
+
+
+@pytest.mark.slow
+def test_lanes_that_do_not_fit_in_a_phase_are_refused_before_the_first(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head, full = (part.need.lanes for part in rehearsed(config))
+    assert head < full
+    monkeypatch.setattr(simulate, "LONG", 0)
+    appended: list[int] = []
+    append = record.append
+    monkeypatch.setattr(record, "append", lambda folder, line: (appended.append(line["round"]), append(folder, line)))
+    for free in (int(0.9 * head), int(head + full) // 2):
+        monkeypatch.setattr(lanes_module, "free_memory", lambda device, sharing, free=free: free)
+        with pytest.raises(
+            ValueError, match=r"Expected lanes=2 with batch_size=\d+ to fit .* lower --lanes to about 1"
+        ):
+            fedsim.run(config, SPEED, out=tmp_path / "run", quiet=True)
+    with pytest.raises(ValueError, match="Expected lanes=2"):
+        dry_run(config, SPEED)
+    assert appended == [] and not (tmp_path / "run").exists()
+    auto = dataclasses.replace(SPEED, lanes="auto")
+    assert [phase.lanes for phase in dry_run(config, auto)] != [2, 2], "nobody asked for them: fewer are taken"
+    assert "each device" not in capsys.readouterr().out
+    fedsim.run(config, auto, out=tmp_path / "run", quiet=True)  # into the same folder
+    assert appended == [1, 2]
+
+
+def test_a_batch_too_large_for_one_lane_is_refused_before_the_first_phase(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asked for lanes; it is compiled to know where a generous bound says that it may not fit, and only there."""
+    one = dataclasses.replace(SPEED, lanes=1)
+    need = rehearsed(config, one)[1].need.lanes
+    looked: list[str] = []
+    real = simulate.rehearse
+    monkeypatch.setattr(
+        simulate, "rehearse", lambda problem, phase, ids: (looked.append(phase.name), real(problem, phase, ids))
+    )
+    monkeypatch.setattr(simulate, "LONG", 0)
+    free = int(0.9 * need)
+    for module in (lanes_module, rehearsal):
+        monkeypatch.setattr(module, "free_memory", lambda device, sharing: free)
+    auto = dataclasses.replace(SPEED, lanes="auto")
+    with pytest.raises(ValueError, match=r"Expected lanes=1 with batch_size=\d+ to fit .* lower batch_size=\d+, or"):
+        fedsim.run(config, auto, out=tmp_path / "run", quiet=True)
+    assert looked[-1] == "peft" and not (tmp_path / "run").exists()
+    free, looked[:] = 2**40, []
+    fedsim.run(config, auto, out=tmp_path / "run", quiet=True)
+    assert not looked, "far from the limit nothing is compiled twice"
