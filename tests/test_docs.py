@@ -23,7 +23,7 @@ from fedsim import algorithms, data
 from fedsim.cli import main as cli
 from fedsim.config import main_job
 from fedsim.profiling import profile
-from fedsim.record import Run
+from fedsim.simulation.loaded import Run
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

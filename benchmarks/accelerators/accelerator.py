@@ -6,7 +6,7 @@
     python benchmarks/accelerators/accelerator.py --small                             # a tiny ViT on the CPU, to see that it works
 
 256 clients a round, two local steps each, bfloat16. MFU = examples/s * FLOPs of an example / dense bfloat16 peak; the
-FLOPs are those of `fedsim.flops`: forward, activation gradients, trained weights' gradients. The bare pass computes the
+FLOPs are those of `fedsim.peft.flops`: forward, activation gradients, trained weights' gradients. The bare pass computes the
 gradient of the trained part for as many rows as fedsim has in a step, in JAX (repeats interleaved) and in compiled torch;
 the better of the two is the ceiling. `torch_loop.py` is the loop; without a torch it is left out, and so said.
 

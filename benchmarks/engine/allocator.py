@@ -1,4 +1,4 @@
-"""A forward pass with and without the setting of the host's allocator that `fedsim.host.tune_host` makes.
+"""A forward pass with and without the setting of the host's allocator that `fedsim.engine.host.tune_host` makes.
 
     python benchmarks/engine/allocator.py
     python benchmarks/engine/allocator.py --small

@@ -4,7 +4,7 @@
     FLOPs = rounds * examples a round * F_train + evaluations * validation examples * F + test examples * F
 
 An example in training costs its forward pass, the gradients of activations down to the first trained leaf, and the
-gradients of trained weights; `fedsim.flops` counts all three. A head alone costs F once for every example (its features
+gradients of trained weights; `fedsim.peft.flops` counts all three. A head alone costs F once for every example (its features
 are kept), then next to nothing.
 The peak and the share of it that a run reaches are assumptions: say better ones where you know them.
 """

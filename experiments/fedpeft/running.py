@@ -24,7 +24,7 @@ from fedsim.data import partition
 from fedsim.data.dataset import Dataset
 from fedsim.engine.host import tune_host
 from fedsim.randomness import stream
-from fedsim.simulation import build, simulate
+from fedsim.simulation import build, current
 from fedsim.simulation.build import Problem
 
 
@@ -129,7 +129,7 @@ def blind(problem: Problem) -> Problem:
 
 def tested(run: record.Run, problem: Problem) -> float:
     """Test accuracy of a finished run that did not see the test rows."""
-    now = simulate.prepare(problem, build.phases(run.config)[-1], run.parameters)
+    now = current.prepare(problem, build.phases(run.config)[-1], run.parameters)
     return now.trainer.test(now.server)["accuracy"]
 
 

@@ -30,7 +30,7 @@ from fedsim import record
 from fedsim.config import Config, Speed
 from fedsim.engine.host import tune_host
 from fedsim.evaluation.evaluate import evaluator
-from fedsim.simulation import build, simulate
+from fedsim.simulation import build, current
 from fedsim.simulation.build import Problem
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -84,7 +84,7 @@ def row(name: str, config: Config, speed: Speed, problem: Problem, folder: Path)
 
     tried, best = search(score, RATES)
     chosen = runs[best]
-    now = simulate.prepare(problem, build.phases(chosen.config)[-1], chosen.parameters)
+    now = current.prepare(problem, build.phases(chosen.config)[-1], chosen.parameters)
     test = now.trainer.test(now.server)
     domains = {}
     for value in np.unique(data.natural.get("domain", [])):

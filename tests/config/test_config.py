@@ -132,10 +132,10 @@ def test_every_option_says_what_it_is() -> None:
     import ast
     import inspect
 
-    from fedsim import config
+    from fedsim.config import options
 
     found = 0
-    for node in ast.parse(inspect.getsource(config)).body:
+    for node in ast.parse(inspect.getsource(options)).body:
         if not isinstance(node, ast.ClassDef):
             continue
         for field, after in zip(node.body, [*node.body[1:], None], strict=True):

@@ -133,7 +133,7 @@ def test_texts_need_a_tokenizer(tmp_path: Path) -> None:
     file = tmp_path / "texts.csv"
     file.write_text("text,label\n" + "".join(f"word {i},{i % 2}\n" for i in range(10)))
     with pytest.raises(ValueError, match="Expected backbone='cnn' to have a tokenizer"):
-        data.load(Config(dataset=str(file), backbone="cnn"), None)
+        data.load(Config(dataset=str(file)), None, backbone="cnn")
 
 
 def test_needed_assets() -> None:

@@ -87,7 +87,7 @@ def test_a_client_keeps_its_value_whoever_is_beside_it_and_options_do_not_share_
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 10_000), st.floats(0.05, 0.95))
 def test_bernoulli_availability_and_dropout_have_their_shares(seed: int, round: int, p: float) -> None:
-    fleet = network.fleet(Config(availability=f"bernoulli(p={p})", dropout=p, seed=seed))
+    fleet = build.fleet(Config(availability=f"bernoulli(p={p})", dropout=p, seed=seed))
     found = network.conditions(fleet, MANY[:20_000], round)
     band = 6 * math.sqrt(p * (1 - p) / 20_000)
     assert abs(found.present.mean() - p) < band and not (found.drops & ~found.present).any()
@@ -95,7 +95,7 @@ def test_bernoulli_availability_and_dropout_have_their_shares(seed: int, round: 
 
 
 def test_the_diurnal_wave_has_its_peak_and_its_low_and_a_phase_for_each_client() -> None:
-    fleet = network.fleet(Config(availability="diurnal(period=10, peak=0.9, low=0.1)"))
+    fleet = build.fleet(Config(availability="diurnal(period=10, peak=0.9, low=0.1)"))
     there = np.array([fleet.available(MANY[:20_000], round) for round in range(1, 41)])
     assert np.abs(there.mean(axis=1) - 0.5).max() < 0.02, "phases are spread over the period"
     phase = randomness.chance(0, "phase", MANY[:20_000])
@@ -328,7 +328,7 @@ def test_after_round_one_nothing_compiles_whoever_is_there(compiles: list[str]) 
         clients=12, clients_per_round=4, over_selection=1.5, availability="bernoulli(p=0.4)", dropout=0.3,
         compute="lognormal(1, 1)", deadline=1.5, late="partial", download="10",
     )  # fmt: skip
-    fleet = network.fleet(config)
+    fleet = build.fleet(config)
     seen = set()
     for round in range(1, 7):
         population = Population(12, 6, network.reachable(fleet, round))
@@ -516,14 +516,14 @@ def table(folder: Path, text: str) -> str:
 def test_a_trace_with_holes_is_refused_by_line_or_client(rows: str, said: str, tmp_path: Path) -> None:
     file = table(tmp_path, "client,start,end\n" + rows)
     with pytest.raises(ValueError, match=r"^Expected ") as caught:
-        network.fleet(Config(clients=3, clients_per_round=1, rounds=5, availability=file))
+        build.fleet(Config(clients=3, clients_per_round=1, rounds=5, availability=file))
     assert said.replace("FILE", file) in str(caught.value)
 
 
 def test_a_trace_is_read_as_it_stands(tmp_path: Path) -> None:
     """Rows in any order, ends included, a client that is never there."""
     file = table(tmp_path, "client, start, end\n2,,\n0,4,5\n1,1,1\n0,1,2\n1,3,9\n")
-    fleet = network.fleet(Config(clients=3, clients_per_round=1, rounds=5, availability=file))
+    fleet = build.fleet(Config(clients=3, clients_per_round=1, rounds=5, availability=file))
     there = [fleet.available(np.array([2, 1, 0]), round).tolist() for round in range(1, 6)]
     assert [row[2] for row in there] == [True, True, False, True, True]
     assert [row[1] for row in there] == [True, False, True, True, True] and not any(row[0] for row in there)
@@ -547,13 +547,13 @@ def test_a_table_of_devices_with_holes_is_refused(
 ) -> None:
     file = table(tmp_path, text)
     with pytest.raises(ValueError, match=r"^Expected ") as caught:
-        network.fleet(Config(clients=3, clients_per_round=1, device_table=file, **options))
+        build.fleet(Config(clients=3, clients_per_round=1, device_table=file, **options))
     assert said.replace("FILE", file) in str(caught.value)
 
 
 def test_a_table_of_devices_has_the_options_units(tmp_path: Path) -> None:
     file = table(tmp_path, "client,latency,download\n1,20,3\n0,0,1.5\n")
-    fleet = network.fleet(Config(clients=2, clients_per_round=1, device_table=file, compute="7"))
+    fleet = build.fleet(Config(clients=2, clients_per_round=1, device_table=file, compute="7"))
     found = network.conditions(fleet, np.array([1, 0]), 1)
     assert found.latency.tolist() == [0.02, 0] and found.download.tolist() == [3e6, 1.5e6]
     assert found.compute.tolist() == [7, 7] and np.isinf(found.upload).all() and found.timed

@@ -19,7 +19,7 @@ from fedsim.engine import plan as planning
 from fedsim.profiling import profile
 from fedsim.profiling import report as profile_report
 from fedsim.profiling import rounds as profile_round
-from fedsim.simulation import build, simulate
+from fedsim.simulation import build, current
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_profile_adds_up_and_is_written(config: Config, tmp_path: Path, capsys
 
 def test_a_profile_leaves_the_engine_as_it_was(config: Config) -> None:
     problem = build.problem(config, Speed(lanes=2, compilation_cache=False))
-    now = simulate.prepare(problem, build.phases(config)[-1], None)
+    now = current.prepare(problem, build.phases(config)[-1], None)
     engine, make = now.trainer.engine, profile_round.planning.make
     with profile_round.stopwatch(engine) as seen:
         profile_round.run_round(now)
@@ -181,8 +181,8 @@ def test_utilisation_is_a_share_of_all_devices_peaks() -> None:
     def trainer(kind: str, count: int) -> Any:
         return SimpleNamespace(engine=SimpleNamespace(devices=[SimpleNamespace(device_kind=kind)] * count))
 
-    assert simulate.utilisation(trainer("NVIDIA A100-SXM4-80GB", 2), Speed(), 156e12) == pytest.approx(0.5)
-    assert simulate.utilisation(trainer("cpu", 1), Speed(), 1e9) is None
+    assert 156e12 / current.peak(trainer("NVIDIA A100-SXM4-80GB", 2), Speed()) == pytest.approx(0.5)
+    assert current.peak(trainer("cpu", 1), Speed()) is None
 
 
 def test_a_row_that_could_not_run_is_shown_as_such() -> None:

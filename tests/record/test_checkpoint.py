@@ -354,7 +354,7 @@ def run_child(code: str, *args: object, **more) -> subprocess.Popen:
 FAILING = """
 import resource, signal, sys
 import numpy as np
-from fedsim.checkpoint import Checkpoints
+from fedsim.record.checkpoint import Checkpoints
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 c = Checkpoints(sys.argv[1])
 small, big = {"x": np.zeros(3)}, {"x": np.random.default_rng(0).random(400_000)}
@@ -394,7 +394,7 @@ LOOP = """
 import sys
 import jax, jax.numpy as jnp
 import numpy as np
-from fedsim.checkpoint import Checkpoints
+from fedsim.record.checkpoint import Checkpoints
 template = {"x": jnp.zeros(50_000), "n": 0, "key": jax.random.key(0)}
 with Checkpoints(sys.argv[1]) as c:
     found = c.restore(template, {"config": "abc"})

@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import fedsim.record as record_module
 from fedsim import record
 from fedsim.config import Config, Speed
 
@@ -171,7 +170,7 @@ def test_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.Monke
     record.append(tmp_path, line(1))
     before = (tmp_path / record.ROUNDS).read_bytes()
     real = os.write
-    monkeypatch.setattr(record_module.os, "write", lambda fd, data: real(fd, data[:10]))
+    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:10]))
     with pytest.raises(OSError, match="make room"):
         record.append(tmp_path, line(2))
     monkeypatch.undo()
@@ -205,12 +204,12 @@ def test_commit_of_a_checkout_and_of_none(tmp_path: Path) -> None:
 
     assert record.commit(tmp_path) is None
     git("init", "-q")
-    (tmp_path / "config.py").write_text("x = 1\n")
+    (tmp_path / "core.py").write_text("x = 1\n")
     assert record.commit(tmp_path) is None  # a copy in somebody else's checkout
-    git("add", "config.py")
+    git("add", "core.py")
     git("commit", "-qm", "x")
     assert record.commit(tmp_path) == {"commit": git("rev-parse", "HEAD"), "changed": False}
-    (tmp_path / "config.py").write_text("x = 2\n")
+    (tmp_path / "core.py").write_text("x = 2\n")
     assert record.commit(tmp_path) == {"commit": git("rev-parse", "HEAD"), "changed": True}
     assert record.commit(tmp_path / "absent") is None
 
@@ -364,7 +363,7 @@ def test_load_refuses_what_is_no_run(tmp_path: Path) -> None:
 def test_reading_a_run_does_not_import_jax(tmp_path: Path) -> None:
     written(tmp_path, 2)
     code = (
-        "import sys\nfrom fedsim import record, report, progress, plots\n"
+        "import sys\nfrom fedsim import record\nfrom fedsim.report import plots, progress, tables as report\n"
         f"run = record.load({str(tmp_path)!r})\nreport.print_comparison(run, run)\n"
         "assert not {'jax', 'orbax', 'tensorflow_datasets'} & set(sys.modules), 'slow import'"
     )

@@ -13,7 +13,8 @@ import pytest
 import fedsim
 from fedsim.cli import job
 from fedsim.config import Config, Speed
-from fedsim.simulation import build, personal, simulate
+from fedsim.engine.cohort import Cohort
+from fedsim.simulation import build, current, personal
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 SPEED = Speed(devices=1, lanes=2, compilation_cache=False)
@@ -28,9 +29,9 @@ def config(tmp_path_factory: pytest.TempPathFactory, blobs: Callable[..., Path])
     )  # fmt: skip
 
 
-def ready(config: Config, speed: Speed = SPEED) -> tuple[build.Problem, simulate.Current]:
+def ready(config: Config, speed: Speed = SPEED) -> tuple[build.Problem, current.Current]:
     problem = build.problem(config, speed)
-    return problem, simulate.prepare(problem, build.phases(config)[-1], None)
+    return problem, current.prepare(problem, build.phases(config)[-1], None)
 
 
 def correct(logits: jax.Array, y: np.ndarray) -> float:
@@ -78,7 +79,7 @@ def test_what_a_client_keeps_is_tested_and_left_alone(config: Config, tmp_path: 
     )
     problem, now = ready(kept)
     ids = np.array([1, 4, 6])
-    cohort = simulate.Cohort(now.trainer.engine, ids, 1, now.memory, lr=0.02)
+    cohort = Cohort(now.trainer.engine, ids, 1, now.memory, lr=0.02)
     server, _ = now.trainer.algorithm.round(jax.random.key(0), now.trainer.engine.held, now.server, cohort)
     before, order = now.memory.state()
     before = {k: v.copy() for k, v in before.items()}

@@ -15,7 +15,7 @@ from fedsim import record
 from fedsim.cli.estimate import dry_run
 from fedsim.config import Config, Speed
 from fedsim.engine import lanes as lanes_module
-from fedsim.simulation import build, rehearsal, simulate
+from fedsim.simulation import build, rehearsal
 from fedsim.simulation.rehearsal import Rehearsal, rehearse
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -70,7 +70,7 @@ def test_lanes_that_do_not_fit_in_a_phase_are_refused_before_the_first(
 ) -> None:
     head, full = (part.need.lanes for part in rehearsed(config))
     assert head < full
-    monkeypatch.setattr(simulate, "LONG", 0)
+    monkeypatch.setattr(rehearsal, "LONG", 0)
     appended: list[int] = []
     append = record.append
     monkeypatch.setattr(record, "append", lambda folder, line: (appended.append(line["round"]), append(folder, line)))
@@ -97,11 +97,11 @@ def test_a_batch_too_large_for_one_lane_is_refused_before_the_first_phase(
     one = dataclasses.replace(SPEED, lanes=1)
     need = rehearsed(config, one)[1].need.lanes
     looked: list[str] = []
-    real = simulate.rehearse
+    real = rehearsal.rehearse
     monkeypatch.setattr(
-        simulate, "rehearse", lambda problem, phase, ids: (looked.append(phase.name), real(problem, phase, ids))
+        rehearsal, "rehearse", lambda problem, phase, ids: (looked.append(phase.name), real(problem, phase, ids))
     )
-    monkeypatch.setattr(simulate, "LONG", 0)
+    monkeypatch.setattr(rehearsal, "LONG", 0)
     free = int(0.9 * need)
     for module in (lanes_module, rehearsal):
         monkeypatch.setattr(module, "free_memory", lambda device, sharing: free)

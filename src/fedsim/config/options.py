@@ -60,6 +60,8 @@ class Data:
     """Every client has at least this many examples, those of its local test set included; 0 allows empty clients."""
     local_test: float = 0.0
     """Share of each client's examples that is held out as its own test set and never trained on."""
+    seed: int = 0
+    """Seed of everything: splits, partition, cohorts, batches, initial values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +147,6 @@ class Training:
     """What clients' messages are cast to on the wire."""
     codec_down: Literal["none", "bfloat16", "float16"] = "none"
     """What the server's messages are cast to on the wire."""
-    seed: int = 0
-    """Seed of everything: partition, cohorts, batches, initial values."""
 
 
 @dataclass(frozen=True, kw_only=True)

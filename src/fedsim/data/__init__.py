@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedsim.config import Config, nearest
+from fedsim.config import Data, nearest
 from fedsim.data import assets
 from fedsim.data.dataset import Columns, Dataset, Source, check, divide, unheld
 
@@ -24,25 +24,25 @@ FORMS = {
 }
 
 
-def needed(config: Config) -> tuple[str, ...]:
+def needed(options: Data) -> tuple[str, ...]:
     """Names of the packaged assets that the config's data set lies in (`assets.fetch` brings them)."""
-    return (config.dataset,) if config.dataset in PACKAGED else ()
+    return (options.dataset,) if options.dataset in PACKAGED else ()
 
 
-def require_given(config: Config, given: Source | None) -> None:
+def require_given(options: Data, given: Source | None) -> None:
     """Raises `ValueError` unless arrays are given for `dataset="arrays"`, and for nothing else."""
-    if config.dataset == "arrays" and given is None:
+    if options.dataset == "arrays" and given is None:
         raise ValueError(
             "Expected data=fedsim.arrays(x, y) for dataset='arrays'; give it to fedsim.run, also beside resume "
             "(the command line has no arrays: write them by np.savez and name the .npz file)."
         )
-    if config.dataset != "arrays" and given is not None:
+    if options.dataset != "arrays" and given is not None:
         raise ValueError(
-            f"Expected dataset='arrays' beside data=..., got {config.dataset!r}; set it, or leave out data."
+            f"Expected dataset='arrays' beside data=..., got {options.dataset!r}; set it, or leave out data."
         )
 
 
-def read(config: Config, given: Source | None = None) -> Source:
+def read(options: Data, given: Source | None = None) -> Source:
     """The config's data set as it was read, checked, texts not yet tokenised.
 
     Args:
@@ -52,15 +52,15 @@ def read(config: Config, given: Source | None = None) -> Source:
         ValueError: a set that is unknown, not fetched, not prepared, or that holds what cannot be used; a packaged one
             whose licence the config does not accept, even if it is in the cache.
     """
-    require_given(config, given)
-    name, side = config.dataset, config.image_store
-    columns = Columns(config.text_column, config.label_column, config.client_column, config.domain_column)
+    require_given(options, given)
+    name, side = options.dataset, options.image_store
+    columns = Columns(options.text_column, options.label_column, options.client_column, options.domain_column)
     file = Path(name).expanduser()
     suffix = file.suffix.lower()
     if name.startswith("tfds:"):
         from fedsim.data.tfds import read_tfds
 
-        source = read_tfds(name.removeprefix("tfds:"), config.data_dir, columns, side)
+        source = read_tfds(name.removeprefix("tfds:"), options.data_dir, columns, side)
     elif name.startswith("hf:"):
         from fedsim.data.hugging_face import read_hugging_face
 
@@ -74,8 +74,8 @@ def read(config: Config, given: Source | None = None) -> Source:
 
         source = read_arrays(file, columns)
     else:
-        _refuse_columns(config, columns)
-        source = given if given is not None else _without_columns(name, file, side, config.accept_licence)
+        _refuse_columns(options, columns)
+        source = given if given is not None else _without_columns(name, file, side, options.accept_licence)
     if side is not None:
         source = _resized(source, side)
     check(source)
@@ -98,11 +98,11 @@ def _without_columns(name: str, file: Path, side: int | None, accepted: str | No
     )
 
 
-def _refuse_columns(config: Config, columns: Columns) -> None:
+def _refuse_columns(options: Data, columns: Columns) -> None:
     for key, column in columns.natural.items():
         raise ValueError(
-            f"Expected no {key}_column={column!r} for dataset={config.dataset!r}, which has no columns to name; leave it out"
-            f"{f', and give {key}= to fedsim.arrays' if config.dataset == 'arrays' else ''}."
+            f"Expected no {key}_column={column!r} for dataset={options.dataset!r}, which has no columns to name; leave it out"
+            f"{f', and give {key}= to fedsim.arrays' if options.dataset == 'arrays' else ''}."
         )
 
 
@@ -117,19 +117,25 @@ def _resized(source: Source, side: int) -> Source:
     return source._replace(x=all_resized(source.x, side))
 
 
-def load(config: Config, tokenizer_file: Path | None, given: Source | None = None) -> Dataset:
+def load(
+    options: Data, tokenizer_file: Path | None, given: Source | None = None, *, backbone: str | None = None
+) -> Dataset:
     """The config's data set, tokenised and with distinct train, validation and test rows.
 
-    Own splits are kept. Where they are missing, a fifth of the rows becomes test, then the share `config.validation`
-    of the training rows becomes validation, and last `config.examples` training rows are kept, all drawn by seed.
+    Own splits are kept. Where they are missing, a fifth of the rows becomes test, then the share `options.validation`
+    of the training rows becomes validation, and last `options.examples` training rows are kept, all drawn by seed.
     Warns where a class is tested that no training row has.
+
+    Args:
+        tokenizer_file: of the backbone; None where it reads no texts.
+        backbone: its name, for the error where it cannot read the texts.
 
     Raises:
         ValueError: as `read`; texts without a tokenizer; splits that would be empty.
     """
-    source = read(config, given)
+    source = read(options, given)
     train, validation, test = divide(
-        source.splits, validation=config.validation, examples=config.examples, seed=config.seed
+        source.splits, validation=options.validation, examples=options.examples, seed=options.seed
     )
     tested = source.y[np.concatenate([validation, test])]
     missing = np.intersect1d(unheld(source.y, train, len(source.classes)), tested)
@@ -140,7 +146,7 @@ def load(config: Config, tokenizer_file: Path | None, given: Source | None = Non
             f"example ({named}); nobody can learn them.",
             stacklevel=2,
         )
-    x = _arrays(source, tokenizer_file, config)
+    x = _arrays(source, tokenizer_file, options, backbone)
     # Rows that nobody uses (`examples`) are left out, so that no cached feature is computed for them.
     used = np.sort(np.concatenate([train, validation, test]))
     train, validation, test = (np.searchsorted(used, rows) for rows in (train, validation, test))
@@ -165,17 +171,17 @@ def _packaged(name: str) -> Source:
     return {**readers, "20newsgroups": text.newsgroups}[name]()
 
 
-def _arrays(source: Source, tokenizer_file: Path | None, config: Config) -> np.ndarray:
+def _arrays(source: Source, tokenizer_file: Path | None, options: Data, backbone: str | None) -> np.ndarray:
     """The inputs as arrays; only packaged texts leave their tokens in the cache, users' own never do."""
     if isinstance(source.x, np.ndarray):
         return source.x
     if tokenizer_file is None:
         raise ValueError(
-            f"Expected backbone={config.backbone!r} to have a tokenizer for the texts of {source.name}; "
+            f"Expected backbone={backbone!r} to have a tokenizer for the texts of {source.name}; "
             "choose a backbone for text."
         )
     from fedsim.data.text import cached_tokens, tokenize
 
     if source.key is None:
-        return tokenize(source.x, tokenizer_file, config.tokens)
-    return cached_tokens(source.x, tokenizer_file, config.tokens, source.key)
+        return tokenize(source.x, tokenizer_file, options.tokens)
+    return cached_tokens(source.x, tokenizer_file, options.tokens, source.key)

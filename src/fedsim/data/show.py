@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsim import data
-from fedsim.config import Config
+from fedsim.config import Data
 from fedsim.data import assets
 from fedsim.data.dataset import Dataset, divide, unheld
 from fedsim.data.partition import Partition, make, split_local
@@ -67,21 +67,21 @@ def data_prepare(name: str, data_dir: str | None = None) -> Path:
     return folder
 
 
-def data_show(config: Config, out: Path | None = None) -> Path:
+def data_show(options: Data, out: Path | None = None) -> Path:
     """Prints the config's data set and partition, and draws clients x classes into a PNG; returns its path."""
-    dataset = labels_only(config)
-    partition = make(config, dataset)
-    Console().print(summary(config, dataset, partition))
-    out = Path(f"{_slug(dataset.name)}-{config.partition}.png") if out is None else out
-    draw(config, dataset, partition, out)
+    dataset = labels_only(options)
+    partition = make(options, dataset)
+    Console().print(summary(options, dataset, partition))
+    out = Path(f"{_slug(dataset.name)}-{options.partition}.png") if out is None else out
+    draw(options, dataset, partition, out)
     print(f"picture: {out}")
     return out
 
 
-def labels_only(config: Config) -> Dataset:
+def labels_only(options: Data) -> Dataset:
     """The config's data set without its inputs: all that a partition needs, and no tokenizer."""
-    s = data.read(config)
-    splits = divide(s.splits, validation=config.validation, examples=config.examples, seed=config.seed)
+    s = data.read(options)
+    splits = divide(s.splits, validation=options.validation, examples=options.examples, seed=options.seed)
     return Dataset(s.name, None, s.y, *splits, s.classes, s.kind, s.licence, dict(s.natural))
 
 
@@ -100,9 +100,9 @@ def classes_held(dataset: Dataset, partition: Partition) -> np.ndarray:
     return np.bincount(pairs // classes, minlength=partition.clients)
 
 
-def summary(config: Config, dataset: Dataset, partition: Partition) -> Table:
+def summary(options: Data, dataset: Dataset, partition: Partition) -> Table:
     """A table of the set (name, rows of each split, classes, licence) and of its partition (sizes)."""
-    table = Table(title=f"{dataset.name}, {_law(config)}", title_justify="left", show_header=False)
+    table = Table(title=f"{dataset.name}, {_law(options)}", title_justify="left", show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     sizes = partition.sizes
@@ -121,19 +121,19 @@ def summary(config: Config, dataset: Dataset, partition: Partition) -> Table:
     if len(partition.rows) < len(dataset.train):
         left_out = len(dataset.train) - len(partition.rows)
         table.add_row(
-            "left out", f"{left_out:,} training examples of {config.partition} clients that are not among these"
+            "left out", f"{left_out:,} training examples of {options.partition} clients that are not among these"
         )
     table.add_row("examples a client", _spread(sizes))
-    _, local_test = split_local(partition, config.local_test)
+    _, local_test = split_local(partition, options.local_test)
     if local_test is not None:
-        table.add_row("of them held out", f"{_spread(local_test.sizes)} (local_test={config.local_test:g})")
+        table.add_row("of them held out", f"{_spread(local_test.sizes)} (local_test={options.local_test:g})")
     held = classes_held(dataset, partition)
     table.add_row("classes a client", f"fewest {held.min()}, median {np.median(held):g}, most {held.max()}")
     table.add_row("licence", dataset.licence)
     return table
 
 
-def draw(config: Config, dataset: Dataset, partition: Partition, out: Path, dpi: int = 150) -> None:
+def draw(options: Data, dataset: Dataset, partition: Partition, out: Path, dpi: int = 150) -> None:
     """Draws the partition as a PNG: above the clients' sizes, below their examples of each class."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.figure import Figure
@@ -189,8 +189,8 @@ def draw(config: Config, dataset: Dataset, partition: Partition, out: Path, dpi:
     heat.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     heat.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{shown[int(x)]:,}" if 0 <= x < n else ""))
     every = "" if n == partition.clients else f" ({n} of {partition.clients:,} shown, evenly spaced)"
-    heat.set_xlabel(f"client{', each with one value of the natural key' * (config.partition == 'natural')}{every}")
-    if config.partition == "domain":
+    heat.set_xlabel(f"client{', each with one value of the natural key' * (options.partition == 'natural')}{every}")
+    if options.partition == "domain":
         stretches = _stretches(dataset.natural["domain"], partition, shown)
         for name, first, last in stretches:
             heat.annotate(
@@ -214,13 +214,13 @@ def draw(config: Config, dataset: Dataset, partition: Partition, out: Path, dpi:
 
     held = classes_held(dataset, partition)
     figure.suptitle(
-        f"{dataset.name}: {len(partition.rows):,} training examples on {partition.clients:,} clients, {_law(config)}",
+        f"{dataset.name}: {len(partition.rows):,} training examples on {partition.clients:,} clients, {_law(options)}",
         fontsize=13,
         fontweight="bold",
     )
     bars.set_title(
         f"examples a client: {sizes.min()} to {sizes.max()}, median {np.median(sizes):g};   "
-        f"classes a client: {held.min()} to {held.max()}, median {np.median(held):g};   seed {config.seed}",
+        f"classes a client: {held.min()} to {held.max()}, median {np.median(held):g};   seed {options.seed}",
         fontsize=9.5,
         color="#444444",
     )
@@ -244,19 +244,19 @@ def _stretches(keys: np.ndarray, partition: Partition, shown: np.ndarray) -> lis
     return [(names[a], columns[a], columns[b]) for a, b in zip(starts, ends, strict=True)]
 
 
-def _law(config: Config) -> str:
+def _law(options: Data) -> str:
     """The partition in words, with the options that shape it."""
-    least = f", at least {config.min_size} each"
+    least = f", at least {options.min_size} each"
     return {
         "iid": "iid",
-        "dirichlet": f"Dirichlet(alpha = {config.alpha:g}){least}",
-        "dirichlet_balanced": f"equal sizes, Dirichlet(alpha = {config.alpha:g} x prior)",
-        "dirichlet_pfllib": f"PFLlib's Dirichlet(alpha = {config.alpha:g}){least}",
-        "shards": f"{config.classes_per_client} shards of one class each",
-        "quantity": f"sizes {config.size_law}{least}",
+        "dirichlet": f"Dirichlet(alpha = {options.alpha:g}){least}",
+        "dirichlet_balanced": f"equal sizes, Dirichlet(alpha = {options.alpha:g} x prior)",
+        "dirichlet_pfllib": f"PFLlib's Dirichlet(alpha = {options.alpha:g}){least}",
+        "shards": f"{options.classes_per_client} shards of one class each",
+        "quantity": f"sizes {options.size_law}{least}",
         "natural": f"by the natural key client{least}",
         "domain": "each client in one domain",
-    }[config.partition]
+    }[options.partition]
 
 
 def _values(values: np.ndarray) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedsim.config import Config
+from fedsim.config import Network
 from fedsim.network.laws import Law, availability, law
 from fedsim.network.traces import read_devices
 from fedsim.randomness import chance
@@ -49,29 +49,34 @@ class Conditions(NamedTuple):
     timed: bool  # whether anything takes time
 
 
-def fleet(config: Config) -> Fleet:
-    """The clients that the config describes; reads its files.
+def fleet(options: Network, *, clients: int, rounds: int, wanted: int, seed: int) -> Fleet:
+    """The clients that the options describe; reads their files.
+
+    Args:
+        clients: how many there are, N.
+        rounds: of the run, which a trace must cover.
+        wanted: replies that a round waits for.
 
     Raises:
         ValueError: an unknown law or impossible values; a file with holes, which is named with line or client.
     """
-    laws = {name: law(text, name, config.seed) for name in UNITS if (text := getattr(config, name)) is not None}
-    if config.device_table is not None:
-        for name, values in read_devices(Path(config.device_table), config.clients).items():
+    laws = {name: law(text, name, seed) for name in UNITS if (text := getattr(options, name)) is not None}
+    if options.device_table is not None:
+        for name, values in read_devices(Path(options.device_table), clients).items():
             if name in laws:
                 raise ValueError(
-                    f"Expected {name}={getattr(config, name)!r} or a column {name} in {config.device_table}, not both; "
+                    f"Expected {name}={getattr(options, name)!r} or a column {name} in {options.device_table}, not both; "
                     "leave one out."
                 )
             laws[name] = values.__getitem__
     return Fleet(
-        seed=config.seed,
-        wanted=config.clients_per_round,
-        available=availability(config),
-        dropout=config.dropout,
+        seed=seed,
+        wanted=wanted,
+        available=availability(options, clients, rounds, seed),
+        dropout=options.dropout,
         laws={name: _scaled(found, UNITS[name]) for name, found in laws.items()},
-        deadline=math.inf if config.deadline is None else config.deadline,
-        partial=config.late == "partial",
+        deadline=math.inf if options.deadline is None else options.deadline,
+        partial=options.late == "partial",
     )
 
 
@@ -108,7 +113,7 @@ def _scaled(values: Law, unit: float) -> Law:
     return lambda ids: unit * values(ids)
 
 
-def files(config: Config) -> list[Path]:
-    """Files that the config's network is read from."""
-    named = (config.availability if config.traced else None, config.device_table)
+def files(options: Network) -> list[Path]:
+    """Files that the network is read from."""
+    named = (options.availability if options.traced else None, options.device_table)
     return [Path(name) for name in named if name is not None]

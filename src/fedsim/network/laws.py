@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsim.config import Config, nearest, parse_call
+from fedsim.config import Network, nearest, parse_call
 from fedsim.network.traces import read_trace
 from fedsim.randomness import chance
 
@@ -88,16 +88,18 @@ def _require_positive(values: Sequence[Any], text: str, option: str) -> None:
 # --- availability
 
 
-def availability(config: Config) -> Callable[[np.ndarray, int], np.ndarray] | None:
+def availability(
+    options: Network, clients: int, rounds: int, seed: int
+) -> Callable[[np.ndarray, int], np.ndarray] | None:
     """(ids (K,), round from 1) -> (K,) bool, or None for everybody always.
 
     Raises:
         ValueError: an unknown law, impossible probabilities, or a trace with holes.
     """
-    text, seed = config.availability, config.seed
-    if config.traced:
-        return read_trace(Path(text), config.clients, config.rounds)
-    name, args, options = parse_call(text, "availability")
+    text = options.availability
+    if options.traced:
+        return read_trace(Path(text), clients, rounds)
+    name, args, named = parse_call(text, "availability")
     if name not in ("always", *AVAILABILITY):
         known = ("always", *AVAILABILITY)
         raise ValueError(
@@ -105,7 +107,7 @@ def availability(config: Config) -> Callable[[np.ndarray, int], np.ndarray] | No
         )
     if name == "always":
         return None
-    probability = _called(AVAILABILITY[name], name, args, options, text, "availability")
+    probability = _called(AVAILABILITY[name], name, args, named, text, "availability")
     return lambda ids, round: chance(seed, "available", round, ids) < probability(seed, ids, round)
 
 

@@ -20,8 +20,8 @@ from flax import nnx
 from fedsim.backbones import Backbone, Module, Row, Shape, backbone, own
 from fedsim.backbones.layers import STATISTICS, NoRngs, Skeleton
 from fedsim.backbones.load import draw, load
-from fedsim.config import Config, check_model, positive, require_known
 from fedsim.config import Model as Options
+from fedsim.config import check_model, positive, require_known
 from fedsim.core import Factors
 from fedsim.peft.kinds import KINDS, Leaf, choose_targets, is_fresh, lora_scale, parse, rules
 
@@ -92,10 +92,8 @@ def build(backbone_name: str, classes: int, *, input_shape: Shape | None = None,
     return from_config(Options(backbone=backbone_name, **options), classes, input_shape)
 
 
-def from_config(
-    config: Config | Options, classes: int, input_shape: Shape | None = None, input_dtype: Any = None
-) -> Model:
-    """`build` with the options of a config.
+def from_config(config: Options, classes: int, input_shape: Shape | None = None, input_dtype: Any = None) -> Model:
+    """`build` with the options of a config's model.
 
     Args:
         input_dtype: of the inputs, for a user's own backbone (default: int32 for texts, float32 else).

@@ -198,7 +198,7 @@ def profile(
             "phase": phase.name,
             "peak": limits._asdict(),
             "base": base,
-            "flops": now.counted._asdict(),
+            "flops": now.cost.flops._asdict(),
             "seconds": seconds,
             "apart": apart(problem, now, repeats),
             "memory": memory(now, seen),

@@ -31,9 +31,8 @@ from fedsim.engine.keys import key_for
 from fedsim.engine.programs import State
 from fedsim.randomness import stream
 from fedsim.record.checkpoint import Checkpoints
-from fedsim.simulation import simulate
 from fedsim.simulation.build import Phase, Problem
-from fedsim.simulation.simulate import Current
+from fedsim.simulation.current import Current, prepare
 from fedsim.training import features, lengths
 
 
@@ -112,14 +111,14 @@ def throughput(
         folder: for the clients' memory; kept in the process where there is none.
     """
     clock = host.compile_clock()
-    now, before = simulate.prepare(problem, phase, None, folder), clock.seconds
+    now, before = prepare(problem, phase, None, folder), clock.seconds
     run_round(now)
     compiled = clock.seconds - before
     rounds = [run_round(now) for _ in range(repeats)]
     cohort = rounds[-1][0]
     seconds = [busy + waiting for _, busy, waiting in rounds]
     steady, examples = statistics.median(seconds), sum(e.examples for e in cohort.done)
-    rate = examples * now.counted.total / steady
+    rate = examples * now.cost.flops.total / steady
     devices = now.trainer.engine.devices
     return {
         "lanes": now.trainer.engine.lanes,
@@ -188,8 +187,8 @@ def step_programs(now: Current, plan: planning.Plan, size: int, repeats: int) ->
         return task.loss(held, params, batch)[0]
 
     wanted = (
-        ("forward", loss, now.counted.forward),
-        ("training step", jax.value_and_grad(loss, 1), now.counted.total),
+        ("forward", loss, now.cost.flops.forward),
+        ("training step", jax.value_and_grad(loss, 1), now.cost.flops.total),
     )
     found, calls = [], []
     for name, fn, work in wanted:

@@ -85,6 +85,26 @@ def phases(config: Config) -> list[Phase]:
     ]
 
 
+def phase_at(config: Config, round: int) -> Phase:
+    """The phase that a round belongs to."""
+    return next(phase for phase in phases(config) if phase.first <= round <= phase.last)
+
+
+def fleet(config: Config) -> network.Fleet:
+    """The clients that the config describes; reads the network's files.
+
+    Raises:
+        ValueError: see `network.fleet`.
+    """
+    return network.fleet(
+        config,
+        clients=config.clients,
+        rounds=config.rounds,
+        wanted=config.clients_per_round,
+        seed=config.seed,
+    )
+
+
 def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algorithm]:
     """Refuses unknown optimizers, schedules, laws, algorithms, backbones, PEFT kinds before any data is touched.
 
@@ -106,7 +126,7 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
         raise ValueError(
             f"Expected parallel={speed.parallel!r} to be shard_map with {jax.process_count()} processes; leave it out."
         )
-    network.fleet(config)
+    fleet(config)
     row = backbone(config.backbone, image_size=config.image_size, interpolation=config.interpolation)
     if weights(config) is None and row.asset is None and not isinstance(row, Backbone):
         load.packaged(config.backbone, None)  # refuses, and says what can be given
@@ -205,7 +225,7 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
     from fedsim import data
 
     words = given is None or isinstance(given.x, list)  # arrays of token ids need no tokenizer
-    dataset = data.load(config, tokenizer(config) if words else None, given)
+    dataset = data.load(config, tokenizer(config) if words else None, given, backbone=config.backbone)
     row = backbone(config.backbone)
     if row.kind == "text" and dataset.kind != "text":
         raise ValueError(

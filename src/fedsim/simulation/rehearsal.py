@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from fedsim.config import Config, Speed, invited
 from fedsim.core import Tree
 from fedsim.engine import processes
 from fedsim.engine.client_memory import Memory
@@ -24,6 +26,7 @@ from fedsim.training import lengths
 from fedsim.training.features import use_cache
 from fedsim.wire import array_bytes, message_bytes
 
+LONG = 1000  # examples whose frozen features take longer than tracing and compiling a phase's programs once more
 COPIES = 6  # of the trained leaves, for a lane: parameters, gradients, an optimizer's two moments, the fold, what comes and goes
 
 
@@ -130,3 +133,24 @@ def stand_in(problem: Problem, phase: Phase, make: Callable[[int, tuple[int, ...
         lambda s: make(count, s.shape[1:], s.dtype), jax.eval_shape(model.prefix, model.frozen, one)
     )
     return problem._replace(cuts=(model.cut,), cache={(problem.speed.precision, model.cut): features})
+
+
+def refuse_lanes(config: Config, speed: Speed, problem: Problem) -> None:
+    """Has lanes and batches refused that do not fit in one of the phases, before any of them begins.
+
+    A first phase without many frozen features to compute is left out: before its first round, which refuses, nothing takes
+    as long as looking would. Lanes that nobody asked for are halved until they fit, so that only a batch that may be too
+    large for a single one is looked at.
+
+    Raises:
+        ValueError: see `rehearse`.
+    """
+    first, *later = build.phases(config)
+    model = build.split_model(first.config, problem.dataset, speed)
+    long = len(problem.dataset.y) > LONG and use_cache(speed, model, problem.dataset.x, first.config)
+    for phase in [first, *later] if long else later:
+        if speed.lanes == "auto" and not may_be_too_large(problem, phase):
+            continue
+        ids = np.arange(min(invited(config), problem.partition.clients))
+        rehearse(problem._replace(trainers=None), phase, ids)
+        gc.collect()  # its engine, which refers to itself, before the first phase needs the memory

@@ -1,9 +1,10 @@
-"""What a checkpoint holds and must agree with, so that a run goes on bit for bit; `simulate.py` saves and restores."""
+"""What a checkpoint holds and must agree with, so that a run goes on bit for bit."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,10 @@ from fedsim.backbones.own import file_of, identity
 from fedsim.config import Config, Speed
 from fedsim.engine import processes
 from fedsim.engine.client_memory import Memory, Table
+from fedsim.record.shared_checkpoints import SharedCheckpoints
 from fedsim.simulation.build import Problem, Trainer
+from fedsim.simulation.current import Current
+from fedsim.simulation.rounds import Standing
 
 
 def restore_memory(memory: Memory, table: Table) -> None:
@@ -71,3 +75,65 @@ def shapes(server: Any, memory: Memory, population: int, extra: dict[str, Any]) 
         "memory": memory.shapes(extra["memory_count"]),
         "met": np.zeros(population, np.int32),
     }
+
+
+def checkpoint(
+    config: Config, speed: Speed, inputs: str, stand: Standing, now: Current
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a checkpoint holds: (arrays, all else). Seals the clients' memory, which must stay as it is until it is saved."""
+    memory = now.memory
+    arrays = {"server": now.server, "memory": processes.by_first(memory.seal), "met": stand.met}
+    extra = {
+        **expected(config, speed, now.trainer, inputs),
+        "bitwise": stand.bitwise,
+        "totals": stand.totals,
+        "best": stand.best,
+        "stale": stand.stale,
+        "start": stand.start,
+        "stopped": stand.stopped,
+        "elapsed": stand.elapsed,
+        "memory_count": memory.count,
+    }
+    return arrays, extra
+
+
+def restore(
+    checkpoints: SharedCheckpoints,
+    config: Config,
+    speed: Speed,
+    inputs: str,
+    ready: Callable[[int], Current],
+    *,
+    reduced: bool,
+) -> tuple[Standing, Current] | None:
+    """Where the last good checkpoint stands, and its phase; None where there is no checkpoint.
+
+    Args:
+        ready: (round) -> the phase of that round, anew.
+        reduced: memory ran out, and `speed` has fewer lanes than the checkpoint.
+    """
+    tried: dict[str, Current] = {}
+
+    def template(round: int, extra: dict[str, Any]) -> dict[str, Any]:
+        # A damaged checkpoint makes `restore` go back to an older one, perhaps of the phase before.
+        tried["now"] = ready(round)
+        engine = tried["now"].trainer.engine
+        engine.reuse(extra["lanes"], extra["segment_steps"])
+        if not (extra.get("bitwise", True) or reduced):  # what an earlier process found to fit
+            engine.lanes = extra["lanes"]
+        return shapes(tried["now"].server, tried["now"].memory, engine.population, extra)
+
+    def wanted(round: int, extra: dict[str, Any]) -> dict[str, Any]:
+        ours = expected(config, speed, tried["now"].trainer, inputs)
+        return ours | ({"lanes": extra["lanes"]} if reduced else {})
+
+    found = checkpoints.restore(template, wanted, lambda arrays: tried["now"].memory.damage(arrays["memory"]))
+    if found is None:
+        return None
+    round, arrays, extra = found
+    now = tried["now"]
+    now = now._replace(server=now.trainer.engine.put(arrays["server"]))
+    restore_memory(now.memory, arrays["memory"])
+    kept = {name: extra[name] for name in ("totals", "best", "stale", "start", "stopped", "elapsed")}
+    bitwise = extra.get("bitwise", True) and not reduced
+    return Standing(met=np.array(arrays["met"]), round=round, bitwise=bitwise, **kept), now

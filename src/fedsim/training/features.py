@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fedsim import peft, wire
-from fedsim.config import Config, Speed
+from fedsim.config import Speed, Training
 from fedsim.engine import processes
 from fedsim.engine.host import aligned, zeros
 from fedsim.training import lengths
@@ -81,12 +81,12 @@ def program(
     return jax.jit(run), NamedSharding(mesh, specs[0]), NamedSharding(mesh, specs[1])
 
 
-def use_cache(speed: Speed, model: peft.Model, x: Any, config: Config | None = None) -> bool:
+def use_cache(speed: Speed, model: peft.Model, x: Any, training: Training | None = None) -> bool:
     """Whether the frozen prefix is worth keeping: it holds at least one block, or all but the head, and its output fits.
 
     Never where images change from step to step.
     """
-    if speed.cache == "off" or model.cut == 0 or (config is not None and config.augment):
+    if speed.cache == "off" or model.cut == 0 or (training is not None and training.augment):
         return False
     if speed.cache == "on":
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedsim.config import Config
+from fedsim.config import Data
 from fedsim.data.dataset import Dataset
 from fedsim.data.partition.index import Partition, split_local
 from fedsim.data.partition.keys import domain, natural
@@ -26,14 +26,14 @@ __all__ = [
 ]
 
 
-def make(config: Config, dataset: Dataset) -> Partition:
+def make(options: Data, dataset: Dataset) -> Partition:
     """The partition of the training rows that the config asks for; its local test sets are not cut off yet.
 
     Raises:
         ValueError: a natural key that the set has not, a client that would have fewer examples than `min_size`, or what
             the law itself cannot do.
     """
-    c, rows = config, dataset.train
+    c, rows = options, dataset.train
     labels = dataset.y[rows]
     if c.clients > len(rows) and c.min_size > 0 and c.partition != "natural":
         raise ValueError(
@@ -66,7 +66,7 @@ def make(config: Config, dataset: Dataset) -> Partition:
     return made
 
 
-def _key(config: Config, dataset: Dataset, name: str) -> np.ndarray:
+def _key(options: Data, dataset: Dataset, name: str) -> np.ndarray:
     """The natural key of all rows of the data set, (N,); raises `ValueError` where the set has none of that name."""
     if name not in dataset.natural:
         remedy = {
@@ -74,7 +74,7 @@ def _key(config: Config, dataset: Dataset, name: str) -> np.ndarray:
             "domain": "choose dirichlet or iid, or a set with domains such as elpv.",
         }
         raise ValueError(
-            f"Expected partition={config.partition!r} on a data set with the natural key `{name}`, which {dataset.name} "
+            f"Expected partition={options.partition!r} on a data set with the natural key `{name}`, which {dataset.name} "
             f"has not; {remedy[name]}"
         )
     return dataset.natural[name]

@@ -1,0 +1,59 @@
+"""The phase that runs, and its state: what changes from round to round beside where the run stands (`rounds.Standing`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedsim.config import Speed
+from fedsim.engine import peaks, processes
+from fedsim.engine.client_memory import Memory
+from fedsim.engine.keys import key_for
+from fedsim.record.checkpoint import KEEP
+from fedsim.simulation import build
+from fedsim.simulation.build import Phase, Problem, Trainer
+from fedsim.simulation.rounds import Cost
+
+
+class Current(NamedTuple):
+    """A phase with the server's state and the clients' memory."""
+
+    phase: Phase
+    trainer: Trainer
+    server: Any
+    memory: Memory
+    cost: Cost
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """The trained part, on the host."""
+        return processes.fetch(self.trainer.algorithm.params(self.server))
+
+
+def prepare(
+    problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | None, directory: Path | None = None
+) -> Current:
+    """A phase with the server's initial state and nothing in the clients' memory, which will lie in the run's folder.
+
+    Args:
+        overlay: what the phase before has trained, by path.
+    """
+    trainer = build.trainer(problem, phase, overlay)
+    engine = trainer.engine
+    server = engine.put(trainer.algorithm.init(key_for(engine.root, "init"), engine.held))
+    cost = Cost(
+        flops=build.example_flops(problem, trainer),
+        setup=build.setup_bytes(trainer),
+        peak=peak(trainer, problem.speed),
+    )
+    # Of several processes the first one has the folder; the others keep the same rows in main memory.
+    file = directory / f"memory-{phase.name}.rows" if directory is not None and processes.is_first() else None
+    return Current(phase, trainer, server, Memory(trainer.algorithm.memory, engine.held, file, KEEP), cost)
+
+
+def peak(trainer: Trainer, speed: Speed) -> float | None:
+    """Published FLOP/s of all devices together; None where none is published, as of a CPU."""
+    devices = trainer.engine.devices
+    limit = peaks.known(devices[0].device_kind)
+    return None if limit is None else len(devices) * limit.flops(speed.precision)

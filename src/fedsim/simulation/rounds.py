@@ -1,0 +1,174 @@
+"""One round in numbers: where a run stands, what a round did, and the line that the record keeps of it. All of it is pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedsim import network
+from fedsim.config import Evaluation
+from fedsim.engine.cohort import Cohort
+from fedsim.peft.flops import Flops
+
+
+class Standing(NamedTuple):
+    """Where a run stands after a round: with the server's state and the clients' memory, all that a checkpoint holds."""
+
+    met: np.ndarray  # (N,), int32: the last round in which a client was in the cohort, 0 for never; written in place
+    round: int = 0
+    totals: Mapping[str, Any] = {"up": 0, "down": 0, "simulated_seconds": 0.0}  # bytes, and simulated time
+    best: float = -1.0  # validation accuracy so far
+    stale: int = 0  # evaluations since then, in this phase
+    start: dict[str, Any] | None = None  # scores before round 1
+    stopped: str = "rounds"  # why the run ends: "rounds", "target" or "patience"
+    elapsed: float = 0.0  # seconds that earlier processes took
+    bitwise: bool = True  # equal to a run that was never disturbed, bit for bit
+
+
+class Measured(NamedTuple):
+    """What a round did, on the host."""
+
+    up: dict[str, int]  # bytes of all clients together, by leaf
+    down: dict[str, int]
+    clients: int  # that got a message
+    newcomers: int  # of these, those that were met for the first time
+    reported: int
+    nonfinite: int  # replies that were left out
+    examples: int
+    occupancy: tuple[float, float]  # of lanes, of rows computed
+    simulated: dict[str, Any]  # absence and simulated time, as `network.figures` gives them
+
+
+class Cost(NamedTuple):
+    """What a phase costs, whatever happens in it."""
+
+    flops: Flops  # of one example in a training step
+    setup: int  # bytes that a client is given once, before its first round
+    peak: float | None  # published FLOP/s of all devices; None where none is known, as of a CPU
+
+
+class Times(NamedTuple):
+    """Wall time of a round."""
+
+    seconds: float
+    compiling: float  # of these
+
+    @property
+    def steady(self) -> float:
+        """Seconds without compiling, above 0."""
+        return max(self.seconds - self.compiling, 1e-9)
+
+
+def measured(cohort: Cohort, simulated_before: float) -> Measured:
+    """What a cohort's exchanges did.
+
+    Args:
+        simulated_before: simulated seconds of the rounds before.
+    """
+    down, up = cohort.traffic()
+    done = cohort.done
+    return Measured(
+        up=up,
+        down=down,
+        clients=int(cohort.present.sum()),
+        newcomers=int((cohort.last[cohort.present] == 0).sum()),
+        reported=int(cohort.reports.sum()),
+        nonfinite=int(sum(cohort.fetch([e.info.nonfinite for e in done]))),
+        examples=sum(e.examples for e in done),
+        occupancy=(
+            float(np.mean([e.occupancy[0] for e in done] or [0.0])),
+            float(np.mean([e.occupancy[1] for e in done] or [0.0])),
+        ),
+        simulated=network.figures(cohort.conditions, [e.outcome for e in done], simulated_before),
+    )
+
+
+def after(stand: Standing, did: Measured) -> Standing:
+    """Where the run stands once a round's bytes and time are added."""
+    totals = {
+        "up": stand.totals["up"] + sum(did.up.values()),
+        "down": stand.totals["down"] + sum(did.down.values()),
+        "simulated_seconds": did.simulated["total_seconds"] or 0.0,
+    }
+    return stand._replace(totals=totals)
+
+
+def is_evaluated(config: Evaluation, round: int, last: int) -> bool:
+    """Whether a round ends with a look at the validation set; the `last` one of a phase does."""
+    return round % config.eval_every == 0 or round == last
+
+
+def judged(config: Evaluation, stand: Standing, scores: Mapping[str, float], *, patient: bool) -> Standing:
+    """Where the run stands after an evaluation: the best so far, and whether that is a reason to stop.
+
+    Args:
+        patient: patience counts here; it does in the last phase only.
+    """
+    accuracy = scores["accuracy"]
+    stand = stand._replace(
+        stale=0 if accuracy > stand.best else stand.stale + 1,
+        best=max(stand.best, accuracy),
+    )
+    if config.target_accuracy is not None and accuracy >= config.target_accuracy:
+        return stand._replace(stopped="target")
+    if patient and config.patience is not None and stand.stale >= config.patience:
+        return stand._replace(stopped="patience")
+    return stand
+
+
+def round_line(
+    stand: Standing,
+    did: Measured,
+    took: Times,
+    cost: Cost,
+    *,
+    phase: str,
+    metrics: Mapping[str, Any],
+    scores: Mapping[str, float] | None,
+    simulates: bool,
+    most_memory: int,
+) -> dict[str, Any]:
+    """The round's line of `rounds.jsonl`; `docs/record.md` has every field.
+
+    Args:
+        stand: after this round.
+        metrics: of the algorithm's round; "loss" and "accuracy" stand apart.
+        scores: on the validation set, where it was evaluated.
+        simulates: clients may be absent or take time.
+        most_memory: bytes of the device's memory that were in use at most so far.
+    """
+    rate = did.examples * cost.flops.total / took.steady
+    return {
+        "round": stand.round,
+        "phase": phase,
+        "loss": float(metrics.get("loss", math.nan)),
+        "accuracy": float(metrics.get("accuracy", math.nan)),
+        "metrics": {k: float(v) for k, v in metrics.items() if k not in ("loss", "accuracy")},
+        "validation": scores,
+        "bytes_up": sum(did.up.values()),
+        "bytes_down": sum(did.down.values()),
+        "bytes_up_leaves": did.up,
+        "bytes_down_leaves": did.down,
+        "setup_bytes": did.newcomers * cost.setup,
+        "total_bytes_up": stand.totals["up"],
+        "total_bytes_down": stand.totals["down"],
+        "clients": did.clients,
+        "reported": did.reported,
+        "nonfinite": did.nonfinite,
+        "examples": did.examples,
+        "seconds": took.seconds,
+        "compile_seconds": took.compiling,
+        "clients_per_second": did.clients / took.steady,
+        "examples_per_second": did.examples / took.steady,
+        "flops": did.examples * cost.flops.total,
+        "flops_per_second": rate,
+        "mfu": None if cost.peak is None else rate / cost.peak,
+        "lane_occupancy": did.occupancy[0],
+        "row_occupancy": did.occupancy[1],
+        "simulated": did.simulated if simulates else None,
+        "most_memory": most_memory,
+        "bitwise": stand.bitwise,
+    }
