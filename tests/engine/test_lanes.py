@@ -12,6 +12,7 @@ import pytest
 from fedsim import network, wire
 from fedsim.algorithms import ALGORITHMS
 from fedsim.core import Algorithm, Local, Passes, Reduce, by_examples, mean, stack, uniform
+from fedsim.engine import lane_count
 from fedsim.engine import lanes as lanes_module
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
@@ -251,7 +252,7 @@ def test_auto_lanes_of_convolutions_on_a_cpu():
         lanes_module.choose_lanes(np.full(16, 32), Passes(1, None, 16), 1, "cpu", convolutions=own)
         for own in (True, False)
     )
-    assert (few, many) == (lanes_module.CONVOLUTION_LANES, 4)
+    assert (few, many) == (lane_count.CONVOLUTION_LANES, 4)
     assert lanes_module.own_convolutions({"kernel": jnp.zeros((3, 3, 1, 8)), "bias": jnp.zeros(8)})
     assert not lanes_module.own_convolutions({"lora_a": jnp.zeros((192, 4)), "head": jnp.zeros((192, 10))})
 

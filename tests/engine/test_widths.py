@@ -11,7 +11,8 @@ import pytest
 from fedsim.algorithms import ALGORITHMS
 from fedsim.core import Algorithm, Local, Passes, mean
 from fedsim.engine import packing
-from fedsim.engine.lanes import Lanes, choose_lanes
+from fedsim.engine.lane_count import choose_lanes
+from fedsim.engine.lanes import Lanes
 from fedsim.testing.contract import same
 from fedsim.testing.toys import SIZES, run, tiny_problem, tiny_task
 from fedsim.training import augment

@@ -18,7 +18,8 @@ from fedsim.engine.client_memory import Memory
 from fedsim.engine.device_memory import all_fit
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Lanes
-from fedsim.engine.programs import Clock, Programs, Slots, split_message
+from fedsim.engine.programs import Clock, Programs, Slots, State
+from fedsim.engine.replies import split_message
 from fedsim.wire import message_bytes
 
 
@@ -85,8 +86,37 @@ class Cohort:
         Returns:
             The fold's result and the exchange's `Info`, both on the device.
         """
-        engine, members = self.engine, len(self.ids)
         reduce = reduce or MEAN
+        self._check_rows(message)
+        programs = self.engine.programs(local, reduce, self.memory.init, message, self.sizes)
+        down = message_bytes(message, len(self.ids))
+        turn = self._outcome(down, local, message)
+        plan = self._plan(programs, local, turn)
+        state = self._trained(programs, plan, message, turn.reports)
+        result, info = self._folded(programs, plan, state, args)
+        self._keep(plan, state.memory)
+        up = {
+            name: int(turn.reports.sum()) * wire.array_bytes(leaf)
+            for name, leaf in wire.named_leaves(programs.reply)
+            if not wire.is_packet(leaf)
+        }
+        done = Exchanged(
+            down={name: int(each[self.reports].sum()) for name, each in down.items()},
+            up=up,
+            up_packets=state.nbytes,
+            outcome=turn,
+            steps=int(plan.length.max()),
+            occupancy=plan.occupancy,
+            examples=int(plan.count.sum()),
+            info=info,
+        )
+        self.done.append(done)
+        self.reports = turn.reports
+        return result, info
+
+    def _check_rows(self, message: Tree) -> None:
+        """Raises `ValueError` unless every per-client part of the message has a row for each member."""
+        members = len(self.ids)
         for name, node in wire.parts(message):
             own = node.tree if isinstance(node, wire.PerClient) else ()
             if wire.is_packet(node) and np.ndim(node.nbytes):
@@ -97,10 +127,11 @@ class Cohort:
                     f"Expected the leading axis of per-client part {name!r} to be {members}, the cohort, not {rows}; "
                     "order it like cohort.ids."
                 )
-        programs = engine.programs(local, reduce, self.memory.init, message, self.sizes)
-        down = message_bytes(message, members)
-        turn = self._outcome(down, local, message)
-        plan = planning.make(
+
+    def _plan(self, programs: Programs, local: Local, turn: network.Outcome) -> planning.Plan:
+        """Who runs where, at which step, on which rows."""
+        engine = self.engine
+        return planning.make(
             self.ids,
             engine.rows,
             engine.offsets,
@@ -113,49 +144,38 @@ class Cohort:
             limit=turn.steps,
             widths=programs.widths,
         )
-        slots = self._slots(plan, turn.reports)
+
+    def _trained(self, programs: Programs, plan: planning.Plan, message: Tree, reports: np.ndarray) -> State:
+        """The state of the lanes after the plan's last step: segment after segment, batches sent ahead of their use."""
+        engine = self.engine
+        slots = self._slots(plan, reports)
         now: tuple[Any, ...] = np.int32(self.round), np.int32(len(self.done)), np.float32(self.lr)
         clock = engine.put(Clock(*now))
         shared, own, _ = split_message(message)
         shared = engine.put(shared)
         own = engine.split(jax.tree.map(lambda a: self._by_slot(plan, jnp.asarray(a)), own))
+        given = (engine.held, shared, own, slots, clock, engine.root)
 
-        def trained() -> Any:
+        def trained() -> State:
             state: Any = None
             ends: list[Array] = []  # of each segment a number that the next one does not take away
             for start in range(0, plan.rows.shape[1], programs.steps):
                 jax.block_until_ready(ends[-2:-1])  # so that batches of two segments at most lie on the devices
                 x, y, at, trip = self._segment(plan, start, programs)  # while the devices run the one before
                 if state is None:
-                    state = programs.begin(engine.held, shared, own, slots, clock, engine.root, x, y, at)
-                state = programs.segment(engine.held, shared, own, slots, clock, engine.root, state, x, y, at, trip)
+                    state = programs.begin(*given, x, y, at)
+                state = programs.segment(*given, state, x, y, at, trip)
                 ends.append(jnp.copy(state.weight))
             return state
 
-        state = all_fit(trained)
+        return all_fit(trained)
+
+    def _folded(self, programs: Programs, plan: planning.Plan, state: State, args: Tree) -> tuple[Tree, Info]:
+        """The fold over all devices, and what the exchange says about itself."""
+        engine = self.engine
         key = key_for(engine.root, "reduce", self.round, len(self.done))
-        whole, member = engine.together((state._replace(carry=(), memory=(), nbytes=()), engine.split(plan.member)))
-        result, info = programs.end(whole, member, engine.put(args), key)
-        self._keep(plan, state.memory)
-        up = {
-            name: int(turn.reports.sum()) * wire.array_bytes(leaf)
-            for name, leaf in wire.named_leaves(programs.reply)
-            if not wire.is_packet(leaf)
-        }
-        self.done.append(
-            Exchanged(
-                {name: int(each[self.reports].sum()) for name, each in down.items()},
-                up,
-                state.nbytes,
-                turn,
-                int(plan.length.max()),
-                plan.occupancy,
-                int(plan.count.sum()),
-                info,
-            )
-        )
-        self.reports = turn.reports
-        return result, info
+        whole, member = engine.together((state._replace(carry=(), memory=(), nbytes={}), engine.split(plan.member)))
+        return programs.end(whole, member, engine.put(args), key)
 
     def _outcome(self, down: dict[str, np.ndarray], local: Local, message: Tree) -> network.Outcome:
         """Who of those still in the round reports, and when: known before anything is trained."""

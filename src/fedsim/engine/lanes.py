@@ -23,27 +23,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fedsim import wire
-from fedsim.core import Local, Passes, Reduce, Tree
+from fedsim.core import Local, Reduce, Tree
 from fedsim.engine import packing, processes
 from fedsim.engine.device_memory import Need, device_memory, exhausted, free_memory, refuse_too_large
 from fedsim.engine.host import aligned
-from fedsim.engine.programs import (
-    Clock,
-    Programs,
-    Slots,
-    make_programs,
-    reply_bytes,
-    reply_shapes,
-    split_message,
-    takes_rows,
-)
+from fedsim.engine.lane_count import choose_lanes, own_convolutions
+from fedsim.engine.programs import Clock, Programs, Slots, make_programs
+from fedsim.engine.replies import reply_bytes, reply_shapes, split_message, takes_rows
 
 PREFETCH_BYTES = 256 * 2**20  # of batches that a segment may hold on a device at once
 RESIDENT_SHARE = 0.4  # of a device's memory that the examples may take; larger sets stay on the host
 MEMORY_SHARE = 0.8  # of a device's free memory that "auto" lets the program take; the rest is for fragments
-CPU_LANES, ACCELERATOR_LANES = 6, 256  # at most; the first measured (docs/lanes.md), the second a choice
-CONVOLUTION_LANES = 1  # at most on a CPU, where clients train whole kernels of a convolution
-FLAT = 0.02  # of a plan's cost that fewer lanes may cost more
 
 
 class Lanes:
@@ -210,7 +200,7 @@ class Lanes:
         return widths if narrow == size or takes_rows(narrow, *common) else (size,)
 
     def reply_bytes(self, local: Local, init_memory: Any, message: Tree) -> int:
-        """Bytes of one client's reply before there is one; see `programs.reply_bytes`."""
+        """Bytes of one client's reply before there is one; see `replies.reply_bytes`."""
         known = (local, init_memory, _structure(message))
         if known not in self._reply_bytes:
             self._reply_bytes[known] = reply_bytes(local, init_memory, message, self.held, *self.shapes, self.root)
@@ -220,29 +210,8 @@ class Lanes:
         self, programs: Programs, local: Local, init_memory: Any, message: Tree, members: int
     ) -> tuple[Programs, Need]:
         """Compiles the segment ahead of its first call; what it takes on a device, by XLA's own analysis."""
-
-        def apart(tree: Tree) -> Tree:
-            return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.apart), tree)
-
-        def array(dtype: Any, *shape: int) -> Any:
-            return jax.ShapeDtypeStruct((len(self.devices), *shape), dtype)
-
-        slots, grid = -(-members // len(self.devices)), (programs.steps, programs.lanes)
-        kept = jax.eval_shape(init_memory, self.root, self.held)
-        kept = jax.tree.map(lambda s: array(s.dtype, slots, *s.shape), kept)
-        number, flag = array(jnp.int32, slots), array(jnp.bool_, slots)
-        shared, own, _ = split_message(message)
-        own = jax.tree.map(lambda a: array(a.dtype, slots, *a.shape[1:]), own)
-        shared, clock = self.put((shared, Clock(jnp.int32(0), jnp.int32(0), jnp.float32(0))))
-        own, cohort = apart((own, Slots(number, number, number, flag, flag, kept)))
-        rows = (len(self.devices), *grid, local.passes.batch_size)
-        at = {name: array(jnp.int32, *grid) for name in ("count", "step", "slot")}
-        at |= {name: array(jnp.bool_, *grid) for name in ("first", "last")}
-        at["width"] = array(jnp.int32, programs.steps)
-        x, y = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*rows, *a.shape[1:]), a.dtype), (self.x, self.y))
-        x, y, at, trip = apart((x, y, at, array(jnp.int32)))
-        common = (self.held, shared, own, cohort, clock, self.root)
-        state = apart(jax.eval_shape(programs.begin, *common, x, y, at))
+        common, (x, y, at, trip) = self._arguments(programs, local, init_memory, message, members)
+        state = self._apart(jax.eval_shape(programs.begin, *common, x, y, at))
         held = sum(wire.array_bytes(leaf) for leaf in jax.tree.leaves(self.held))
         there = held + self.resident * self.row_bytes * len(self.y)
         try:
@@ -254,6 +223,34 @@ class Lanes:
         use = segment.memory_analysis()
         lanes = use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes
         return programs._replace(segment=segment), Need(lanes - use.alias_size_in_bytes - held, there)
+
+    def _arguments(
+        self, programs: Programs, local: Local, init_memory: Any, message: Tree, members: int
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What a segment is called with, as arrays or their shapes: for the whole exchange, and batches with their plan."""
+
+        def array(dtype: Any, *shape: int) -> Any:
+            return jax.ShapeDtypeStruct((len(self.devices), *shape), dtype)
+
+        slots, grid = -(-members // len(self.devices)), (programs.steps, programs.lanes)
+        kept = jax.eval_shape(init_memory, self.root, self.held)
+        kept = jax.tree.map(lambda s: array(s.dtype, slots, *s.shape), kept)
+        number, flag = array(jnp.int32, slots), array(jnp.bool_, slots)
+        shared, own, _ = split_message(message)
+        own = jax.tree.map(lambda a: array(a.dtype, slots, *a.shape[1:]), own)
+        shared, clock = self.put((shared, Clock(jnp.int32(0), jnp.int32(0), jnp.float32(0))))
+        own, cohort = self._apart((own, Slots(number, number, number, flag, flag, kept)))
+        rows = (len(self.devices), *grid, local.passes.batch_size)
+        at = {name: array(jnp.int32, *grid) for name in ("count", "step", "slot")}
+        at |= {name: array(jnp.bool_, *grid) for name in ("first", "last")}
+        at["width"] = array(jnp.int32, programs.steps)
+        x, y = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*rows, *a.shape[1:]), a.dtype), (self.x, self.y))
+        batches = self._apart((x, y, at, array(jnp.int32)))
+        return (self.held, shared, own, cohort, clock, self.root), batches
+
+    def _apart(self, tree: Tree) -> Tree:
+        """Shapes of arrays that are split over the devices."""
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.apart), tree)
 
     def reuse(self, lanes: int | str, segment_steps: int | str) -> None:
         """Takes what "auto" chose in an earlier process, so that a resumed run sums in the same order."""
@@ -277,45 +274,3 @@ def halved(lanes: int, need: Need, limit: float) -> int:
     while fewer > 1 and math.isfinite(need.lanes) and processes.any_true(need.lanes * fewer > limit * lanes):
         fewer //= 2
     return fewer
-
-
-def own_convolutions(trained: Tree) -> bool:
-    """Whether clients train whole kernels of a convolution: over lanes they make a grouped one, slow on a CPU."""
-    return any(len(leaf.shape) == 4 for leaf in jax.tree.leaves(trained))
-
-
-def choose_lanes(
-    sizes: np.ndarray,
-    passes: Passes,
-    devices: int,
-    platform: str,
-    widths: Sequence[int] | None = None,
-    *,
-    convolutions: bool = False,
-) -> int:
-    """Lanes a device for cohorts with sizes like these (M,): the number whose plan is cheapest by `packing.cost`.
-
-    Lanes beyond (total steps / steps of the longest client) stand idle at the end, so there are no more than that, and
-    no more than the platform's most. On a CPU fewer are taken where they cost hardly more: they need less memory. On an
-    accelerator no fewer than half of the most are looked at, a step's rows count with what they are padded with, and of
-    numbers that cost about the same those that need no padding are taken: multiples of eight with any widths.
-
-    Args:
-        widths: as `packing.choose_widths` gives them; None for whole batches.
-        convolutions: clients train whole kernels of a convolution.
-    """
-    work = packing.work_of(sizes, packing.steps_of(sizes, passes), passes)
-    busy = int(work.spans.sum() // (work.spans.max(initial=1) * devices))
-    cpu = platform == "cpu"
-    share = CONVOLUTION_LANES if convolutions else -(-CPU_LANES // devices)  # host devices share the cores
-    most = max(1, min(busy, share if cpu else ACCELERATOR_LANES))
-    tile, widths = packing.row_tile(platform), widths or (passes.batch_size,)
-    eighths = [-(-most * k // 8) for k in range(4, 9)]
-    tiled = [lanes // tile * tile for lanes in eighths]
-    tried = range(1, most + 1) if cpu else sorted({n for n in (*eighths, *tiled) if n >= eighths[0]})
-    costs = {lanes: packing.cost(packing.pack(work, devices, lanes, widths)[1], lanes, tile) for lanes in tried}
-    near = [lanes for lanes in tried if costs[lanes] <= (1 + FLAT) * min(costs.values())]
-    if cpu:
-        return min(near)
-    padded = {lanes: any(lanes * width % tile for width in widths) for lanes in near}
-    return min(near, key=lambda lanes: (padded[lanes], costs[lanes], -lanes))

@@ -68,7 +68,7 @@ def row_tile(platform: str) -> int:
 def width_multiple(clients: int, devices: int, platform: str) -> int:
     """Of what the widths should be multiples, so that the rows of the lanes' steps fill tiles.
 
-    1 on a CPU, and where eight lanes of a device can be busy: `lanes.choose_lanes` then takes a multiple of eight, with
+    1 on a CPU, and where eight lanes of a device can be busy: `lane_count.choose_lanes` then takes a multiple of eight, with
     which any width does. Of fewer clients the largest power of two that may be lanes is what divides the tile.
     """
     most = -(-clients // devices)

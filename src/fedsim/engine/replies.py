@@ -1,0 +1,105 @@
+"""What one client replies, found by tracing: shapes, metrics' names and bytes before there is a reply. Computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedsim import wire
+from fedsim.core import Batch, Client, Local, Metrics, Tree
+
+
+def split_message(message: Tree) -> tuple[list[Any], list[Any], Any]:
+    """A message's broadcast part, its per-client part, and what `join_message` needs; holes are ()."""
+    nodes, treedef = jax.tree.flatten(wire.unwrap(message), is_leaf=lambda n: isinstance(n, wire.PerClient))
+    own = [n.tree if isinstance(n, wire.PerClient) else () for n in nodes]
+    shared = [() if isinstance(n, wire.PerClient) else n for n in nodes]
+    return shared, own, (treedef, [isinstance(n, wire.PerClient) for n in nodes])
+
+
+def first_step(local: Local, init_memory: Any, message: Tree, rows: int) -> Callable[..., Any]:
+    """A function of (held, shared, own, x, y, root), to be traced: a client's first step, on a batch of so many rows.
+
+    It returns the message and the client, the carry before and after, and the metrics.
+    """
+    _, _, (treedef, own_part) = split_message(message)
+
+    def traced(held: Tree, shared: list[Any], own: list[Any], x: Tree, y: Array, root: Array) -> Any:
+        own = [jax.tree.map(lambda a: a[0], o) for o in own]
+        msg = treedef.unflatten([o if is_own else s for s, o, is_own in zip(shared, own, own_part, strict=True)])
+        number = jnp.zeros((), jnp.int32)
+        client = Client(number, number, init_memory(root, held), root, number, jnp.zeros((), jnp.float32))
+
+        def batch(rows: int) -> Batch:
+            pick = jnp.zeros((rows,), jnp.int32)
+            some = jax.tree.map(lambda a: a[pick], x)
+            return Batch(some, y[pick], jnp.ones((rows,)), root, number, jnp.zeros((), bool))
+
+        carry = local.start(held, msg, client, batch(local.passes.batch_size))
+        return msg, client, carry, *local.step(held, msg, carry, batch(rows))
+
+    return traced
+
+
+def one_client(local: Local, init_memory: Any, message: Tree, finishing: Any) -> Callable[..., Any]:
+    """A function of (held, shared, own, x, y, root), to be traced: what one client replies, and its metrics.
+
+    Args:
+        finishing: makes a context to trace `local.finish` in.
+    """
+    step = first_step(local, init_memory, message, local.passes.batch_size)
+
+    def traced(held: Tree, *args: Any) -> Any:
+        msg, client, _, carry, metrics = step(held, *args)
+        with finishing():
+            reply, _, final = local.finish(held, msg, carry, client)
+        return reply, metrics, final
+
+    return traced
+
+
+def takes_rows(
+    rows: int, local: Local, init_memory: Any, message: Tree, held: Tree, x: Tree, y: Array, root: Array
+) -> bool:
+    """Whether a step on so many rows keeps the shapes of its carry; computes nothing."""
+    shared, own, _ = split_message(message)
+    step = first_step(local, init_memory, message, rows)
+    _, _, before, after, _ = jax.eval_shape(step, held, shared, own, x, y, root)
+    shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), carry) for carry in (before, after)]
+    return shapes[0] == shapes[1]
+
+
+def reply_shapes(
+    local: Local, init_memory: Any, message: Tree, held: Tree, x: Tree, y: Array, root: Array
+) -> tuple[Tree, Metrics, list[str]]:
+    """Shapes of one client's reply (packets whole) and of a step's metrics, names of those of `finish`; computes nothing."""
+    shared, own, _ = split_message(message)
+    traced = one_client(local, init_memory, message, nullcontext)
+    reply, metrics, final = jax.eval_shape(traced, held, shared, own, x, y, root)
+    return reply, metrics, list(final)
+
+
+def reply_bytes(local: Local, init_memory: Any, message: Tree, held: Tree, x: Tree, y: Array, root: Array) -> int:
+    """Bytes of one client's reply before there is one; a packet whose price depends on values counts as not encoded."""
+    shared, own, _ = split_message(message)
+    # A packet's price that follows from shapes is a number in this context, and stays a tracer otherwise.
+    traced = one_client(local, init_memory, message, jax.ensure_compile_time_eval)
+    prices: list[int] = []
+
+    def priced(*args: Any) -> None:
+        for _, leaf in wire.named_leaves(traced(*args)[0]):
+            known = wire.is_packet(leaf) and not isinstance(leaf.nbytes, jax.core.Tracer)
+            prices.append(int(leaf.nbytes) if known else wire.array_bytes(wire.unwrap(leaf)))
+
+    jax.eval_shape(priced, held, shared, own, x, y, root)
+    return sum(prices)
+
+
+def packets(reply: Tree) -> list[tuple[str, wire.Packet]]:
+    """The named packets of a reply."""
+    return [(name, leaf) for name, leaf in wire.named_leaves(reply) if wire.is_packet(leaf)]
