@@ -89,7 +89,8 @@ def test_evaluations_fall_on_every_kth_round_and_the_last() -> None:
 
 def test_patience_counts_evaluations_without_a_better_one() -> None:
     config, stand = Config(patience=2), standing()
-    for accuracy, stale, stopped in ((0.5, 0, "rounds"), (0.5, 1, "rounds"), (0.6, 0, "rounds"), (0.1, 1, "rounds"), (0.6, 2, "patience")):  # fmt: skip
+    seen = [(0.5, 0, "rounds"), (0.5, 1, "rounds"), (0.6, 0, "rounds"), (0.1, 1, "rounds"), (0.6, 2, "patience")]
+    for accuracy, stale, stopped in seen:
         stand = judged(config, stand, {"accuracy": accuracy}, patient=True)
         assert (stand.stale, stand.stopped) == (stale, stopped)
     assert stand.best == 0.6
