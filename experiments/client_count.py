@@ -43,7 +43,7 @@ from fedsim.engine.host import tune_host
 from fedsim.engine.keys import key_for
 from fedsim.randomness import stream
 from fedsim.report import plots
-from fedsim.simulation import build
+from fedsim.simulation import build, needs
 
 ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES = ROOT / "experiments" / "results", ROOT / "docs" / "images"
@@ -149,7 +149,7 @@ def problem(o: Options, form: str, members: int, population: int) -> build.Probl
         dataset="fashion_mnist", clients=population, clients_per_round=members, batch_size=BATCH, epochs=1, min_size=1,
         optimizer="sgd", head_rounds=0, **FORMS[form],
     )  # fmt: skip
-    build.fetch_missing(config)
+    needs.fetch_missing(config)
     examples = data.load(config, None)
     rng = np.random.default_rng(0)
     sizes = np.clip(np.rint(9 * np.exp(rng.normal(0, 0.9, population))), 2, 60).astype(np.int64)

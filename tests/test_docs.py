@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import doctest
 import io
 import re
 import shlex
@@ -105,8 +106,8 @@ def test_refuses_a_command_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_there_are_commands_to_test() -> None:
-    readme = [words for where, words in COMMANDS if where.name == "README.md"]
-    assert len(readme) >= 10
+    readme, hour = ([w for where, w in COMMANDS if where.name == name] for name in ("README.md", "first_hour.md"))
+    assert len(readme) >= 8 and len(hour) >= 10
     assert ["run"] in readme
 
 
@@ -214,15 +215,84 @@ def test_nothing_is_left_to_fill_in(document: Path) -> None:
     assert not re.findall(r"<<[A-Z_]+>>", document.read_text(encoding="utf-8"))
 
 
-def test_design_names_every_module() -> None:
-    """The table of docs/design.md and the package have the same modules."""
-    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")]
-    said = set(re.findall(r"`(\w+\.py|\w+/)`", " ".join(cells)))
-    package = ROOT / "src" / "fedsim"
-    there = {p.name for p in package.glob("*.py")} | {f"{p.parent.name}/" for p in package.glob("*/__init__.py")}
-    assert there - said == {"__init__.py"}, f"not named: {sorted(there - said)}"
-    assert said <= there, f"gone: {sorted(said - there)}"
+PACKAGE = ROOT / "src" / "fedsim"
+DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the first table of docs/design.md below a heading, without its head."""
+    table = DESIGN.split(f"## {heading}", 1)[1].split("\n|", 1)[1].split("\n\n", 1)[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_design_names_every_room_and_module() -> None:
+    """The table of docs/design.md has every room, and behind it every module of the room but those that are named apart."""
+    said = {cells[1].strip("`"): cells[2] for cells in rows("The rooms")}
+    files = {p.name for p in PACKAGE.glob("*.py")} - {"__init__.py"}
+    folders = {f"{p.parent.name}/" for p in PACKAGE.glob("*/__init__.py")}
+    assert set(said) == files | folders
+    for room in folders - {"data/", "backbones/", "algorithms/"}:  # whose files the folder's own table lists
+        modules = {p.stem for p in (PACKAGE / room).glob("*.py")} - {"__init__"}
+        named = set(re.findall(r"`(\w+)`", said[room]))
+        assert modules <= named, f"{room} has {sorted(modules - named)} unnamed"
+
+
+def test_the_house_stays_small() -> None:
+    """Few files at the top, folders two deep, no module too long, each room with a word of welcome."""
+    assert len(list(PACKAGE.glob("*.py"))) <= 12
+    modules = [p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py")]
+    assert max(len(p.parts) for p in modules) <= 3
+    long = {str(p): n for p in modules if (n := (PACKAGE / p).read_text(encoding="utf-8").count("\n")) > 400}
+    assert not long, f"more than 400 lines: {long}"
+    for init in PACKAGE.rglob("__init__.py"):
+        text = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
+        assert len(re.findall(r"[.!?](?=\s|$)", text)) >= 2, f"{init.parent.name}: two or three sentences"
+    functions = {
+        f"{p}:{node.name}": node.end_lineno - node.lineno + 1
+        for p in modules
+        for node in ast.walk(ast.parse((PACKAGE / p).read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno is not None
+    }
+    assert max(functions.values()) <= 100, {name: n for name, n in functions.items() if n > 100}
+
+
+def test_six_files_have_the_lines_that_design_says() -> None:
+    said = {cells[0].strip("`"): int(cells[1]) for cells in rows("The code in six files")}
+    assert len(said) == 6
+    assert said == {name: (PACKAGE / name).read_text(encoding="utf-8").count("\n") for name in said}
+
+
+def test_each_way_through_the_code_is_five_sentences() -> None:
+    ways = re.findall(r"^\*\*A (batch|message|number)\*\* \(.*?\)\. (.*?)\n\n", DESIGN, re.MULTILINE | re.DOTALL)
+    assert [name for name, _ in ways] == ["batch", "message", "number"]
+    for name, text in ways:
+        assert len(re.findall(r"\.(?=\s|$)", text)) == 5, name
+
+
+def test_the_tour_of_design_runs() -> None:
+    """One batch and one message, as docs/design.md prints them."""
+    tour = doctest.DocTestParser().get_doctest(
+        "\n".join(blocks(ROOT / "docs" / "design.md", "pycon")), {}, "tour", None, 0
+    )
+    assert len(tour.examples) > 15
+    out = io.StringIO()
+    assert doctest.DocTestRunner().run(tour, out=out.write).failed == 0, out.getvalue()
+
+
+def sentences(document: Path) -> Iterator[str]:
+    """The prose of a page, sentence by sentence: no code, no tables, no headings."""
+    text = FENCE.sub("", document.read_text(encoding="utf-8"))
+    kept = [line for line in text.splitlines() if not line.startswith(("|", "#", "!"))]
+    for paragraph in re.split(r"\n\s*\n|\n- ", "\n".join(kept)):
+        plain = re.sub(r"\]\([^)]*\)|[*`\[\]]", "", paragraph).replace("\n", " ")
+        yield from (part for part in re.split(r"(?<=[.!?:;])\s+", plain) if part.strip())
+
+
+def test_the_readme_is_read_to_its_end() -> None:
+    """At most 150 lines, and sentences of at most 25 words."""
+    assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n") <= 150
+    long = [s for s in sentences(ROOT / "README.md") if len(s.split()) > 25]
+    assert not long, long
 
 
 def test_ci_runs_the_readme_commands() -> None:
@@ -262,12 +332,12 @@ def test_main_job_is_the_default() -> None:
     assert options.config() == main_job()
 
 
-def test_own_texts_of_the_readme_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_texts_of_the_first_hour_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script that makes a toy .csv, and the columns that the command names."""
     monkeypatch.chdir(tmp_path)
-    body = next(b for b in blocks(ROOT / "README.md", "python") if "tickets.csv" in b and "open(" in b)
-    exec(compile(body, "README.md", "exec"), {})
-    words = next(w for where, w in COMMANDS if where.name == "README.md" and "tickets.csv" in w)
+    body = next(b for b in blocks(ROOT / "docs" / "first_hour.md", "python") if "tickets.csv" in b and "open(" in b)
+    exec(compile(body, "first_hour.md", "exec"), {})
+    words = next(w for where, w in COMMANDS if where.name == "first_hour.md" and "tickets.csv" in w)
     source = data.read(cli.parse(cli.RunOptions, words[1:], "fedsim run").config())
     assert len(source.y) == 600
     assert source.classes == ("billing", "hardware")
@@ -321,7 +391,7 @@ def test_own_algorithm_is_short() -> None:
 def test_own_algorithm_is_server_momentum(
     tmp_path: Path, blobs: Callable[..., Path], environment: dict[str, str]
 ) -> None:
-    """Run by the README's form of the command line, it equals FedAvg with `sgd(momentum=0.5)` on the server."""
+    """Run by the first hour's form of the command line, it equals FedAvg with `sgd(momentum=0.5)` on the server."""
     small = f"--dataset {blobs(tmp_path)} --backbone mlp --peft full --clients 8 --clients-per-round 4 --rounds 3 --head-rounds 0"
     small += " --optimizer sgd --lr 0.1 --min-size 2 --no-head-baseline --quiet"
     own = ["--algorithm", f"{ROOT / 'experiments' / 'own_algorithm.py'}:fed_mine(beta=0.5)"]

@@ -27,7 +27,7 @@ from fedsim.config import Config, Speed
 from fedsim.core import Passes
 from fedsim.data import partition
 from fedsim.engine import plan
-from fedsim.simulation import build
+from fedsim.simulation import build, needs
 from fedsim.training import features, lengths
 from fedsim.training.lengths import Lengths
 
@@ -72,8 +72,8 @@ def measured(o: Options, tokens: int) -> dict[str, Any]:
         of = np.minimum(1 + rng.geometric(0.05, 1000), tokens)
         ids, parts = np.where(np.arange(tokens) < of[:, None], 7, pad).astype(np.int32), None
     else:
-        build.fetch_missing(config)
-        dataset = data.load(config, build.tokenizer(config))
+        needs.fetch_missing(config)
+        dataset = data.load(config, needs.tokenizer(config))
         ids, parts = dataset.x, partition.make(config, dataset)
     texts = lengths.measure(ids, pad, Speed().length_buckets)
     some = np.random.default_rng(0).choice(len(ids), o.examples, replace=False)

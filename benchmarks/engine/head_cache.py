@@ -30,7 +30,7 @@ import fedsim
 from fedsim.config import Config, Speed
 from fedsim.evaluation.evaluate import evaluator
 from fedsim.record import Run
-from fedsim.simulation import build
+from fedsim.simulation import build, needs
 
 sys.path.append(str(Path(__file__).parents[1]))
 import report
@@ -89,7 +89,7 @@ def main(o: Options) -> None:
             clients=o.clients, clients_per_round=o.clients, rounds=o.epochs, optimizer="sgd", lr=0.5, min_size=1,
             eval_every=o.epochs,
         )  # fmt: skip
-        build.fetch_missing(config)
+        needs.fetch_missing(config)
         runs: dict[str, Run] = {}
         for cache in ("on", "off"):
             speed = Speed(cache=cache, compilation_cache=False)
@@ -128,7 +128,7 @@ def whole_run(o: Options, folder: Path, weights: str | None) -> None:
             clients=o.population, clients_per_round=o.clients_per_round, rounds=count, epochs=o.local_epochs,
             optimizer="sgd", lr=0.5, min_size=1, eval_every=count,
         )  # fmt: skip
-        build.fetch_missing(config)
+        needs.fetch_missing(config)
 
         def timed(*args: Any, cache: str = cache) -> Callable[..., Any]:
             evaluate = evaluator(*args)

@@ -24,7 +24,7 @@ from fedsim.data import partition
 from fedsim.data.dataset import Dataset
 from fedsim.engine.host import tune_host
 from fedsim.randomness import stream
-from fedsim.simulation import build, current
+from fedsim.simulation import build, current, needs
 from fedsim.simulation.build import Problem
 
 
@@ -115,7 +115,7 @@ def problem_of(config: Config, speed: Speed, test_examples: int | None) -> Probl
 
 @functools.lru_cache(maxsize=3)
 def _problem(config: Config, speed: Speed, test_examples: int | None) -> Problem:
-    build.fetch_missing(config)
+    needs.fetch_missing(config)
     problem = build.problem(config, speed)
     data = thinned(problem.dataset, test_examples)
     # Cells that differ in the clients of a round share their programs.

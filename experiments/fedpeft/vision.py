@@ -30,7 +30,7 @@ from fedsim import record
 from fedsim.config import Config, Speed
 from fedsim.engine.host import tune_host
 from fedsim.evaluation.evaluate import evaluator
-from fedsim.simulation import build, current
+from fedsim.simulation import build, current, needs
 from fedsim.simulation.build import Problem
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -145,7 +145,7 @@ def main(o: Options) -> None:
         return
     base = SETS[o.dataset].replace(accept_licence=o.accept_licence)
     configs = {name: base.replace(**METHODS[name]) for name in o.methods}
-    build.fetch_missing(base)
+    needs.fetch_missing(base)
     tune_host(speed := Speed(lanes=base.clients_per_round, checkpoint_every=1000))
     problem = build.problem(base, speed)  # whose frozen features are cached; those of the other kinds cannot be
     data = problem.dataset

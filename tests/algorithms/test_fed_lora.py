@@ -20,7 +20,7 @@ from fedsim.core import Algorithm, Client, Factors, Info, Passes, by_examples, u
 from fedsim.engine.keys import key_for
 from fedsim.evaluation.evaluate import classification_loss
 from fedsim.peft import export
-from fedsim.simulation import build
+from fedsim.simulation import build, needs
 from fedsim.testing.contract import CHECKS, same
 from fedsim.testing.toys import CLASSES, SIZES, one_client, run, tiny_problem, tiny_task
 
@@ -662,7 +662,7 @@ def ran(tmp_path_factory, blobs):
 
 def last_model(run):
     model = peft.from_config(run.config, len(run.about["classes"]), tuple(run.about["input_shape"]))
-    _, frozen = peft.start(model, build.weights(run.config), run.config.seed)
+    _, frozen = peft.start(model, needs.weights(run.config), run.config.seed)
     return model, frozen
 
 

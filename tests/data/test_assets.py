@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.data import assets
+from fedsim.data import assets, catalogue
 
 FILES = {"fedsim_test_asset/data/a.txt": b"a" * 1000, "fedsim_test_asset/data/b.txt": b"b" * 500}
 
@@ -41,13 +41,13 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "index"
     folder.mkdir()
     wheel = write_wheel(folder, FILES)
-    tiny = assets.Asset(
+    tiny = catalogue.Asset(
         name="tiny",
         package="fedsim-test-asset",
         version="1.0",
         sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
         size=wheel.stat().st_size,
-        members=tuple(assets.Member(name, Path(name).name, len(content)) for name, content in FILES.items()),
+        members=tuple(catalogue.Member(name, Path(name).name, len(content)) for name, content in FILES.items()),
         kind="data",
         what="two files",
         licence="CC0-1.0",
@@ -211,7 +211,7 @@ def test_a_cache_that_cannot_be_written(index: Path, tmp_path: Path, monkeypatch
 def test_several_processes_fetch_at_once(index: Path) -> None:
     asset = assets.ASSETS["tiny"]
     code = (
-        "from fedsim.data import assets; from fedsim.data.assets import Asset, Member;"
+        "from fedsim.data import assets; from fedsim.data.catalogue import Asset, Member;"
         f"assets.ASSETS = {{'tiny': {asset!r}}}; assets.fetch(['tiny']); assert assets.is_fetched('tiny')"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

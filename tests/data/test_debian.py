@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.data import assets, debian, show
+from fedsim.data import assets, catalogue, debian, show
 
 
 @pytest.fixture
@@ -27,15 +27,15 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "usr/share/tiny/b.gz").write_bytes(b"b" * 500)
     file = tmp_path / "tiny_1.0_all.deb"
     subprocess.run(["dpkg-deb", "--build", str(root), str(file)], check=True, capture_output=True)
-    tiny = assets.Asset(
+    tiny = catalogue.Asset(
         name="tiny",
         package="tiny",
         version="1.0",
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
         size=file.stat().st_size,
         members=(
-            assets.Member("usr/share/tiny/b.gz", "b.gz", 500),
-            assets.Member("usr/share/tiny/a.gz", "a.gz", 1000),
+            catalogue.Member("usr/share/tiny/b.gz", "b.gz", 500),
+            catalogue.Member("usr/share/tiny/a.gz", "a.gz", 1000),
         ),
         kind="data",
         what="two files",
@@ -76,7 +76,7 @@ def test_another_version_and_a_missing_tool_are_refused(package: Path, monkeypat
     monkeypatch.setitem(assets.ASSETS, "tiny", tiny._replace(sha256="0" * 64))
     with pytest.raises(ValueError, match="apt-cache policy"):
         assets.fetch(["tiny"])
-    monkeypatch.setitem(assets.ASSETS, "tiny", tiny._replace(members=(assets.Member("usr/c.gz", "c.gz", 1),)))
+    monkeypatch.setitem(assets.ASSETS, "tiny", tiny._replace(members=(catalogue.Member("usr/c.gz", "c.gz", 1),)))
     with pytest.raises(ValueError, match=r"to hold usr/c\.gz"):
         assets.fetch(["tiny"])
     package_file = next((assets.cache_dir() / "downloads").glob("*.deb"))

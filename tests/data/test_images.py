@@ -19,7 +19,7 @@ from fedsim import data, peft
 from fedsim.backbones.images import IMAGENET, IMAGENET_PIXELS, prepare
 from fedsim.cli import main as cli
 from fedsim.config import Config
-from fedsim.data import assets, images
+from fedsim.data import assets, catalogue, images
 
 ACCEPTED = "CC-BY-NC-SA"
 ELPV = Config(dataset="elpv", accept_licence=ACCEPTED, backbone="linear", peft="head", partition="domain",
@@ -29,7 +29,7 @@ REFUSED = "add --accept-licence CC-BY-NC-SA, in Python accept_licence='CC-BY-NC-
 
 def put(name: str, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Path:
     """Puts files into the cache as the named asset, which then is as large as they are; returns its folder."""
-    members = tuple(assets.Member("", target, len(content)) for target, content in files.items())
+    members = tuple(catalogue.Member("", target, len(content)) for target, content in files.items())
     monkeypatch.setitem(assets.ASSETS, name, assets.ASSETS[name]._replace(members=members))
     folder = assets._folder(assets.ASSETS[name])
     folder.mkdir(parents=True)

@@ -118,6 +118,16 @@ def test_labels_are_the_differing_options() -> None:
     ]
 
 
+def test_lines_are_told_apart_without_colour() -> None:
+    """By their markers, at places of their own and at the end; neighbours by their dashes too."""
+    curves = axes_of([rounds(60, head=0)] * 7, "rounds").get_lines()[:7]
+    assert len({curve.get_marker() for curve in curves}) == 7
+    assert len({curve.get_linestyle() for curve in curves[:4]}) == 4
+    places = [curve.get_markevery() for curve in curves]
+    assert all(place[-1] == 59 and 5 <= len(place) <= 12 for place in places)
+    assert len({tuple(place) for place in places}) == 7
+
+
 def test_more_runs_than_colors_are_told_apart() -> None:
     curves = axes_of([rounds(head=0)] * 9, "rounds").get_lines()[:9]
     assert len({(c.get_color(), c.get_linestyle()) for c in curves}) == 9

@@ -16,7 +16,8 @@ from fedsim import peft
 from fedsim.backbones.load import random
 from fedsim.config import Config, Speed
 from fedsim.core import Client
-from fedsim.simulation import build
+from fedsim.engine import host
+from fedsim.simulation import build, needs
 from fedsim.training import features, optimizers
 
 
@@ -119,8 +120,8 @@ def test_what_no_data_is_needed_for_is_refused_at_once(options: dict, message: s
 def test_backbones_without_a_checkpoint_start_at_random(tmp_path: Path, blobs: Callable[..., Path]) -> None:
     config = Config(dataset=str(blobs(tmp_path)), backbone="mlp", peft="full", clients=4, clients_per_round=2)
     build.check(config)
-    assert build.weights(config) == "random" and build.weights(Config()) is None
-    assert build.weights(config.replace(weights="file.npz")) == "file.npz"
+    assert needs.weights(config) == "random" and needs.weights(Config()) is None
+    assert needs.weights(config.replace(weights="file.npz")) == "file.npz"
     problem = build.problem(config, Speed())
     trained = build.trainer(problem, build.phases(config)[0]).start
     again = build.trainer(problem, build.phases(config.replace(weights="random"))[0]).start
@@ -128,11 +129,11 @@ def test_backbones_without_a_checkpoint_start_at_random(tmp_path: Path, blobs: C
 
 
 def test_needed_assets() -> None:
-    assert build.needed_assets(Config()) == ("20newsgroups", "minilm_l6")
-    assert build.needed_assets(Config(weights="random")) == ("20newsgroups", "minilm_l6"), "the tokenizer is beside it"
-    assert build.needed_assets(Config(dataset="a.csv", weights="my")) == ()
-    assert build.needed_assets(Config(dataset="ids.npz", weights="random")) == (), "ids need no tokenizer"
-    assert build.needed_assets(Config(dataset="a.npz", backbone="mlp")) == ()
+    assert needs.needed_assets(Config()) == ("20newsgroups", "minilm_l6")
+    assert needs.needed_assets(Config(weights="random")) == ("20newsgroups", "minilm_l6"), "the tokenizer is beside it"
+    assert needs.needed_assets(Config(dataset="a.csv", weights="my")) == ()
+    assert needs.needed_assets(Config(dataset="ids.npz", weights="random")) == (), "ids need no tokenizer"
+    assert needs.needed_assets(Config(dataset="a.npz", backbone="mlp")) == ()
 
 
 def test_a_text_backbone_does_not_read_arrays(tmp_path: Path, blobs: Callable[..., Path]) -> None:
@@ -146,13 +147,13 @@ def test_a_text_backbone_does_not_read_arrays(tmp_path: Path, blobs: Callable[..
 def test_the_tokenizer_lies_beside_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     config = Config(backbone="bert_base", weights=str(tmp_path))
-    assert build.tokenizer(config) == tmp_path / "tokenizer.json"
-    monkeypatch.setattr(build.load, "hub", lambda name: tmp_path / name.rpartition("/")[2])
+    assert needs.tokenizer(config) == tmp_path / "tokenizer.json"
+    monkeypatch.setattr(needs.load, "hub", lambda name: tmp_path / name.rpartition("/")[2])
     (tmp_path / "model").mkdir()
     with pytest.raises(ValueError, match="to come with a tokenizer"):
-        build.tokenizer(config.replace(weights="owner/model"))
+        needs.tokenizer(config.replace(weights="owner/model"))
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
-    assert build.tokenizer(config.replace(weights="owner/model")) == tmp_path / "model" / "tokenizer.json"
+    assert needs.tokenizer(config.replace(weights="owner/model")) == tmp_path / "model" / "tokenizer.json"
 
 
 def test_a_text_backbone_reads_token_ids_without_a_tokenizer(tmp_path: Path) -> None:
@@ -266,7 +267,7 @@ def test_an_idle_accelerator_is_mentioned_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("JAX_PLATFORMS")  # who asks for the CPU is not told about a GPU
     monkeypatch.setattr(Path, "exists", lambda p: str(p) == "/dev/nvidia0" or exists(p))
     with pytest.warns(UserWarning, match=r"/dev/nvidia0.*pip install -e '\.\[cuda13\]'") as caught:
-        build.warn_idle_accelerator()
+        host.warn_idle_accelerator()
     assert len(caught) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    build.warn_idle_accelerator()
+    host.warn_idle_accelerator()

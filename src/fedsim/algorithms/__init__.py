@@ -1,4 +1,8 @@
-"""The one table of algorithms: name -> constructor, `(task, **options) -> Algorithm`; and users' own from their files."""
+"""Algorithms: one paper, one file, and the one table of names -> constructors, `(task, **options) -> Algorithm`.
+
+Begin with `fed_avg.py`. `lora/` has the rules for LoRA's factors. Users' own algorithms are found here by their file; how a
+client trains is in `training/`.
+"""
 
 from __future__ import annotations
 

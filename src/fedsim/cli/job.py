@@ -73,7 +73,7 @@ def run_job(
 
     The comparisons are whole runs of their own, in the folder `baselines/` of the run.
     """
-    from fedsim.simulation import build, simulate
+    from fedsim.simulation import build, needs, simulate
 
     if central and baselines:
         raise ValueError(
@@ -81,7 +81,7 @@ def run_job(
         )
     build.check(config, speed)
     processes.by_first(lambda: record.refuse_used(out))
-    build.fetch_in_turn(config)
+    needs.fetch_in_turn(config)
     problem = processes.each(lambda: build.problem(config, speed))
     if central:
         config = centralised(config, len(problem.partition.rows))
@@ -122,11 +122,11 @@ def _comparison(
 def resume_job(directory: Path, *, quiet: bool = False) -> record.Run:
     """Goes on with a stopped run and prints its closing table; the head's run is made if it is missing."""
     from fedsim.engine.host import divide_cpu
-    from fedsim.simulation import build, simulate
+    from fedsim.simulation import build, needs, simulate
 
     stopped = processes.by_first(lambda: record.load(directory))
     divide_cpu(stopped.speed.devices or stopped.about["device"]["count"])
-    build.fetch_in_turn(stopped.config)
+    needs.fetch_in_turn(stopped.config)
     problem = processes.each(lambda: build.problem(stopped.config, stopped.speed))
     done = simulate.run(resume=directory, quiet=quiet, problem=problem)
 

@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> int:
         return 0
     config = options.config()
     from fedsim.cli.job import run_job
-    from fedsim.simulation import build
+    from fedsim.simulation import build, needs
 
     if options.dry_run:
         if options.centralized:
@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
         from fedsim.cli.estimate import dry_run
 
         build.check(config, options.speed)
-        build.fetch_missing(config)
+        needs.fetch_missing(config)
         dry_run(config, options.speed)
         return 0
     run_job(

@@ -1,4 +1,8 @@
-"""Data: packaged sets, users' files and TFDS to arrays with train, validation and test; partitions over clients."""
+"""Data: packaged sets, users' files and TFDS to arrays with train, validation and test; partitions over clients.
+
+Begin with `read` and `load` below: they choose a reader by the name of the set, and each reader is a file here. `partition/`
+says who owns what. Nothing here knows of models; images are resized and augmented on the device, in `backbones/` and `training/`.
+"""
 
 from __future__ import annotations
 

@@ -11,8 +11,10 @@ import platform
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -147,3 +149,17 @@ def interruptible() -> Iterator[Any]:
         yield lambda: asked
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def warn_idle_accelerator() -> None:
+    """Says once how to install JAX for an accelerator that this machine has and JAX does not see."""
+    if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
+        return
+    for device, extra in (("/dev/nvidia0", "cuda13"), ("/dev/accel0", "tpu")):
+        if Path(device).exists():
+            warnings.warn(
+                f"This machine has {device}, but JAX runs on the CPU; pip install -e '.[{extra}]' "
+                f"{'(cuda12 for an older driver) ' if extra.startswith('cuda') else ''}brings the right JAX.",
+                stacklevel=2,
+            )
+            return

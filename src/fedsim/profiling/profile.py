@@ -27,7 +27,7 @@ from fedsim.engine import peaks
 from fedsim.engine.host import cpu_devices, divide_cpu, tune_host
 from fedsim.profiling import report as profile_report
 from fedsim.profiling.rounds import apart, memory, pieces, run_round, step_rows, throughput, tile_notes
-from fedsim.simulation import build
+from fedsim.simulation import build, needs
 from fedsim.simulation.build import Phase, Problem
 from fedsim.simulation.rehearsal import stand_in
 
@@ -172,7 +172,7 @@ def profile(
     build.check(config, speed)
     tune_host(speed)
     if problem is None:
-        build.fetch_missing(config)
+        needs.fetch_missing(config)
         problem = build.problem(config, speed)
     phase = build.phases(config)[0 if head else -1]
     problem = problem._replace(speed=speed, trainers=None)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")  # Okabe and Ito, 2008
+MARKERS, DASHES = "os^DvPX", ("-", "--", "-.", ":", (0, (8, 2)))  # so that lines are told apart without colour
+MARKED = 7  # points of a line that carry its marker
 INK, GRID = "#333333", "#E3E3E3"
 LOG_FROM = 20  # bytes are drawn on a log axis where the dearest run sends this many times more than the cheapest
 
@@ -103,10 +105,10 @@ def draw(axes: Axes, runs: Sequence[Sequence[Round]], names: Sequence[str], agai
     place = {"rounds": _number, "bytes": sent, "time": clock}[against]
     joined = False
     for i, (lines, name) in enumerate(zip(runs, names, strict=True)):
-        color, dashes = COLORS[i % len(COLORS)], "-" if i < len(COLORS) else "--"
+        color, style_of = COLORS[i % len(COLORS)], {"marker": MARKERS[i % len(MARKERS)], "markersize": 5.5}
         x, y = [place(line) for line in seen(lines)], [line["validation"]["accuracy"] for line in seen(lines)]
-        marker = "o" if len(x) <= 40 else None
-        axes.plot(x, y, dashes, color=color, linewidth=2.0, marker=marker, markersize=3.5, label=name, zorder=3)
+        axes.plot(x, y, color=color, linestyle=DASHES[i % len(DASHES)], linewidth=1.8, label=name, zorder=3,
+                  markevery=marked(len(x), i, len(runs)), **style_of)  # fmt: skip
         if len(runs) == 1:
             train = [line for line in lines if line["accuracy"] is not None]
             axes.plot(
@@ -138,7 +140,13 @@ def draw(axes: Axes, runs: Sequence[Sequence[Round]], names: Sequence[str], agai
         axes.set_xlabel("sent so far, up and down (MiB)")
         bytes_axis(axes, [sent(lines[-1]) for lines in runs if lines])
     # a frame without a line keeps the grid from crossing the names
-    axes.legend(fontsize=9, loc="best", labelcolor=INK, handlelength=1.6, edgecolor="none", framealpha=0.9)
+    axes.legend(fontsize=9, loc="best", labelcolor=INK, handlelength=3.0, edgecolor="none", framealpha=0.9)
+
+
+def marked(points: int, line: int, lines: int) -> list[int]:
+    """Which of a line's points carry its marker: some, each line's in other places, and the last one."""
+    step = max(points // MARKED, 1)
+    return sorted({*range(line * step // lines, points, step), max(points - 1, 0)})
 
 
 def seen(lines: Sequence[Round]) -> list[Round]:

