@@ -127,7 +127,9 @@ def test_options_exist(document: Path) -> None:
     said = {
         option
         for code in re.findall(r"`([^`\n]+)`", text)
-        if not code.startswith(("pip", "python benchmarks", "python experiments", "git", "ruff", "XLA", "xla"))
+        if not code.startswith(
+            ("pip", "python benchmarks", "python experiments", "python tests", "git", "ruff", "XLA", "xla")
+        )
         and not re.match(r"\w+\.py ", code)
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", code)
     }
@@ -285,7 +287,7 @@ def sentences(document: Path) -> Iterator[str]:
     kept = [line for line in text.splitlines() if not line.startswith(("|", "#", "!"))]
     for paragraph in re.split(r"\n\s*\n|\n- ", "\n".join(kept)):
         plain = re.sub(r"\]\([^)]*\)|[*`\[\]]", "", paragraph).replace("\n", " ")
-        yield from (part for part in re.split(r"(?<=[.!?:;])\s+", plain) if part.strip())
+        yield from (part for part in re.split(r"(?<=[.!?])\s+", plain) if part.strip())
 
 
 def test_the_readme_is_read_to_its_end() -> None:
