@@ -249,10 +249,7 @@ def test_small_baselines_count_as_published() -> None:
 def test_checkpoint_of_another_resolution_is_resampled_once(
     known, name: str, pool: str, size: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Read as a model of 20 pixels, a checkpoint of 12 gives the reference's features: it keeps its grid of 3 x 3.
-
-    Resampled at loading and again in the forward pass, features differed by 0.2 of 3.
-    """
+    """Read as a model of 20 pixels, a checkpoint of 12 gives the reference's features: it keeps its grid of 3 x 3."""
     row = ROWS[name]
     monkeypatch.setitem(ROWS, name, row._replace(config=dataclasses.replace(row.config, image=20)))
     model = known(name, pool=pool)
