@@ -74,6 +74,58 @@ def test_padding_changes_nothing(small) -> None:
     np.testing.assert_allclose(model.apply(trained, frozen, padded), model.apply(trained, frozen, ids), atol=1e-5)
 
 
+def moved(ids: np.ndarray, pad: int) -> np.ndarray:
+    """Texts padded on the right, padded on the left."""
+    return np.stack([np.roll(row, int(np.sum(row == pad))) for row in ids])
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls", "pooler"])
+def test_roberta_counts_real_tokens_alone(monkeypatch: pytest.MonkeyPatch, pool: str) -> None:
+    """Positions follow the mask: padding on the left, or between tokens, gives what padding on the right gives.
+
+    The reference's expected features are those of texts padded on the right, whose positions are the same numbers.
+    """
+    config = BertConfig(**SMALL | {"positions": 22}, offset=2, types=1, eps=1e-5, pad=1, pool=pool)
+    monkeypatch.setitem(BACKBONES, "small", bert_row(config, formats=("roberta",)))
+    model, expected = peft.build("small", 3, peft="head"), np.load(FIXTURES / "roberta" / "expected.npz")
+    frozen, ids = load("small", str(FIXTURES / "roberta"), peft.published(model)), expected["ids"]
+    left, between = moved(ids, 1), np.insert(ids, [1, 1, 4], 1, axis=1)
+    assert any((left != ids).any(axis=1))
+    for given in (ids, left, between):
+        np.testing.assert_allclose(model.prefix(frozen, given), expected[pool], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls", "pooler"])
+def test_bert_counts_columns_and_pools_the_first_real_token(small, pool: str) -> None:
+    """As the published model: positions count from the first column. What is pooled is never padding."""
+    model = small(pool)
+    expected = np.load(FIXTURES / "bert" / "expected.npz")
+    frozen = load("small", str(FIXTURES / "bert"), peft.published(model))
+    ids = expected["ids"][:, :6]
+    padded = np.pad(ids, ((0, 0), (4, 0)))
+    shifted = dict(frozen)  # a model whose first position is the fifth reads the texts without what stands before them
+    shifted["embeddings/position/embedding"] = np.roll(frozen["embeddings/position/embedding"], -4, axis=0)
+    np.testing.assert_allclose(model.prefix(frozen, padded), model.prefix(shifted, ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["bert_tiny", "roberta_tiny"])
+def test_padding_on_the_left_has_gradients_as_on_the_right(name: str) -> None:
+    model = peft.build(name, 3, peft="full", pool="cls")
+    trained, frozen = peft.start(model, "random", 0)
+    ids = np.array([[5, 6, 7, 8, 0, 0], [9, 8, 7, 6, 5, 4]], np.int32) + 1
+    ids = np.where(ids == 1, 1 if name == "roberta_tiny" else 0, ids)
+    trained["embeddings/position/embedding"] = np.tile(trained["embeddings/position/embedding"][:1], (130, 1))[
+        : trained["embeddings/position/embedding"].shape[0]
+    ]  # equal positions, so that BERT's columns do not matter
+
+    def gradient(x: np.ndarray) -> dict[str, jax.Array]:
+        return jax.grad(lambda t: jnp.sum(model.apply(t, frozen, x)[:, 0]))(trained)
+
+    right, left = gradient(ids), gradient(moved(ids, 1 if name == "roberta_tiny" else 0))
+    for path in trained.keys() - {"embeddings/position/embedding"}:
+        np.testing.assert_allclose(left[path], right[path], atol=1e-5, err_msg=path)
+
+
 def test_row_of_padding_only_has_finite_output_and_gradient() -> None:
     model = peft.build("bert_tiny", 3, peft="full")
     trained, frozen = peft.start(model, "random", 0)

@@ -12,13 +12,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fedsim import peft
-from fedsim.backbones import BACKBONES, Row, sources
+from fedsim.backbones import BACKBONES, Row, sources, vit
 from fedsim.backbones.bert import BertConfig
 from fedsim.backbones.images import IMAGENET, Pixels, bicubic
 from fedsim.backbones.load import load, match
 from fedsim.backbones.resnet import Resnet, ResnetConfig
 from fedsim.backbones.shufflenet import Shufflenet, ShufflenetConfig
 from fedsim.backbones.vit import Vit, VitConfig
+from fedsim.peft import export
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "backbones"
 VIT = VitConfig(width=16, depth=2, heads=4, hidden=24, patch=4, image=12)
@@ -53,6 +54,7 @@ HEADS = {
     "resnet_bottleneck": ("fc.weight", "fc.bias", False),
     "shufflenet": ("fc.weight", "fc.bias", False),
 }
+VITS = ("vit", "vit_timm", "vit_augreg", "dinov2", "dinov2_onnx")
 IMAGES = {name: np.load(FIXTURES / name.replace("_onnx", "") / "expected.npz") for name in ROWS}
 EVERY = [
     (name, pool, entry.split(" ")[1])
@@ -243,15 +245,40 @@ def test_small_baselines_count_as_published() -> None:
     assert count("cnn", 62, input_shape=(28, 28)) == 1_206_590
 
 
-@pytest.mark.parametrize("name", ["vit", "vit_timm", "vit_augreg", "dinov2", "dinov2_onnx"])
-def test_positions_of_another_grid_are_resampled_at_loading(known, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model for 20-pixel images that loads a checkpoint of 12 pixels is that checkpoint on images of 20."""
-    features = []
-    for image in (12, 20):
-        monkeypatch.setitem(ROWS, name, ROWS[name]._replace(config=dataclasses.replace(ROWS[name].config, image=image)))
-        model = known(name, pool="mean")
-        frozen = load("small", str(FIXTURES / name), peft.published(model))
-        assert frozen["embeddings/position"].shape == (1 + (image // 4) ** 2, 16)
-        features.append(model.prefix(frozen, np.random.default_rng(0).normal(size=(2, 20, 20, 3)).astype(np.float32)))
-    np.testing.assert_allclose(*features, atol=1e-6, rtol=0)
-    assert np.abs(features[0]).max() > 0.1
+@pytest.mark.parametrize(("name", "pool", "size"), [case for case in EVERY if case[0] in VITS])
+def test_checkpoint_of_another_resolution_is_resampled_once(
+    known, name: str, pool: str, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read as a model of 20 pixels, a checkpoint of 12 gives the reference's features: it keeps its grid of 3 x 3."""
+    row = ROWS[name]
+    monkeypatch.setitem(ROWS, name, row._replace(config=dataclasses.replace(row.config, image=20)))
+    model = known(name, pool=pool)
+    assert model.frozen["embeddings/position"].shape == (26, 16)
+    trained, frozen = peft.start(model, str(FIXTURES / name), 0)
+    assert frozen["embeddings/position"].shape == (10, 16)
+    features = model.prefix(frozen, IMAGES[name][f"images {size}"])
+    np.testing.assert_allclose(features, IMAGES[name][f"{pool} {size}"], atol=2e-5, rtol=0)
+    fitted = peft.fitted(model, trained, frozen)
+    assert {p: s.shape for p, s in fitted.frozen.items()} == {p: leaf.shape for p, leaf in frozen.items()}
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_checkpoint_at_its_own_resolution_is_not_resampled(
+    known, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A model of 12 pixels that loads a checkpoint of 20: positions are used as they are stored, and exported so."""
+    source = sources.open_source(FIXTURES / name)
+    arrays = {n: source.read(n) for n in source.shapes}
+    place = next(n for n in arrays if n.endswith(("position_embeddings", "pos_embed", "pos_embedding")))
+    arrays[place] = np.random.default_rng(0).normal(size=(1, 26, 16)).astype(np.float32)
+    save_file(arrays, tmp_path / "model.safetensors")
+    model = known(name, pool="mean")
+    trained, frozen = peft.start(model, str(tmp_path), 0)
+    images = np.random.default_rng(1).normal(size=(2, 20, 20, 3)).astype(np.float32)
+    with monkeypatch.context() as patch:  # bicubic is asked for nothing
+        patch.setattr(vit, "bicubic", lambda old, new: pytest.fail(f"resampled from {old} to {new}"))
+        features = model.prefix(frozen, images)
+    monkeypatch.setitem(ROWS, name, ROWS[name]._replace(config=dataclasses.replace(ROWS[name].config, image=20)))
+    np.testing.assert_array_equal(features, known(name, pool="mean").prefix(frozen, images))
+    export.export_backbone(tmp_path / "out", model, trained, frozen, str(tmp_path))
+    np.testing.assert_array_equal(load_file(tmp_path / "out" / "model.safetensors")[place], arrays[place])

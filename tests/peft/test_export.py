@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +189,153 @@ def test_lora_beside_other_parts_is_not_exported(trained_model, tmp_path: Path) 
     trained, frozen = peft.start(model, "random", 0)
     with pytest.raises(ValueError, match="to have Hugging Face names"):
         export.export_lora(tmp_path, model, trained, jax.tree.map(np.asarray, frozen))
+
+
+def with_zero_rows(tmp_path: Path) -> Path:
+    """The fixture's ViT with a row of zeros in a query and in a value."""
+    shutil.copytree(FIXTURES / "vit", tmp_path / "zeros")
+    file = tmp_path / "zeros" / "model.safetensors"
+    leaves = load_file(file)
+    for name in ("query", "value"):
+        leaves[f"vit.encoder.layer.0.attention.attention.{name}.weight"][3] = 0
+    save_file(leaves, file)
+    return tmp_path / "zeros"
+
+
+def test_dora_leaves_a_zero_row_at_zero(trained_model, tmp_path: Path) -> None:
+    """The row has no direction: output, gradients, merged kernel and files are 0 there, whatever its length says."""
+    model, moved, frozen = trained_model("vit", str(with_zero_rows(tmp_path)), peft="lora", dora=True)
+    names = [f"blocks/0/attention/{name}" for name in ("query", "value")]
+    trained, _ = peft.start(model, str(tmp_path / "zeros"), 0)
+    assert all(trained[f"{name}/magnitude"][3] == 0 for name in names)
+    for name in names:  # the others have moved; a long length must not reach beyond its column either
+        moved[f"{name}/lora_b"][:, 3] = 0
+    assert all(moved[f"{name}/magnitude"][3] != 0 for name in names)
+
+    def loss(leaves: Any) -> jax.Array:
+        return (model.apply(leaves, frozen, IMAGES) ** 2).sum()
+
+    for leaves in (trained, moved):
+        gradient = jax.jit(jax.grad(loss))(leaves)
+        assert all(np.isfinite(g).all() for g in gradient.values())
+        assert all(not gradient[f"{n}/lora_b"][:, 3].any() and gradient[f"{n}/magnitude"][3] == 0 for n in names)
+        merged = export.merge(model, leaves, frozen)
+        assert all(not merged[f"{name}/kernel"][:, 3].any() for name in names)
+        got = peft.build("small", 3, peft="full").apply(merged, {}, IMAGES)
+        np.testing.assert_allclose(got, model.apply(leaves, frozen, IMAGES), atol=5e-5, rtol=1e-5)
+    file = export.export_backbone(tmp_path / "out", model, moved, frozen, tmp_path / "zeros")
+    assert all(np.isfinite(leaf).all() for leaf in load_file(file).values())
+    export.export_lora(tmp_path / "lora", model, moved, frozen)
+    read = export.read_lora(tmp_path / "lora", model)
+    np.testing.assert_array_equal(model.apply(read, frozen, IMAGES), model.apply(moved, frozen, IMAGES))
+
+
+def test_dora_of_an_own_backbone_leaves_a_zero_column_at_zero(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import fedsim, numpy as np\n"
+        "w = np.ones((4, 3), np.float32)\nw[:, 1] = 0\n"
+        "model = fedsim.Backbone(lambda p, x: x @ p['w'], {'w': w}, width=3)\n"
+    )
+    model = peft.build(f"{tmp_path}/own.py:model", 2, peft="lora", dora=True, rank=1, targets=("w",), input_shape=(4,))
+    trained, frozen = peft.start(model, None, 0)
+    trained["model/w/magnitude"] = trained["model/w/magnitude"] + 1
+    grad = jax.grad(lambda t: (model.apply(t, frozen, np.ones((2, 4), np.float32)) ** 2).sum())(trained)
+    assert all(np.isfinite(g).all() for g in grad.values())
+    assert not export.merge(model, trained, frozen)["model/w"][:, 1].any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_leaves_that_are_not_finite_are_not_exported(trained_model, tmp_path: Path, value: float) -> None:
+    model, trained, frozen = trained_model("vit", peft="lora")
+    trained["blocks/1/attention/query/lora_b"][0, 1] = value
+    for write in (
+        lambda: export.export_lora(tmp_path / "out", model, trained, frozen),
+        lambda: export.export_backbone(tmp_path / "out", model, trained, frozen, FIXTURES / "vit"),
+        lambda: export.merge(model, trained, frozen),
+    ):
+        with pytest.raises(ValueError, match="trained leaf 'blocks/1/attention/query/lora_b' to be finite, but 1 of"):
+            write()
+    assert not (tmp_path / "out").exists()
+
+
+def by_copy(source: Path, folder: Path) -> Path:
+    return source
+
+
+def by_link_to_folder(source: Path, folder: Path) -> Path:
+    folder.symlink_to(source)
+    return folder
+
+
+def by_links_to_files(source: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).symlink_to(file)
+    return folder
+
+
+def by_hard_link(source: Path, folder: Path) -> Path:
+    folder.mkdir()
+    os.link(next(source.glob("model.*")), folder / "head.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["vit", "vit_timm", "vit_augreg"])
+@pytest.mark.parametrize("place", [by_copy, by_link_to_folder, by_links_to_files, by_hard_link])
+def test_export_never_writes_over_its_source(
+    trained_model, tmp_path: Path, name: str, place: Callable[[Path, Path], Path]
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(FIXTURES / name, source)
+    folder = place(source, tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in source.iterdir()}
+    model, trained, frozen = trained_model(name, str(source), peft="lora")
+    for weights in (source, next(source.glob("model.*"))):
+        with pytest.raises(ValueError, match="give a new folder"):
+            export.export_backbone(folder, model, trained, frozen, weights)
+    if place in (by_copy, by_link_to_folder, by_hard_link):
+        named = peft.build("small", 3, peft="lora", rank=2, lora_alpha=6.0, weights=str(source))
+        for built, base in ((model, source), (named, None)):
+            with pytest.raises(ValueError, match="give a new folder"):
+                export.export_lora(folder, built, trained, frozen, base=base)
+    assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+    assert set(os.listdir(folder)) <= before.keys() | {"head.safetensors"}
+
+
+def test_export_over_an_older_export_and_into_a_file(trained_model, tmp_path: Path) -> None:
+    model, trained, frozen = trained_model("vit", peft="lora")
+    for _ in range(2):
+        export.export_backbone(tmp_path / "out", model, trained, frozen, FIXTURES / "vit")
+        export.export_lora(tmp_path / "lora", model, trained, frozen, base=FIXTURES / "vit")
+    (tmp_path / "file").write_text("mine")
+    for write in (
+        lambda: export.export_lora(tmp_path / "file", model, trained, frozen),
+        lambda: export.export_backbone(tmp_path / "file", model, trained, frozen, "random"),
+    ):
+        with pytest.raises(ValueError, match=r"folder='.*file' to be one that can be written"):
+            write()
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_paths_are_words_or_paths(trained_model, tmp_path: Path, kind: Callable[[Path], Any]) -> None:
+    model, trained, frozen = trained_model("vit", peft="lora")
+    export.export_backbone(kind(tmp_path / "out"), model, trained, frozen, kind(FIXTURES / "vit"))
+    export.export_lora(kind(tmp_path / "lora"), model, trained, frozen, base=kind(FIXTURES / "vit"))
+    assert export.lora_options(kind(tmp_path / "lora"))["rank"] == 2
+    assert export.read_lora(kind(tmp_path / "lora"), model).keys() >= trained.keys()
+    load("small", kind(tmp_path / "out"), peft.published(model))
+    assert sources.open_source(kind(tmp_path / "out")).shapes
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        FIXTURES / "vit"
+    )
+
+
+def test_fused_matrices_of_half_precision_are_exported_in_float32(trained_model, tmp_path: Path) -> None:
+    """Queries, keys and values of timm lie in one matrix: its parts are as exact as all else that was trained."""
+    (tmp_path / "half").mkdir()
+    leaves = load_file(FIXTURES / "vit_timm" / "model.safetensors")
+    save_file({n: a.astype(np.float16) for n, a in leaves.items()}, tmp_path / "half" / "model.safetensors")
+    model, trained, frozen = trained_model("vit_timm", str(tmp_path / "half"), peft="lora")
+    export.export_backbone(tmp_path / "out", model, trained, frozen, tmp_path / "half")
+    got, merged = load("small", tmp_path / "out", peft.published(model)), export.merge(model, trained, frozen)
+    assert all(np.array_equal(got[path], merged[path]) for path in got)

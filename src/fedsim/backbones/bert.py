@@ -1,6 +1,6 @@
 """BERT, an encoder of token sequences (Devlin et al. 2019, arXiv 1810.04805), post-norm, with a classification head.
 
-Input: int32 token ids (B, T), padded with the pad id; the attention mask is derived from it. There is no dropout:
+Input: int32 token ids (B, T), padded with the pad id on either side; the attention mask is derived from it. There is no dropout:
 clients take few steps, and two runs of one seed are equal. Parity with the reference is tested in
 `tests/backbones/test_bert.py`.
 """
@@ -56,8 +56,8 @@ class Embeddings(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids (B, T) -> (B, T, D); every token is of type 0, a single sentence."""
-        # Slices of both tables, not gathers: their gradients are cheap. Padding comes last, so no token's row depends
-        # on the mask.
+        # Slices of both tables, not gathers: their gradients are cheap. No token's row depends on the mask: BERT counts
+        # columns, and RoBERTa's ids come with their padding last (`Bert.embed`).
         tokens, offset = ids.shape[-1], self.config.offset
         if tokens > self.config.tokens:
             raise ValueError(
@@ -110,9 +110,17 @@ class Bert(nnx.Module):
         self.config = c
 
     def embed(self, ids: jax.Array) -> dict[str, jax.Array]:
-        """ids (B, T) -> {"x": (B, T, D), "mask": (B, T) bool, true for real tokens}."""
+        """ids (B, T) -> {"x": (B, T, D), "mask": (B, T) bool, true for real tokens}.
+
+        RoBERTa numbers the real tokens alone: its ids are sorted first. BERT numbers columns: where features are the first
+        token's, the first real one is brought to the front after that.
+        """
         c = self.config
-        return {"x": self.embeddings(ids % c.vocabulary if c.fold else ids), "mask": ids != c.pad}
+        ids = padding_last(ids, ids != c.pad) if c.offset else ids
+        x, mask = self.embeddings(ids % c.vocabulary if c.fold else ids), ids != c.pad
+        if c.pool != "mean" and not c.offset:
+            x, mask = padding_last(x, mask), padding_last(mask, mask)
+        return {"x": x, "mask": mask}
 
     def pool(self, h: dict[str, jax.Array]) -> jax.Array:
         """Features (B, D) of whole sequences; a shallow prompt, which came along up to here, is left out."""
@@ -130,3 +138,9 @@ class Bert(nnx.Module):
         """The forward pass in order; see `layers.Stage`."""
         blocks = [Stage(f"blocks/{i}", block) for i, block in enumerate(self.blocks)]
         return [Stage("embeddings", self.embed), *blocks, Stage("pooler", self.pool), Stage("head", self.head)]
+
+
+def padding_last(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """x (B, T, ...) with the rows where mask (B, T) is true in front, in their order; as it is where they are there already."""
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1, mode="promise_in_bounds")

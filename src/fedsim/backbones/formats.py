@@ -151,6 +151,7 @@ def _bert_config(c: BertConfig, model_type: str = "bert") -> dict[str, Any]:
 BERT_RENAMED = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
 BERT_UNUSED = {
     "classifier.*": "head of the checkpoint's own task; ours is new",
+    "qa_outputs.*": "head of question answering",
     "embeddings.position_ids": "the constants 0, 1, 2, ...",
     "pooler.dense.*": "dense layer on the first token; mean and cls features do not pass it",
 }
@@ -306,6 +307,8 @@ FORMATS: dict[str, Format] = {
         {
             "classifier.*": "head of the checkpoint's own classes; ours is new",
             "pooler.dense.*": "dense layer on the class token that no features of ours pass",
+            "decoder.*": "head of masked image modelling",
+            "embeddings.mask_token": "of the pre-training task",
         },
         _vit_config,
         renamed=VIT_RENAMED,

@@ -145,7 +145,7 @@ class Linear(nnx.Module):
             if self.magnitude is not None:
                 length = column_norms(self.kernel[...], self.lora_a[...], self.lora_b[...], self.lora_scale)
                 # DoRA's section 4.3: the length is a constant to the gradient.
-                y = y * (self.magnitude[...] / jax.lax.stop_gradient(length))
+                y = y * per_length(self.magnitude[...], jax.lax.stop_gradient(length))
         if self.bias is not None:
             y = plus(y, self.bias[...])
         if self.ia3 is not None and not self.ia3_input:
@@ -154,11 +154,20 @@ class Linear(nnx.Module):
 
 
 def column_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """Lengths (out,) of the columns of kernel + scale * A B, without making that matrix: |w|^2 + 2 s w.ab + s^2 |ab|^2."""
+    """Lengths (out,) of the columns of kernel + scale * A B, without making that matrix: |w|^2 + 2 s w.ab + s^2 |ab|^2.
+
+    Zero for a column whose square is no normal number.
+    """
     cross = jnp.sum((a.T @ kernel) * b, axis=0)
     square = jnp.sum(((a.T @ a) @ b) * b, axis=0)
     total = jnp.sum(kernel * kernel, axis=0) + 2 * scale * cross + scale * scale * square
-    return jnp.sqrt(jnp.maximum(total, jnp.finfo(total.dtype).tiny))
+    return jnp.sqrt(jnp.where(total >= jnp.finfo(total.dtype).tiny, total, 0.0))
+
+
+def per_length(magnitude: jax.Array, length: jax.Array) -> jax.Array:
+    """magnitude / length (out,), and 0 for a column without a direction: it stays zero, and so do its gradients."""
+    there = length > 0
+    return jnp.where(there, magnitude / jnp.where(there, length, 1.0), 0.0)
 
 
 class Adapter(nnx.Module):

@@ -6,26 +6,28 @@ Every name and shape is compared before the first array is read. The layouts are
 from __future__ import annotations
 
 import fnmatch
-import json
 import math
+import os
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fedsim.backbones import Backbone, Row, backbone
 from fedsim.backbones import row as table_row
 from fedsim.backbones.formats import FORMATS, Format, Place
+from fedsim.backbones.json_files import read_object
 from fedsim.backbones.layers import initial
-from fedsim.backbones.sources import Source, hub, is_hub_name, open_source
-from fedsim.backbones.vit import resampled
+from fedsim.backbones.sources import FLOATS, Source, hub, is_hub_name, open_source
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
+Weights = str | os.PathLike[str] | None
 POSITION = "embeddings/position"  # of a vision transformer: the one leaf whose shape depends on the image size
+# What training wrappers put in front of every name: DataParallel, Lightning and others, torch.compile.
+WRAPPERS = ("", "module.", "model.", "module.model.", "model.module.", "_orig_mod.", "module._orig_mod.")
 
 
 class Match(NamedTuple):
@@ -33,44 +35,47 @@ class Match(NamedTuple):
 
     source: Source
     layout: Format
-    prefix: str
-    """In front of all published names."""
+    before: tuple[str, ...]
+    """What stands in front of names of the file: nothing, a wrapper's prefix, the format's after it."""
     places: dict[str, Place]
     """Our path -> where the leaf lies, its name as it is in the file."""
 
+    def is_unused(self, name: str, why: str = "") -> bool:
+        """Whether the format lets a leaf of that name be left behind, for a reason with these words in it."""
+        patterns = [pattern for pattern, reason in self.layout.unused.items() if why in reason]
+        return any(fnmatch.fnmatchcase(name, front + q) for q in patterns for front in self.before)
 
-def load(name: str, weights: str | None, shapes: Shapes, seed: int = 0) -> dict[str, np.ndarray]:
+
+def load(name: str, weights: Weights, shapes: Shapes, seed: int = 0) -> dict[str, np.ndarray]:
     """Every published leaf of a backbone, float32.
 
     Args:
         name: of the backbone.
         weights: file, directory or hub name of a checkpoint; "random" for initial values drawn from `seed` and the
             leaf's path; None for the packaged weights.
-            Positions that a vision transformer learned at another image size are resampled (bicubic).
+            Positions that a vision transformer learned at another image size keep their grid, whatever `shapes` says:
+            the forward pass resamples them, once, to that of the image.
         shapes: the published leaves, by our paths.
 
     Raises:
-        ValueError: leaves are missing, left over or misshapen (all are listed), or there is no checkpoint to read.
+        ValueError: leaves are missing, left over or misshapen (all are listed), of a type that is no weight's, not finite,
+            or there is no checkpoint to read.
     """
     own = backbone(name)
     if isinstance(own, Backbone):
         refuse_weights(name, weights)
         return {path: value for path, value in own.values().items() if path in shapes}
-    if weights == "random":
+    if weights is not None and os.fspath(weights) == "random":
         return random(shapes, seed)
     found = find(name, weights, shapes)
-    values = {path: _read(found.source, place, shapes[path].shape) for path, place in found.places.items()}
-    if POSITION in values and values[POSITION].shape != shapes[POSITION].shape:  # learned at another image size
-        side = math.isqrt(shapes[POSITION].shape[0] - 1)
-        values[POSITION] = np.asarray(resampled(jnp.asarray(values[POSITION]), (side, side)))
-    return values
+    return {path: _read(found.source, place, shapes[path].shape) for path, place in found.places.items()}
 
 
-def refuse_weights(name: str, weights: str | None) -> None:
+def refuse_weights(name: str, weights: Weights) -> None:
     """Raises `ValueError` for weights beside those that a user's own backbone brings."""
     if weights is not None:
         raise ValueError(
-            f"Expected weights={weights!r} to be unset for backbone={name!r}; it brings its params itself."
+            f"Expected weights={os.fspath(weights)!r} to be unset for backbone={name!r}; it brings its params itself."
         )
 
 
@@ -88,7 +93,7 @@ def draw(key: jax.Array, shapes: Shapes) -> dict[str, jax.Array]:
     }
 
 
-def find(name: str, weights: str | None, shapes: Shapes) -> Match:
+def find(name: str, weights: Weights, shapes: Shapes) -> Match:
     """The checkpoint, compared with the backbone's config and leaves; no array is read.
 
     Raises:
@@ -96,11 +101,12 @@ def find(name: str, weights: str | None, shapes: Shapes) -> Match:
     """
     row = table_row(name)
     if not row.formats:
-        raise ValueError(f"Expected weights={weights!r} of backbone={name!r} to be 'random'; it has no checkpoint.")
+        given = None if weights is None else os.fspath(weights)
+        raise ValueError(f"Expected weights={given!r} of backbone={name!r} to be 'random'; it has no checkpoint.")
     return match(open_source(locate(name, weights)), row, shapes)
 
 
-def locate(name: str, weights: str | None) -> Path:
+def locate(name: str, weights: Weights) -> Path:
     """File or folder of a backbone's weights: as given, of the hub, or packaged.
 
     Raises:
@@ -108,6 +114,7 @@ def locate(name: str, weights: str | None) -> Path:
     """
     if weights is None:
         return packaged(name, backbone(name).asset)
+    weights = os.fspath(weights)
     return hub(weights) if is_hub_name(weights) else Path(weights).expanduser()
 
 
@@ -115,13 +122,20 @@ def check_config(file: Path, expected: Mapping[str, Any]) -> None:
     """Compares `config.json` beside the weights, where there is one, with the backbone.
 
     Raises:
-        ValueError: the checkpoint is of another model; every difference is listed.
+        ValueError: the checkpoint is of another model; every difference is listed. It is no such config.
     """
     beside = file.parent / "config.json"
     if not beside.is_file():
         return
-    said = json.loads(beside.read_text())
-    wrong = [f"{k}={said[k]!r}, not {v!r}" for k, v in expected.items() if k in said and said[k] != v]
+    remedy = "take the one that came with the weights, or remove it"
+    said = read_object(beside, remedy)
+    if expected and not expected.keys() & said.keys():
+        raise ValueError(f"Expected {beside} to say model_type and more of a model, as the hub's do; {remedy}.")
+    both = [(name, said[name], value) for name, value in expected.items() if name in said]
+    for name, theirs, ours in both:
+        if theirs is not None and _kind(theirs) != _kind(ours):
+            raise ValueError(f"Expected {name}={theirs!r} of {beside} to be a {_kind(ours)}; {remedy}.")
+    wrong = [f"{name}={theirs!r}, not {ours!r}" for name, theirs, ours in both if theirs != ours]
     if wrong:
         raise ValueError(
             f"Expected weights={str(file)!r} to be of this backbone; its config.json says {'; '.join(wrong)}: "
@@ -129,24 +143,52 @@ def check_config(file: Path, expected: Mapping[str, Any]) -> None:
         )
 
 
+def _kind(value: Any) -> str:
+    """Kind of a JSON value, for people."""
+    named = ((bool, "flag (true or false)"), ((int, float), "number"), (str, "text"), (list, "list"))
+    return next((name for types, name in named if isinstance(value, types)), "table")
+
+
 def match(source: Source, row: Row, shapes: Shapes) -> Match:
-    """Where every leaf lies, after comparing all names and shapes.
+    """Where every leaf lies, after comparing all names, shapes and types.
 
     Raises:
-        ValueError: the file is of another model, or lists every missing, left over and misshapen leaf.
+        ValueError: the file is of another model, or lists every missing, left over and misshapen leaf; a leaf is of a
+            type that is no weight's.
     """
     spellings = {layout: {FORMATS[layout].spelling(n): n for n in source.shapes} for layout in row.formats}
-    wanted = {
-        (layout, prefix): {path: FORMATS[layout].place(path, row.config) for path in shapes}
-        for layout in row.formats
-        for prefix in FORMATS[layout].prefixes
-    }
-    # The layout and prefix under which most leaves are found; the first of equals.
-    key = max(wanted, key=lambda k: sum(k[1] + place.name in spellings[k[0]] for place in wanted[k].values()))
-    layout, prefix = FORMATS[key[0]], key[1]
+    wanted = {layout: {path: FORMATS[layout].place(path, row.config) for path in shapes} for layout in row.formats}
+    fronts = [
+        (name, wrapper, prefix)
+        for name in row.formats
+        for wrapper in WRAPPERS
+        for prefix in FORMATS[name].prefixes
+        if not wrapper or FORMATS[name].separator == "."
+    ]
+    # The layout, wrapper and prefix under which most leaves are found; the first of equals.
+    name, wrapper, prefix = max(
+        fronts, key=lambda k: sum(k[1] + k[2] + place.name in spellings[k[0]] for place in wanted[k[0]].values())
+    )
+    layout, named = FORMATS[name], spellings[name]
     check_config(source.file, layout.config(row.config))
-    named = spellings[key[0]]
-    places = {path: place._replace(name=prefix + place.name) for path, place in wanted[key].items()}
+    places = {path: place._replace(name=wrapper + prefix + place.name) for path, place in wanted[name].items()}
+    found = Match(source, layout, ("", wrapper, wrapper + prefix), places)
+    _compare(found, named, row, shapes)
+    found = found._replace(places={path: p._replace(name=named[p.name]) for path, p in places.items()})
+    check_kinds(source, [place.name for place in found.places.values()])
+    return found
+
+
+def _compare(found: Match, named: Mapping[str, str], row: Row, shapes: Shapes) -> None:
+    """Compares names and shapes.
+
+    Args:
+        named: names as published files spell them -> as they are in the file.
+
+    Raises:
+        ValueError: lists every missing, left over, misshapen leaf, and every leaf that is there in two spellings.
+    """
+    source, places = found.source, found.places
     missing = {place.name: path for path, place in places.items() if place.name not in named}
     misshapen = {
         place.name: f"{place.name}: {source.shapes[named[place.name]]}, not {shape}"
@@ -155,23 +197,45 @@ def match(source: Source, row: Row, shapes: Shapes) -> Match:
         and source.shapes[named[place.name]] != (shape := _stored_shape(place, shapes[path].shape, row.config))
         and not (path == POSITION and _is_grid(source.shapes[named[place.name]], shape))
     }
-    extra = [
-        n
-        for n in sorted(named.keys() - {place.name for place in places.values()})
-        if not any(fnmatch.fnmatchcase(n, q) or fnmatch.fnmatchcase(n, prefix + q) for q in layout.unused)
-    ]
+    names = {place.name for place in places.values()}
+    extra = [n for n in sorted(named.keys() - names) if not found.is_unused(n)]
+    twice = [n for n in sorted(source.shapes.keys() - set(named.values())) if found.layout.spelling(n) in names]
     lists = (
         ("missing", [f"{n} (our {p})" for n, p in missing.items()]),
         ("left over", extra),
         ("misshapen", list(misshapen.values())),
+        ("there in two spellings", twice),
     )
     problems = [f"{len(names)} {what}: {', '.join(_first(names))}" for what, names in lists if names]
+    remedy = "choose the backbone that the file is of"
+    if missing and not (extra or misshapen or twice) and all(path.startswith("pooler/") for path in missing.values()):
+        remedy = "take pool='cls' or pool='mean', as this checkpoint has no pooler"
+    elif extra and not (missing or misshapen or twice):
+        remedy += ", or where they are only the head of a task, save the file without them"
     if problems:
         raise ValueError(
-            f"Expected weights={str(source.file)!r} to fit the backbone leaf by leaf; {'; '.join(problems)}: "
-            "choose the backbone that the file is of."
+            f"Expected weights={str(source.file)!r} to fit the backbone leaf by leaf; {'; '.join(problems)}: {remedy}."
         )
-    return Match(source, layout, prefix, {path: p._replace(name=named[p.name]) for path, p in places.items()})
+
+
+def check_kinds(source: Source, names: Iterable[str]) -> None:
+    """Raises `ValueError` if one of these leaves is no float: whole numbers and eight bits mean nothing without a scale."""
+    wrong = [f"{name} ({source.kinds[name]})" for name in names if source.kinds[name] not in FLOATS]
+    if wrong:
+        raise ValueError(
+            f"Expected tensors of {source.file} to be {', '.join(FLOATS[:-1])} or {FLOATS[-1]}, not "
+            f"{', '.join(_first(wrong, 5))}; take the file from before it was quantised, or convert it where it was made."
+        )
+
+
+def check_finite(source: Source, name: str, leaf: np.ndarray) -> None:
+    """Raises `ValueError` for a leaf of the file with a value that is no float32, or none at all."""
+    wrong = leaf.size - int(np.count_nonzero(np.isfinite(leaf)))
+    if wrong:
+        raise ValueError(
+            f"Expected tensor {name!r} of {source.file} to hold finite float32 values, but {wrong:,} of {leaf.size:,} are "
+            "NaN or infinite; fetch the file again, or take one from before its training diverged."
+        )
 
 
 def _stored_shape(place: Place, shape: tuple[int, ...], config: Any) -> tuple[int, ...]:
@@ -185,7 +249,10 @@ def _read(source: Source, place: Place, shape: tuple[int, ...]) -> np.ndarray:
     rows = stored.shape[0] // place.parts
     part = stored[place.part * rows : (place.part + 1) * rows]
     shape = (-1, *shape[1:])  # positions may be of another grid
-    return np.ascontiguousarray(place.layout.ours(part, shape), dtype=np.float32)
+    with np.errstate(over="ignore"):  # of float64: refused below
+        leaf = np.ascontiguousarray(place.layout.ours(part, shape), dtype=np.float32)
+    check_finite(source, place.name, leaf)
+    return leaf
 
 
 def _is_grid(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:

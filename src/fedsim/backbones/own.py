@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 from fedsim import own
-from fedsim.backbones.layers import ADDED, Shape, Skeleton, column_norms
+from fedsim.backbones.layers import ADDED, Shape, Skeleton, column_norms, per_length
 from fedsim.config import parse_call
 
 Apply = Callable[[Any, Any], Any]
@@ -94,8 +94,22 @@ class Backbone:
         return [part(f"stages/{i}", f, tree) for i, (f, tree) in enumerate(zip(functions, trees, strict=True))]
 
     def values(self) -> dict[str, np.ndarray]:
-        """Every leaf by its path, float32, on the host."""
-        return {n: np.asarray(leaf, np.float32) for p in self.parts for n, leaf in zip(p.names, p.leaves, strict=True)}
+        """Every leaf by its path, float32, on the host.
+
+        Raises:
+            ValueError: a leaf is not finite in float32.
+        """
+        with np.errstate(over="ignore"):  # of float64: refused below
+            found = {
+                n: np.asarray(leaf, np.float32) for p in self.parts for n, leaf in zip(p.names, p.leaves, strict=True)
+            }
+        wrong = next((name for name, leaf in found.items() if not np.isfinite(leaf).all()), None)
+        if wrong is not None:
+            raise ValueError(
+                f"Expected leaf {wrong!r} of the own backbone's params to hold finite float32 values; give params from before "
+                "their training diverged."
+            )
+        return found
 
     def restore(self, leaves: Mapping[str, Any]) -> Any:
         """`params` as they were given, with the values of flat leaves, such as those of `export.merge`."""
@@ -224,7 +238,7 @@ def skeleton(
         if not dora:
             return merged
         length = column_norms(kernel, a, b, scale)
-        return merged * (leaves[f"{chosen[name]}/magnitude"] / jax.lax.stop_gradient(length))
+        return merged * per_length(leaves[f"{chosen[name]}/magnitude"], jax.lax.stop_gradient(length))
 
     def run(leaves: Mapping[str, Any], x: Any, start: int, stop: int) -> Any:
         for p in parts[start:stop]:

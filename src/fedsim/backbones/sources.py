@@ -1,12 +1,14 @@
 """Checkpoint files of three kinds as one thing: names with shapes first, arrays on demand.
 
-Safetensors (Hugging Face, timm), NumPy archives (Google's AugReg ViTs) and ONNX graphs (packaged ViT-S/14). Nothing is
-unpickled: a `.pth` or `.bin` file must be converted once, where torch is.
+Safetensors (Hugging Face, timm), whole or in shards, NumPy archives (Google's AugReg ViTs) and ONNX graphs (packaged
+ViT-S/14). Nothing is unpickled: a `.pth` or `.bin` file must be converted once, where torch is.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
+import os
 import re
 import struct
 import zipfile
@@ -17,26 +19,37 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import safe_open
 
+from fedsim.backbones.json_files import read_object
 from fedsim.backbones.layers import Shape
 
 SUFFIXES = (".safetensors", ".npz", ".onnx")
+INDEX = ".safetensors.index.json"  # how the name of a list of shards ends
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+# What safetensors calls them; other types keep its names, such as F8_E4M3.
+SAFETENSORS_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 
 class Source(NamedTuple):
-    """An open checkpoint: the shapes of its leaves by their published names, and how to read one."""
+    """An open checkpoint: the shapes and types of its leaves by their published names, and how to read one."""
 
     file: Path
     shapes: dict[str, Shape]
+    kinds: dict[str, str]
+    """Type of each leaf, float32 or as its file calls it."""
     read: Callable[[str], np.ndarray]
+    """Raises `ValueError` with file and name for a leaf that cannot be read."""
+    shards: tuple[Path, ...] = ()
+    """The files that `file` lists, where it is an index."""
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: str | os.PathLike[str]) -> Source:
     """Opens a checkpoint file, or a directory's `model.*` or only checkpoint; reads names and shapes.
 
     Raises:
         ValueError: there is no such file, or it is not in one of the three forms.
     """
+    path = Path(path)
     file = _only_file(path) if path.is_dir() else path
     if not file.is_file():
         raise ValueError(
@@ -47,36 +60,89 @@ def open_source(path: Path) -> Source:
             f"Expected weights={str(file)!r} to be {', '.join(SUFFIXES)}; a pickle is not read, as that runs code: "
             "convert it once where torch is, by safetensors.torch.save_file(torch.load(FILE), 'model.safetensors')."
         )
+    if file.name.endswith(INDEX):
+        return _open_shards(file)
     opened = {".npz": _open_npz, ".onnx": _open_onnx}.get(file.suffix, _open_safetensors)
     try:
-        return opened(file)
+        source = opened(file)
     except Exception as error:  # each library raises its own classes, by version
         raise ValueError(
             f"Expected weights={str(file)!r} to be a readable {file.suffix.removeprefix('.') or 'safetensors'} file "
-            f"({error})."
+            f"({_reason(error)}); fetch or convert it again."
         ) from error
+
+    def read(name: str) -> np.ndarray:
+        try:
+            return source.read(name)
+        except Exception as error:
+            raise ValueError(
+                f"Expected tensor {name!r} of weights={str(file)!r} to be readable ({_reason(error)}); fetch or convert "
+                "the file again."
+            ) from error
+
+    return source._replace(read=read)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip() or type(error).__name__
 
 
 def _only_file(folder: Path) -> Path:
-    named = [folder / f"model{suffix}" for suffix in SUFFIXES]
+    named = [folder / f"model{suffix}" for suffix in (*SUFFIXES, INDEX)]
     found = [file for file in named if file.is_file()]
-    found = found or [file for suffix in SUFFIXES for file in sorted(folder.glob(f"*{suffix}"))]
-    return found[0] if len(found) == 1 or named[0] in found else named[0]
+    found = found or [file for suffix in (INDEX, *SUFFIXES) for file in sorted(folder.glob(f"*{suffix}"))]
+    return found[0] if len(found) == 1 or found[:1] in ([named[0]], [named[-1]]) else named[0]
 
 
 def _open_safetensors(file: Path) -> Source:
     with safe_open(file, framework="np") as handle:
-        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+        shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
+        kinds = {name: SAFETENSORS_FLOATS.get(s.get_dtype(), s.get_dtype()) for name, s in slices.items()}
+        # One of two names for the same weights is left out of the file: its metadata say for which it is another.
+        said = handle.metadata() or {}
+    tied = {name: kept for name, kept in said.items() if kept in shapes and name not in shapes}
+    shapes |= {name: shapes[kept] for name, kept in tied.items()}
+    kinds |= {name: kinds[kept] for name, kept in tied.items()}
 
     def read(name: str) -> np.ndarray:
         with safe_open(file, framework="np") as handle:
-            return handle.get_tensor(name)
+            return handle.get_tensor(tied.get(name, name))
 
-    return Source(file, shapes, read)
+    return Source(file, shapes, kinds, read)
+
+
+def _open_shards(index: Path) -> Source:
+    """A checkpoint in several safetensors files, by the index that says which tensor lies in which.
+
+    Raises:
+        ValueError: the index lists no tensors, a file that is not beside it, or a tensor that its file has not.
+    """
+    remedy = "fetch the index and all its shards again"
+    listed = read_object(index, remedy).get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise ValueError(f"Expected weight_map of {index} to say in which file each tensor lies; {remedy}.")
+    shards: dict[str, Source] = {}
+    for name in sorted(set(listed.values())):
+        if Path(name).name != name or not name.endswith(".safetensors") or not (index.parent / name).is_file():
+            raise ValueError(f"Expected shard {name!r} of {index} to be a .safetensors file beside it; {remedy}.")
+        shards[name] = open_source(index.parent / name)
+    lost = next((n for n, shard in listed.items() if n not in shards[shard].shapes), None)
+    if lost is not None:
+        raise ValueError(f"Expected tensor {lost!r} of {index} to lie in {listed[lost]}; {remedy}.")
+    place = {name: shard for shard, source in shards.items() for name in source.shapes} | listed
+    return Source(
+        index,
+        {name: shards[shard].shapes[name] for name, shard in place.items()},
+        {name: shards[shard].kinds[name] for name, shard in place.items()},
+        lambda name: shards[place[name]].read(name),
+        tuple(source.file for source in shards.values()),
+    )
 
 
 def _open_npz(file: Path) -> Source:
     shapes: dict[str, Shape] = {}
+    kinds: dict[str, str] = {}
     with zipfile.ZipFile(file) as archive:  # headers alone: numpy.load would read each array to tell its shape
         for entry in archive.namelist():
             with archive.open(entry) as stream:
@@ -84,13 +150,15 @@ def _open_npz(file: Path) -> Source:
                 header = (
                     np.lib.format.read_array_header_1_0 if version < (2, 0) else np.lib.format.read_array_header_2_0
                 )
-                shapes[entry.removesuffix(".npy")] = tuple(header(stream)[0])
+                shape, _, dtype = header(stream)
+                name = entry.removesuffix(".npy")
+                shapes[name], kinds[name] = tuple(shape), dtype.name
 
     def read(name: str) -> np.ndarray:
         with np.load(file, allow_pickle=False) as archive:
             return archive[name]
 
-    return Source(file, shapes, read)
+    return Source(file, shapes, kinds, read)
 
 
 class Tensor(NamedTuple):
@@ -138,7 +206,7 @@ def _open_onnx(file: Path) -> Source:
             return np.concatenate([stored(positions["Concat"]), stored(positions["Reshape"])], axis=1)
         return stored(kernels[name]).T if name in kernels else stored(name)
 
-    return Source(file, shapes, read)
+    return Source(file, shapes, dict.fromkeys(shapes, "float32"), read)
 
 
 def _onnx_graph(data: mmap.mmap) -> tuple[dict[str, Tensor], list[tuple[str, str, list[str]]]]:
@@ -172,7 +240,7 @@ def _onnx_graph(data: mmap.mmap) -> tuple[dict[str, Tensor], list[tuple[str, str
                     name = text(value)
                 elif f == 9 and isinstance(value, tuple):
                     raw = value
-            if kind == 1 and raw[1] - raw[0] == 4 * int(np.prod(dims)):  # float32, stored in this file
+            if kind == 1 and raw[1] - raw[0] == 4 * math.prod(dims):  # float32, stored in this file
                 tensors[name] = Tensor(tuple(dims), *raw)
     return tensors, nodes
 
@@ -201,6 +269,8 @@ def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = data[at]
+        if shift > 63:
+            raise ValueError("no protocol buffer: a number is too long")
         value |= (byte & 127) << shift
         at, shift = at + 1, shift + 7
         if byte < 128:
@@ -229,7 +299,7 @@ def hub(name: str) -> Path:
             "pip install 'fedsim-jax[hub]'."
         ) from None
     try:
-        wanted = ["*.json", "model.safetensors", "*.npz", "*.txt"]
+        wanted = ["*.json", "model.safetensors", "model-*-of-*.safetensors", "*.npz", "*.txt"]
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # its own classes, those of its HTTP client, OSError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,8 +1,8 @@
 """Vision transformers, pre-norm: ViT (Dosovitskiy et al. 2020, arXiv 2010.11929) and DINOv2's layout (2304.07193).
 
 Input: images (B, H, W) or (B, H, W, C), uint8 as stored, or float32 already normalised. Every size that the patch
-divides is read: the learned positions are resampled to its grid inside the forward pass, so that the leaves keep their
-published shapes. Parity with three reference implementations: `docs/backbones.md`.
+divides is read: the learned positions, of whatever grid the checkpoint has, are resampled to the image's inside the
+forward pass, so that the leaves keep their published shapes. Parity with three reference implementations: `docs/backbones.md`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class VitConfig:
     hidden: int = 3072
     patch: int = 16
     image: int = 224
-    """Side of the images for which positions were learned: (image / patch)^2 of them and the class token's."""
+    """Side of the images for which positions were learned: (image / patch)^2 of them and the class token's.
+
+    A checkpoint's own grid takes the place of this one.
+    """
     eps: float = 1e-6
     layer_scale: bool = False
     """A trained factor per channel after attention and after the MLP (DINOv2)."""

@@ -6,4 +6,16 @@ Begin with `split.py`; `kinds.py` has the rules by name. How the trained part is
 from __future__ import annotations
 
 from fedsim.peft.kinds import KINDS, Leaf, parse
-from fedsim.peft.split import Leaves, Model, Options, Shapes, build, factors, from_config, parameters, published, start
+from fedsim.peft.split import (
+    Leaves,
+    Model,
+    Options,
+    Shapes,
+    build,
+    factors,
+    fitted,
+    from_config,
+    parameters,
+    published,
+    start,
+)

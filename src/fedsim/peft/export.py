@@ -7,26 +7,39 @@ adapter_config.json; neither needs torch.
 
 from __future__ import annotations
 
-import fnmatch
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from fedsim.backbones import Row, row
 from fedsim.backbones.formats import FORMATS, Format
-from fedsim.backbones.load import find
+from fedsim.backbones.load import Weights, check_finite, check_kinds, find
 from fedsim.backbones.own import kernel_of
+from fedsim.backbones.sources import open_source
+from fedsim.peft.adapter_config import CONFIG, lora_options
 from fedsim.peft.kinds import lora_scale
 from fedsim.peft.split import Model, published
 
 Arrays = Mapping[str, Any]
+Folder = str | os.PathLike[str]
 
 HUGGING_FACE = ("bert", "roberta", "vit", "dinov2")
+HEAD = "head.safetensors"
+ADAPTER = "adapter_model.safetensors"
+BESIDE = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+)  # go along with a backbone
 MERGED = ("lora_a", "lora_b", "magnitude", "ia3")
 # `peft` says lora_magnitude_vector, and some of its versions add .weight to it.
 LORA_NAMES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -36,8 +49,9 @@ def merge(model: Model, trained: Arrays, frozen: Arrays) -> dict[str, np.ndarray
     """Every published leaf and the head, with what was attached folded in: a backbone of kind `full` gives the same.
 
     Raises:
-        ValueError: something is attached that no kernel can hold (adapters, prompts, prefixes).
+        ValueError: something is attached that no kernel can hold (adapters, prompts, prefixes); a leaf is not finite.
     """
+    _require_finite(trained, "trained")
     leaves = {path: np.asarray(leaf) for path, leaf in {**frozen, **trained}.items()}
     attached = {path for path in model.fresh if not path.startswith("head/")}
     rest = sorted({path.rpartition("/")[2] for path in attached} - set(MERGED))
@@ -54,75 +68,96 @@ def merge(model: Model, trained: Arrays, frozen: Arrays) -> dict[str, np.ndarray
         if "lora_a" in part:
             kernel = kernel + lora_scale(model.options) * part["lora_a"] @ part["lora_b"]
         if "magnitude" in part:
-            kernel = kernel * (part["magnitude"] / np.linalg.norm(kernel, axis=0))
+            kernel = kernel * _per_length(part["magnitude"], np.linalg.norm(kernel, axis=0))
         if "ia3" in part and layer.endswith("/down"):  # it scales what enters
             kernel = part["ia3"][:, None] * kernel
         elif "ia3" in part:
             kernel = kernel * part["ia3"]
             merged[f"{layer}/bias"] = leaves[f"{layer}/bias"] * part["ia3"]
         merged[name] = kernel.astype(np.float32)
+    _require_finite(merged, "merged")
     return merged
 
 
-def export_backbone(folder: Path, model: Model, trained: Arrays, frozen: Arrays, weights: str | None) -> Path:
+def _per_length(magnitude: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """As `layers.per_length`: 0 for a column without a direction."""
+    there = np.square(length) >= np.finfo(np.float32).tiny
+    return np.divide(magnitude, length, out=np.zeros_like(magnitude), where=there)
+
+
+def _require_finite(leaves: Arrays, what: str) -> None:
+    """Raises `ValueError` for a leaf that is not finite: whoever reads it would get NaN for everything."""
+    for path, leaf in leaves.items():
+        wrong = np.size(leaf) - int(np.count_nonzero(np.isfinite(np.asarray(leaf))))
+        if wrong:
+            raise ValueError(
+                f"Expected {what} leaf {path!r} to be finite, but {wrong:,} of {np.size(leaf):,} values are NaN or infinite; "
+                "export a run that did not diverge (a lower learning rate helps)."
+            )
+
+
+def export_backbone(folder: Folder, model: Model, trained: Arrays, frozen: Arrays, weights: Weights) -> Path:
     """Writes the merged backbone as the checkpoint came, our head beside it; returns the checkpoint's file.
 
     Leaves that we do not have stay as they were, but for the head of the checkpoint's own task, which is left out.
     config.json and the tokenizer are copied. A graph (.onnx) becomes safetensors with the names of its modules, random
-    weights the first published layout of their backbone. Our head is head.safetensors: kernel (in, classes), bias.
+    weights the first published layout of their backbone, shards one file. Our head is head.safetensors: kernel (in, classes),
+    bias. Positions keep the checkpoint's grid.
 
     Args:
         weights: the option with which the run started.
 
     Raises:
-        ValueError: it cannot be merged, the backbone has no published layout, or `weights` no longer fits it.
+        ValueError: it cannot be merged, the backbone has no published layout, `weights` no longer fits it or lies in
+            `folder`, a leaf is not finite, or the folder cannot be written.
     """
+    folder = Path(folder).expanduser()
     values, shapes, row = merge(model, trained, frozen), published(model), _row(model)
     if not row.formats:
         raise ValueError(f"Expected backbone={model.name!r} to have a published layout; keep its leaves as they are.")
-    folder.mkdir(parents=True, exist_ok=True)
     stored: dict[str, Any] = {}
     archive = False
-    if weights == "random":
+    beside: list[Path] = []
+    if weights is not None and os.fspath(weights) == "random":
         layout = FORMATS[row.formats[0]]
         places = {path: layout.place(path, row.config) for path in shapes}
     else:
         found = find(model.name, weights, shapes)
         layout, places, source = found.layout, found.places, found.source
         archive = source.file.suffix == ".npz"
-        heads = [
-            found.prefix * optional + q for q, why in layout.unused.items() if "head" in why for optional in (0, 1)
-        ]
         for name in source.shapes:
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in heads):
+            if not found.is_unused(name, "head"):
                 stored[name] = np.array(source.read(name))  # a copy: its parts are written below
-        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
-            if (source.file.parent / name).is_file():
-                shutil.copyfile(source.file.parent / name, folder / name)
+        beside = [file for name in BESIDE if (file := source.file.parent / name).is_file()]
+        _refuse_over(folder, ["model.npz", "model.safetensors", HEAD, *BESIDE], source.file)
     for path, place in places.items():
         leaf = place.layout.theirs(values[path], row.config)
         rows = leaf.shape[0]
         if place.parts == 1:
             stored[place.name] = leaf
         else:
-            whole = stored.setdefault(place.name, np.zeros((rows * place.parts, *leaf.shape[1:]), np.float32))
+            whole = stored.get(place.name, np.zeros((rows * place.parts, *leaf.shape[1:])))
+            whole = stored[place.name] = whole.astype(np.float32, copy=False)  # whatever the checkpoint's type was
             whole[place.part * rows : (place.part + 1) * rows] = leaf
     file = folder / ("model.npz" if archive else "model.safetensors")
-    if archive:
-        np.savez(file, **stored)
-    else:
-        _save(stored, file)
-    _save({"kernel": values["head/kernel"], "bias": values["head/bias"]}, folder / "head.safetensors")
+    with _writing(folder):
+        for copied in beside:
+            shutil.copyfile(copied, folder / copied.name)
+        if archive:
+            np.savez(file, **stored)
+        else:
+            _save(stored, file)
+        _save({"kernel": values["head/kernel"], "bias": values["head/bias"]}, folder / HEAD)
     return file
 
 
 def export_lora(
-    folder: Path,
+    folder: Folder,
     model: Model,
     trained: Arrays,
     frozen: Arrays,
     *,
-    base: str | None = None,
+    base: Weights = None,
     transformers: Literal[4, 5] = 5,
 ) -> Path:
     """Writes the trained LoRA as Hugging Face `peft` saves one; returns its file.
@@ -137,8 +172,10 @@ def export_lora(
             their files; those of BERT and RoBERTa are the same in both.
 
     Raises:
-        ValueError: the backbone has no Hugging Face names, or more than LoRA and the head was trained.
+        ValueError: the backbone has no Hugging Face names, more than LoRA and the head was trained, a leaf is not finite,
+            the weights lie in `folder`, or it cannot be written.
     """
+    folder = Path(folder).expanduser()
     written = sorted(set(trained) - set(model.trained))
     if written:
         raise ValueError(
@@ -156,6 +193,10 @@ def export_lora(
         raise ValueError(
             "Expected LoRA on linear layers; the patch embedding is a convolution to others: leave it out."
         )
+    _require_finite(trained, "trained")
+    for weights in (model.options.weights, base):
+        if weights is not None and Path(weights).expanduser().exists():
+            _refuse_over(folder, [ADAPTER, CONFIG, HEAD], Path(weights).expanduser())
     leaves = {path: np.asarray(leaf, np.float32) for path, leaf in {**frozen, **trained}.items()}
     prefix, classifier = _task(layout, row)
     arrays: dict[str, np.ndarray] = {}
@@ -166,16 +207,13 @@ def export_lora(
         for role, theirs in LORA_NAMES.items():
             if f"{layer}/{role}" in leaves:
                 arrays[f"base_model.model.{name}.{theirs}"] = leaves[f"{layer}/{role}"].T
-    folder.mkdir(parents=True, exist_ok=True)
     if classifier:
         arrays[f"base_model.model.{classifier}.weight"] = leaves["head/kernel"].T
         arrays[f"base_model.model.{classifier}.bias"] = leaves["head/bias"]
-    else:
-        _save({"kernel": leaves["head/kernel"], "bias": leaves["head/bias"]}, folder / "head.safetensors")
     options = model.options
     config = {
         "peft_type": "LORA",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": None if base is None else os.fspath(base),
         "r": options.rank,
         "lora_alpha": options.lora_alpha,
         "lora_dropout": 0.0,
@@ -188,39 +226,22 @@ def export_lora(
         "task_type": "SEQ_CLS" if classifier and row.kind == "text" else None,
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    file = folder / "adapter_model.safetensors"
-    _save(arrays, file)
-    return file
+    with _writing(folder):
+        if not classifier:
+            _save({"kernel": leaves["head/kernel"], "bias": leaves["head/bias"]}, folder / HEAD)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        _save(arrays, folder / ADAPTER)
+    return folder / ADAPTER
 
 
-def lora_options(folder: Path) -> dict[str, Any]:
-    """Options with which `peft.build` makes the model that a saved LoRA fits, but for the targets.
-
-    Raises:
-        ValueError: it is no LoRA, or one of a kind that is not known here.
-    """
-    config = json.loads((folder / "adapter_config.json").read_text())
-    known = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none"
-    if not known or config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise ValueError(
-            f"Expected {folder}/adapter_config.json to be of a LoRA with one rank and alpha and bias='none'; merge it "
-            "where it was made."
-        )
-    return {
-        "rank": config["r"],
-        "lora_alpha": float(config["lora_alpha"]),
-        "rslora": bool(config.get("use_rslora")),
-        "dora": bool(config.get("use_dora")),
-    }
-
-
-def read_lora(folder: Path, model: Model) -> dict[str, np.ndarray]:
+def read_lora(folder: Folder, model: Model) -> dict[str, np.ndarray]:
     """LoRA's leaves, and the head where it was saved, from what Hugging Face `peft` saved.
 
     Raises:
-        ValueError: rank, alpha or kind are not the model's, or leaves are missing, left over or misshapen.
+        ValueError: rank, alpha or kind are not the model's, leaves are missing, left over, misshapen or not finite, or the
+            files are not those of a LoRA (see `lora_options`).
     """
+    folder = Path(folder).expanduser()
     options = lora_options(folder)
     wrong = [
         f"{name}={value!r}, not {getattr(model.options, name)!r}"
@@ -240,17 +261,24 @@ def read_lora(folder: Path, model: Model) -> dict[str, np.ndarray]:
     wanted |= {"classifier.weight": "head/kernel", "classifier.bias": "head/bias"}
     values: dict[str, np.ndarray] = {}
     problems: list[str] = []
-    for stored, leaf in load_file(folder / "adapter_model.safetensors").items():
+    if not (folder / ADAPTER).is_file():
+        raise ValueError(
+            f"Expected {folder / ADAPTER} to be a file; save the adapter with safe_serialization=True, a pickle is not read."
+        )
+    source = open_source(folder / ADAPTER)
+    check_kinds(source, source.shapes)
+    for stored, stored_shape in source.shapes.items():
         name = stored.removeprefix("base_model.model.").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
         name = layout.spelling(next((name.removeprefix(p) for p in prefixes if p and name.startswith(p)), name))
         path = wanted.get(name)
         shape = (model.trained.get(path) or model.frozen[path]).shape if path else None
-        if path is None:
-            problems.append(f"{stored} left over")
-        elif leaf.T.shape != shape:
-            problems.append(f"{stored} is {leaf.shape}, our {path} {shape}")
+        if path is None or path in values:
+            problems.append(f"{stored} left over" if path is None else f"{stored} there in two spellings")
+        elif stored_shape[::-1] != shape:
+            problems.append(f"{stored} is {stored_shape}, our {path} {shape}")
         else:
-            values[path] = np.ascontiguousarray(leaf.T, np.float32)
+            values[path] = np.ascontiguousarray(source.read(stored).T, np.float32)
+            check_finite(source, stored, values[path])
     problems += [
         f"{name} (our {path}) missing"
         for name, path in wanted.items()
@@ -259,7 +287,7 @@ def read_lora(folder: Path, model: Model) -> dict[str, np.ndarray]:
     if problems:
         raise ValueError(
             f"Expected the LoRA in {folder} to fit backbone={model.name!r} leaf by leaf; {'; '.join(problems[:20])}: "
-            "build the model with its targets."
+            "build the model with its targets and classes."
         )
     return values
 
@@ -285,6 +313,31 @@ def _task(layout: Format, row: Row) -> tuple[str, str]:
     if layout.task is None or row.config.pool != layout.task[2]:
         return "", ""
     return layout.task[:2]
+
+
+def _refuse_over(folder: Path, names: Iterable[str], weights: Path) -> None:
+    """Raises `ValueError` if the folder is that of the weights, or one of the names in it is a file of theirs, by whatever link."""
+    sources = {weights} if weights.is_dir() else {weights.parent, weights.resolve().parent}
+    files = {(s.st_dev, s.st_ino) for source in sources for f in source.iterdir() if f.is_file() for s in (f.stat(),)}
+    targets = [(folder / name).stat() for name in names if (folder / name).exists()]
+    inside = folder.exists() and any(folder.samefile(source) for source in sources)
+    if inside or any((s.st_dev, s.st_ino) in files for s in targets):
+        raise ValueError(
+            f"Expected folder={str(folder)!r} to be another than that of weights={str(weights)!r}, which an export would write "
+            "over; give a new folder."
+        )
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Makes the folder; whatever goes wrong while it is filled is a `ValueError` that names it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"Expected folder={str(folder)!r} to be one that can be written ({error}); give another folder, or make room there."
+        ) from error
 
 
 def _save(arrays: Mapping[str, np.ndarray], file: Path) -> None:

@@ -19,7 +19,7 @@ from flax import nnx
 
 from fedsim.backbones import Backbone, Module, Row, Shape, backbone, own
 from fedsim.backbones.layers import STATISTICS, NoRngs, Skeleton
-from fedsim.backbones.load import draw, load
+from fedsim.backbones.load import Weights, draw, load
 from fedsim.config import Model as Options
 from fedsim.config import check_model, positive, require_known
 from fedsim.core import Factors
@@ -33,6 +33,7 @@ __all__ = [
     "Shapes",
     "build",
     "factors",
+    "fitted",
     "from_config",
     "parameters",
     "parse",
@@ -225,10 +226,11 @@ def factors(model: Model) -> tuple[Factors, ...]:
     return tuple(found)
 
 
-def start(model: Model, weights: str | None, seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def start(model: Model, weights: Weights, seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(trained, frozen) on the host at the start of a run: checkpoint values, and fresh leaves drawn from `seed`.
 
-    DoRA's lengths are those of the checkpoint's columns, so that the output is unchanged at the start.
+    DoRA's lengths are those of the checkpoint's columns, so that the output is unchanged at the start. Positions of a vision
+    transformer have the checkpoint's grid, which may be another than the model's (see `fitted`).
 
     Raises:
         ValueError: the checkpoint does not fit; see `backbones.load.load`.
@@ -239,6 +241,15 @@ def start(model: Model, weights: str | None, seed: int) -> tuple[dict[str, np.nd
         if path.endswith("/magnitude"):
             values[path] = np.linalg.norm(values[own.kernel_of(path.removesuffix("/magnitude"), values)], axis=0)
     return {path: values[path] for path in model.trained}, {path: values[path] for path in model.frozen}
+
+
+def fitted(model: Model, trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Model:
+    """The model with the shapes of these leaves: those of `start` may have positions of the checkpoint's own grid."""
+
+    def shapes(said: Shapes, leaves: Mapping[str, Any]) -> Shapes:
+        return {path: jax.ShapeDtypeStruct(leaves[path].shape, leaf.dtype) for path, leaf in said.items()}
+
+    return model._replace(trained=shapes(model.trained, trained), frozen=shapes(model.frozen, frozen))
 
 
 def locate(paths: list[str], stages: list[str]) -> dict[str, int]:

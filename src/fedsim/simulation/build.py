@@ -252,6 +252,7 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         return problem.trainers[key]._replace(lr=lr, config=config)
     model = split_model(config, dataset, speed)
     trained, frozen = peft.start(model, weights(config), config.seed)
+    model = peft.fitted(model, trained, frozen)  # a checkpoint of another resolution has a grid of its own
     trained |= {name: value for name, value in (overlay or {}).items() if name in trained}
     x, cached = dataset.x, use_cache(speed, model, dataset.x, config)
     texts = lengths.entering(problem.texts, model, model.cut if cached else 0)
