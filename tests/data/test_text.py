@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from fedsim import data
 from fedsim.config import Config
-from fedsim.data import assets, text
+from fedsim.data import assets, catalogue, text
 
 WORDS = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "a", "b", "##a", "##b", "cat", "dog", "##s"]
 CLS, SEP, PAD = 1, 2, 3
@@ -129,7 +129,7 @@ HEADER = "Category\tText\nd\tstring\nclass\t\n"
 def fake_newsgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str, test: str) -> None:
     """The asset in an empty cache, with these two files for its own."""
     contents = {"train.tab": train.encode(), "test.tab": test.encode()}
-    members = tuple(assets.Member("", name, len(content)) for name, content in contents.items())
+    members = tuple(catalogue.Member("", name, len(content)) for name, content in contents.items())
     monkeypatch.setitem(assets.ASSETS, "20newsgroups", assets.ASSETS["20newsgroups"]._replace(members=members))
     monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "cache" / "20newsgroups-1.16.3"

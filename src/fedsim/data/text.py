@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedsim.data import assets
-from fedsim.data.dataset import Source, class_ids
+from fedsim.data.dataset import Source
+from fedsim.data.gate import LONGEST_TEXT, class_ids, require_characters, require_memory
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _CHUNK = 2048  # texts handed to the tokenizer at once: it keeps every token's offsets until they are cut
+_CHARACTERS = 2**22
 _PAD_TOKENS = ("[PAD]", "<pad>", "<PAD>", "<|pad|>")
 
 
@@ -84,16 +86,27 @@ def tokenize(texts: Sequence[str], tokenizer_file: Path, tokens: int) -> np.ndar
     pad_id, pad_token = _padding(tokenizer.padding, tokenizer.token_to_id, tokenizer_file)
     tokenizer.enable_truncation(tokens)
     tokenizer.enable_padding(length=tokens, pad_id=pad_id, pad_token=pad_token)
+    require_memory(4 * tokens * len(texts), f"tokens={tokens} of {len(texts):,} texts", "lower tokens")
+    for row, text in enumerate(texts):
+        require_characters(text, LONGEST_TEXT, lambda row=row: f"text {row}")
     cut = _cutter(tokenizer, tokens)
     out = np.empty((len(texts), tokens), np.int32)
-    for start in range(0, len(texts), _CHUNK):
-        chunk = texts[start : start + _CHUNK]
-        short = [cut(text) for text in chunk]
+    start = 0
+    while start < len(texts):
+        short = _chunk([cut(text) for text in texts[start : start + _CHUNK]])
+        chunk = texts[start : start + len(short)]
         encodings = tokenizer.encode_batch_fast(short)
         for i, encoding in enumerate(encodings):
             whole = len(short[i]) == len(chunk[i]) or encoding.attention_mask[-1] == 1
             out[start + i] = (encoding if whole else tokenizer.encode(chunk[i])).ids
+        start += len(short)
     return out
+
+
+def _chunk(texts: list[str]) -> list[str]:
+    """The first of these texts, at least one, that have together no more characters than are tokenised at once."""
+    ends = np.cumsum([len(text) for text in texts])
+    return texts[: max(1, int(np.searchsorted(ends, _CHARACTERS, side="right")))]
 
 
 def _cutter(tokenizer: Tokenizer, tokens: int) -> Callable[[str], str]:
