@@ -57,7 +57,7 @@ def test_cut_and_padded_on_the_right(tmp_path: Path, padded: bool) -> None:
     ]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(
     texts=st.lists(st.text(alphabet="ab .\u00e9\u3000\n\u4e2d[]", max_size=90), min_size=1, max_size=5),
     tokens=st.integers(3, 9),

@@ -15,7 +15,7 @@ import numpy as np
 from fedsim.config import Data, nearest
 from fedsim.data import assets
 from fedsim.data.dataset import Columns, Dataset, Source, divide, unheld
-from fedsim.data.gate import check, require_vocabulary
+from fedsim.data.gate import check, printable, require_vocabulary
 
 __all__ = ["Dataset", "Source", "load", "needed", "read", "require_given"]
 
@@ -145,6 +145,7 @@ def load(
     *,
     backbone: str | None = None,
     vocabulary: int | None = None,
+    learn: tuple[int, int] | None = None,
 ) -> Dataset:
     """The config's data set, tokenised and with distinct train, validation and test rows.
 
@@ -156,6 +157,8 @@ def load(
         tokenizer_file: of the backbone; None where it reads no texts.
         backbone: its name, for the error where it cannot read the texts.
         vocabulary: tokens that it knows; None where that is not known, or where it takes any.
+        learn: where the backbone brings no tokenizer, one is trained on the training texts: its tokens at most, and the id
+            of padding (`text.trained_tokenizer`).
 
     Raises:
         ValueError: as `read`; texts without a tokenizer; token ids beyond the vocabulary; splits that would be empty.
@@ -167,13 +170,21 @@ def load(
     tested = source.y[np.concatenate([validation, test])]
     missing = np.intersect1d(unheld(source.y, train, len(source.classes)), tested)
     if len(missing):
-        named = ", ".join(source.classes[c] for c in missing[:5]) + (" ..." if len(missing) > 5 else "")
+        named = ", ".join(printable(source.classes[c]) for c in missing[:5]) + (" ..." if len(missing) > 5 else "")
         warnings.warn(
             f"{source.name}: {len(missing)} of {len(source.classes)} classes are in validation or test and have no training "
             f"example ({named}); nobody can learn them.",
             stacklevel=2,
         )
-    x = _arrays(source, tokenizer_file, options, backbone)
+    trained = None
+    if isinstance(source.x, list) and tokenizer_file is None and learn is not None:
+        from fedsim.data.text import tokenize, trained_tokenizer
+
+        tokenizer = trained_tokenizer([source.x[row] for row in train.tolist()], *learn)
+        trained = tokenizer.to_str()
+        x = tokenize(source.x, tokenizer, options.tokens)
+    else:
+        x = _arrays(source, tokenizer_file, options, backbone)
     # Rows that nobody uses (`examples`) are left out, so that no cached feature is computed for them.
     used = np.sort(np.concatenate([train, validation, test]))
     train, validation, test = (np.searchsorted(used, rows) for rows in (train, validation, test))
@@ -188,6 +199,7 @@ def load(
         source.kind,
         source.licence,
         {key: values[used] for key, values in source.natural.items()},
+        trained,
     )
     require_vocabulary(dataset, vocabulary)
     return dataset

@@ -95,6 +95,7 @@ class Dataset(NamedTuple):
     kind: str  # "text", "image" or "array"
     licence: str
     natural: dict[str, np.ndarray]  # natural keys of rows (author, domain ...), each (N,); may be empty
+    tokenizer: str | None = None  # the tokenizer.json that was trained on these texts, where the backbone brings none
 
 
 def divide(

@@ -167,6 +167,11 @@ def utf8(value: bytes, where: Callable[[], str]) -> str:
         ) from None
 
 
+def printable(word: str) -> str:
+    """The word for a terminal or a picture: control characters, which could steer either, as their escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in word)
+
+
 def require_memory(nbytes: int, what: str, remedy: str) -> None:
     """Raises `ValueError` where an array would be larger than this machine's memory, before it is allocated."""
     if "SC_PHYS_PAGES" not in os.sysconf_names:
