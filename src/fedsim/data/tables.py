@@ -123,7 +123,7 @@ def _csv_rows(file: Path, columns: Columns) -> Iterator[Row]:
 def _require_commas(header: list[str], columns: Columns, where: str) -> None:
     """Refuses a header without the wanted columns; says so where another character separates its names."""
     try:
-        columns.found(header, where)
+        _places(columns, header, where)
     except ValueError:
         whole = ",".join(header)
         best = max(";\t|", key=whole.count)

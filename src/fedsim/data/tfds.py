@@ -79,7 +79,7 @@ def read_tfds(name: str, data_dir: str | None, columns: Columns, side: int | Non
                 found.append(_label(example[columns.label], columns.label, where, len(found)))
                 for key, feature in columns.natural.items():
                     natural[key].append(example[feature])
-                yield example[column] if image is None else _pixels(image, example[column], where(len(found) - 1))
+                yield example[column] if image is None else decoded(image, example[column], where(len(found) - 1))
 
     with _quiet():
         x, kind = stacked(inputs(), int(ends[-1]), where, side)
@@ -158,7 +158,7 @@ def _examples(source: Any, info: Any, split: str) -> Iterator[Any]:
         yield from block
 
 
-def _pixels(feature: Any, encoded: bytes, where: str) -> np.ndarray:
+def decoded(feature: Any, encoded: bytes, where: str) -> np.ndarray:
     """An image as TFDS decodes it, after a look at its depth: TFDS cuts 16 bits to 8, or takes the lower 8 of them.
 
     Raises:
@@ -169,12 +169,12 @@ def _pixels(feature: Any, encoded: bytes, where: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             opened = image
-        decoded = feature.decode_example_np(encoded)
+        pixels = feature.decode_example_np(encoded)
     except Exception as error:  # of PIL or of OpenCV
         raise ValueError(f"Expected {where} to be an image ({_reason(error)}); prepare the set again.") from error
     if feature.np_dtype == np.uint8:
         require_bytes(opened, where)
-    return decoded
+    return pixels
 
 
 def _label(value: Any, feature: str, where: Callable[[int], str], row: int) -> int | str:
