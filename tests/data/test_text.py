@@ -17,6 +17,7 @@ import fedsim
 from fedsim import data
 from fedsim.config import Config
 from fedsim.data import assets, catalogue, text
+from fedsim.simulation import build, needs
 
 WORDS = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "a", "b", "##a", "##b", "cat", "dog", "##s"]
 CLS, SEP, PAD = 1, 2, 3
@@ -139,6 +140,17 @@ def test_a_tiny_backbone_learns_its_tokenizer_from_the_texts(tmp_path: Path, mon
     kept.write_text(kept.read_text().replace("good", "goof"))
     with pytest.raises(ValueError, match=r"tokenizer-.*\.json to be as the run wrote it"):
         fedsim.load(tmp_path / "run").predict(["nice good"])
+
+
+def test_ids_are_compared_with_the_vocabulary_of_the_backbone() -> None:
+    assert needs.vocabulary(Config()) == 30522 and needs.vocabulary(Config(backbone="mlp")) is None
+    tiny = Config(backbone="bert_tiny", weights="random", dataset="arrays")
+    assert needs.vocabulary(tiny) is None, "it takes any id modulo its vocabulary"
+    assert needs.learned(tiny) == (512, 0) and needs.learned(tiny.replace(backbone="roberta_tiny")) == (512, 1)
+    assert needs.learned(Config()) is needs.learned(Config(weights="random")) is None
+    ids = fedsim.arrays(np.full((40, 6), 30522), np.arange(40) % 2)
+    with pytest.raises(ValueError, match="token ids below 30522, the vocabulary of the backbone, got 30522 in row 0"):
+        build.problem(tiny.replace(backbone="bert_base"), fedsim.Speed(), ids)
 
 
 def test_more_texts_than_a_chunk(tmp_path: Path) -> None:

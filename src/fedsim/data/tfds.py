@@ -167,14 +167,19 @@ def decoded(feature: Any, encoded: bytes, where: str) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            opened = image
-        pixels = feature.decode_example_np(encoded)
-    except Exception as error:  # of PIL or of OpenCV
-        raise ValueError(f"Expected {where} to be an image ({_reason(error)}); prepare the set again.") from error
+        image = Image.open(io.BytesIO(encoded))
+    except Exception as error:  # each of PIL's formats its own
+        raise _damaged(where, error) from error
     if feature.np_dtype == np.uint8:
-        require_bytes(opened, where)
-    return pixels
+        require_bytes(image, where)
+    try:
+        return feature.decode_example_np(encoded)
+    except Exception as error:  # of PIL or of OpenCV
+        raise _damaged(where, error) from error
+
+
+def _damaged(where: str, error: Exception) -> ValueError:
+    return ValueError(f"Expected {where} to be an image ({_reason(error)}); prepare the set again.")
 
 
 def _label(value: Any, feature: str, where: Callable[[int], str], row: int) -> int | str:

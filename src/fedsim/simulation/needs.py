@@ -56,8 +56,10 @@ def tokenizer(config: Config, folder: Path | None = None) -> Path | None:
     return assets.path(row.asset) / "tokenizer.json"
 
 
-def keep_tokenizer(folder: Path, trained: str) -> None:
-    """Writes a run's own tokenizer into its folder, under the first digits of its SHA-256."""
+def keep_tokenizer(folder: Path, trained: str | None) -> None:
+    """Writes a run's own tokenizer, where it has trained one, into its folder, under the first digits of its SHA-256."""
+    if trained is None:
+        return
     content = trained.encode()
     (folder / f"tokenizer-{hashlib.sha256(content).hexdigest()[:12]}.json").write_bytes(content)
 
