@@ -16,10 +16,15 @@ if COUNT not in os.environ.get("XLA_FLAGS", ""):
 import jax
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from fedsim.engine.host import COLLECT
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# No test fails because a machine is slow or busy; the number of examples bounds the time.
+settings.register_profile("fedsim", deadline=None)
+settings.load_profile("fedsim")
 
 # XLA's older way to compile element-wise loops takes half the time where nothing is optimised. A flag that XLA does not
 # know ends the process, so a newer one, in which it may be gone, does without.

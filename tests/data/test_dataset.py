@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from fedsim import data
 from fedsim.config import Config
-from fedsim.data.dataset import Source, check, class_ids, divide
+from fedsim.data.dataset import Source, divide
+from fedsim.data.gate import check, class_ids
 
 Splits = dict[str, np.ndarray]
 

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsim.config import Config
@@ -46,7 +46,6 @@ def test_iid_law(total: int, clients: int, seed: int) -> None:
     assert p.sizes.max() - p.sizes.min() <= 1
 
 
-@settings(deadline=None)
 @given(
     total=st.integers(1, 300),
     clients=st.integers(1, 60),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_partition import dataset, holds, labelled
 
@@ -88,7 +88,6 @@ def test_power_sizes_fall_with_the_rank() -> None:
 # --- label skew
 
 
-@settings(deadline=None)
 @given(alpha=ALPHAS, classes=st.integers(1, 12), **SHAPES)
 def test_dirichlet_balanced_law(alpha: float, classes: int, total: int, clients: int, seed: int) -> None:
     rows, labels = labelled(total, classes)
@@ -129,7 +128,6 @@ def test_a_class_that_runs_out_favours_no_client() -> None:
     assert abs(got[:100].mean() - got[100:].mean()) < 15, "50 clients of the first 100 are a random half's: 50 +- 3.5"
 
 
-@settings(deadline=None)
 @given(alpha=ALPHAS, classes=st.integers(1, 12), **SHAPES)
 def test_dirichlet_pfllib_law(alpha: float, classes: int, total: int, clients: int, seed: int) -> None:
     rows, labels = labelled(total, classes)

@@ -97,3 +97,18 @@ def test_classes_that_nobody_has_are_named(tmp_path: Path, capsys: pytest.Captur
     np.savez(tmp_path / "my.npz", x=np.zeros((40, 2)), y=np.arange(40) % 2, classes=names)
     show.data_show(CONFIG.replace(dataset=str(tmp_path / "my.npz")), tmp_path / "picture.png")
     assert "7 have no training example: c2, c3, c4, c5, c6 ..." in capsys.readouterr().out
+
+
+def test_names_are_words_in_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No markup, no formula, no escape code; and a script that the font has not is said in one line."""
+    names = ["$x_$", "cls[/b]", "\x1b[31mred", "\u65e5\u672c", "[bold]b[/bold]"]
+    y = np.arange(50) % 5
+    np.savez(tmp_path / "my[.npz", x=np.zeros((50, 2)), y=y, classes=names, domain=np.array(["$d_$", "[/e]"])[y % 2])
+    config = CONFIG.replace(dataset=str(tmp_path / "my[.npz"), partition="domain")
+    show.data_show(config, tmp_path / "picture.png")
+    said = capsys.readouterr()
+    assert "$x_$, cls[/b], \\x1b[31mred, \u65e5\u672c, [bold]b[/bold]" in said.out and "\x1b[31m" not in said.out
+    assert "some names are drawn as boxes" in said.out and "Warning" not in said.out + said.err
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match=r"picture\.xyz to be a picture that can be written"):
+        show.data_show(config, tmp_path / "picture.xyz")

@@ -49,8 +49,8 @@ def test_own_splits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("my.csv", "txt,label\na,b\n", r"text_column='text' to be a column in .*my\.csv line 2.* did you mean txt"),
-        ("my.csv", "text,stars\na,b\n", r"label_column='label' to be a column in .*my\.csv line 2"),
+        ("my.csv", "txt,label\na,b\n", r"text_column='text' to be a column in .*my\.csv line 1.* did you mean txt"),
+        ("my.csv", "text,stars\na,b\n", r"label_column='label' to be a column in .*my\.csv line 1"),
         ("my.csv", "text,label\na,b\n  ,c\n", r"a text in column 'text' of .*my\.csv line 3"),
         ("my.csv", "text,label\na,b\nc,\n", r"a label .* of .*my\.csv line 3"),
         ("my.csv", 'text,label\n"a\nb",c\nd,e,f\n', r"2 fields in .*my\.csv line 4, got 3"),
@@ -111,7 +111,7 @@ def test_clients_and_domains(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("text,label,autor,year\na,b,c,d\n", r"client_column='author' .*my\.csv line 2.*; did you mean autor"),
+        ("text,label,autor,year\na,b,c,d\n", r"client_column='author' .*my\.csv line 1.*; did you mean autor"),
         ("text,label,author,year\na,b,c,1\nd,e, ,2\n", r"a client .* in .*my\.csv line 3, got ' '; remove or fill"),
         ("text,label,author,year\na,b,c,1\nd,e,f,\n", r"a domain .* in .*my\.csv line 3, got ''"),
     ],

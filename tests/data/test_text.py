@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+import fedsim
 from fedsim import data
 from fedsim.config import Config
-from fedsim.data import assets, text
+from fedsim.data import assets, catalogue, text
+from fedsim.simulation import build, needs
 
 WORDS = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "a", "b", "##a", "##b", "cat", "dog", "##s"]
 CLS, SEP, PAD = 1, 2, 3
@@ -57,7 +62,7 @@ def test_cut_and_padded_on_the_right(tmp_path: Path, padded: bool) -> None:
     ]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(
     texts=st.lists(st.text(alphabet="ab .\u00e9\u3000\n\u4e2d[]", max_size=90), min_size=1, max_size=5),
     tokens=st.integers(3, 9),
@@ -73,6 +78,79 @@ def test_a_long_text_of_few_tokens_is_read_to_its_end(tmp_path: Path) -> None:
     file = make_tokenizer(tmp_path / "tokenizer.json")
     one = "x" * 50 + " " * 50 + "cat"
     assert text.tokenize([one], file, 4).tolist() == [[CLS, 0, 8, SEP]]
+
+
+def test_a_chunk_is_bounded_by_its_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = make_tokenizer(tmp_path / "tokenizer.json")
+    texts = ["cat " * 30, "dog", "cat", "dog " * 90, "cat"]
+    whole = text.tokenize(texts, file, 6)
+    monkeypatch.setattr(text, "_CHARACTERS", 10)
+    assert np.array_equal(text.tokenize(texts, file, 6), whole)
+
+
+def test_what_is_no_unicode_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"Unicode text in text 1, got half of a surrogate pair, '\\ud83d', at character 4"
+    ):
+        text.tokenize(["cat", "dog \ud83d"], make_tokenizer(tmp_path / "tokenizer.json"), 6)
+
+
+LEARN = """
+import hashlib, random
+from fedsim.data.text import trained_tokenizer
+draw = random.Random(0)
+words = ["".join(draw.choices("abcdefgh\u00e9\u4e2d", k=draw.randint(2, 9))) for _ in range(900)]
+texts = [" ".join(draw.choices(words, k=30)) for _ in range(400)]
+print(hashlib.sha256(trained_tokenizer(texts, 512, 0).to_str().encode()).hexdigest())
+"""
+
+
+def test_a_trained_tokenizer_is_the_same_in_every_process() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    said = {
+        subprocess.run([sys.executable, "-c", LEARN], check=True, capture_output=True, env=environment).stdout
+        for _ in range(3)
+    }
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("pad", [0, 1])
+def test_a_trained_tokenizer_writes_every_script(pad: int) -> None:
+    tokenizer = text.trained_tokenizer(["good nice thing"] * 5, 300, pad)
+    ids = text.tokenize(["Good \u4e16\U0001f600", "x"], tokenizer, 12)
+    assert ids.max() < 300 and ids[1, -1] == pad == tokenizer.token_to_id("[PAD]")
+    assert ids[0, 0] == tokenizer.token_to_id("[CLS]") and tokenizer.token_to_id("[SEP]") in ids[0]
+
+
+def test_a_tiny_backbone_learns_its_tokenizer_from_the_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is fetched; resume gives the same ids, predict reads the tokenizer of the run's folder and believes no other."""
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "empty"))
+    file = tmp_path / "texts.csv"
+    words = [("good nice great", "bad poor awful")[i % 2] for i in range(120)]
+    file.write_text("text,label\n" + "".join(f"{w} thing {i},{w[:4]}\n" for i, w in enumerate(words)))
+    config = Config(dataset=str(file), backbone="bert_tiny", weights="random", peft="full", clients=4, clients_per_round=4,
+                    rounds=6, min_size=1, partition="iid", tokens=12, lr=0.01)  # fmt: skip
+    run = fedsim.run(config, fedsim.Speed(lanes=2, devices=1), out=tmp_path / "run", quiet=True)
+    assert run.summary is not None and run.summary["final"]["test"]["accuracy"] > 0.9
+    (kept,) = (tmp_path / "run").glob("tokenizer-*.json")
+    dataset = data.load(config, None, learn=(512, 0))
+    assert dataset.tokenizer == kept.read_text() and dataset.x.max() < 512
+    file.unlink()  # its answers need no data
+    assert fedsim.load(tmp_path / "run").predict(["nice good", "awful poor"]) == ["good", "bad"]
+    kept.write_text(kept.read_text().replace("good", "goof"))
+    with pytest.raises(ValueError, match=r"tokenizer-.*\.json to be as the run wrote it"):
+        fedsim.load(tmp_path / "run").predict(["nice good"])
+
+
+def test_ids_are_compared_with_the_vocabulary_of_the_backbone() -> None:
+    assert needs.vocabulary(Config()) == 30522 and needs.vocabulary(Config(backbone="mlp")) is None
+    tiny = Config(backbone="bert_tiny", weights="random", dataset="arrays")
+    assert needs.vocabulary(tiny) is None, "it takes any id modulo its vocabulary"
+    assert needs.learned(tiny) == (512, 0) and needs.learned(tiny.replace(backbone="roberta_tiny")) == (512, 1)
+    assert needs.learned(Config()) is needs.learned(Config(weights="random")) is None
+    ids = fedsim.arrays(np.full((40, 6), 30522), np.arange(40) % 2)
+    with pytest.raises(ValueError, match="token ids below 30522, the vocabulary of the backbone, got 30522 in row 0"):
+        build.problem(tiny.replace(backbone="bert_base"), fedsim.Speed(), ids)
 
 
 def test_more_texts_than_a_chunk(tmp_path: Path) -> None:
@@ -129,7 +207,7 @@ HEADER = "Category\tText\nd\tstring\nclass\t\n"
 def fake_newsgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str, test: str) -> None:
     """The asset in an empty cache, with these two files for its own."""
     contents = {"train.tab": train.encode(), "test.tab": test.encode()}
-    members = tuple(assets.Member("", name, len(content)) for name, content in contents.items())
+    members = tuple(catalogue.Member("", name, len(content)) for name, content in contents.items())
     monkeypatch.setitem(assets.ASSETS, "20newsgroups", assets.ASSETS["20newsgroups"]._replace(members=members))
     monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "cache" / "20newsgroups-1.16.3"

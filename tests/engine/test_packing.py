@@ -19,7 +19,7 @@ PASSES = st.builds(
     steps=st.one_of(st.none(), st.integers(1, 6)),
     batch_size=st.integers(1, 9),
 )
-LAW = settings(max_examples=60, deadline=None)
+LAW = settings(max_examples=60)
 
 
 def work(sizes: np.ndarray, passes: Passes) -> packing.Work:

@@ -25,7 +25,7 @@ PASSES = st.builds(
     batch_size=st.integers(1, 9),
     shuffle=st.booleans(),
 )
-LAW = settings(max_examples=60, deadline=None)
+LAW = settings(max_examples=60)
 
 
 def population(sizes: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

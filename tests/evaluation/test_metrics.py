@@ -23,7 +23,7 @@ def loops(y: list[int], answer: list[int], classes: int) -> dict[str, float]:
     return {"balanced_accuracy": float(np.mean(recalls)), "macro_f1": float(np.mean(f1))}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
 def test_metrics_of_counts_equal_loops(pairs: list[tuple[int, int]]) -> None:
     y, answer = map(list, zip(*pairs, strict=True))
@@ -39,7 +39,7 @@ def test_metrics_of_counts_by_hand() -> None:
     assert found["macro_f1"] == pytest.approx((6 / 7 + 2 / 4 + 0) / 3)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(-2, 2), st.booleans()), min_size=1, max_size=25))
 def test_auroc_is_the_share_of_ordered_pairs(rows: list[tuple[int, bool]]) -> None:
     scores, positive = np.array([r[0] for r in rows], np.float32), np.array([r[1] for r in rows])

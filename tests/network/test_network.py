@@ -84,7 +84,7 @@ def test_a_client_keeps_its_value_whoever_is_beside_it_and_options_do_not_share_
     assert (network.law("uniform(1, 2)", "download", 8)(MANY) != law(MANY)).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 10_000), st.floats(0.05, 0.95))
 def test_bernoulli_availability_and_dropout_have_their_shares(seed: int, round: int, p: float) -> None:
     fleet = build.fleet(Config(availability=f"bernoulli(p={p})", dropout=p, seed=seed))
@@ -180,7 +180,7 @@ def test_a_drop_out_is_noticed_when_the_message_is_there_or_at_the_deadline() ->
     assert line["communication_seconds"] is None and line["granularity"] is None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_outcomes_keep_their_rules(data: st.DataObject) -> None:
     """Every invited client is in exactly one place, nobody reports late work in full, and no round passes its deadline."""

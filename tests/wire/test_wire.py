@@ -35,7 +35,7 @@ def test_payload_is_little_endian():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(values=st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=20))
 def test_cast_packs_to_its_price_and_unpacks_to_its_value(dtype, values):
     codec, leaf = wire.cast(dtype), jnp.asarray(values, jnp.float32)

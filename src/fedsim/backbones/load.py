@@ -275,7 +275,7 @@ def packaged(name: str, asset: str | None) -> Path:
     if asset is None:
         raise ValueError(
             f"Expected weights of backbone={name!r} to be given, as none are packaged; name a file, a directory or a "
-            "hub model, or take 'random'."
+            "hub model by --weights, or take 'random' ones (--weights random)."
         )
     from fedsim.data import assets  # late: nothing else here needs the cache
 

@@ -6,6 +6,7 @@ says who owns what. Nothing here knows of models; images are resized and augment
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import numpy as np
 
 from fedsim.config import Data, nearest
 from fedsim.data import assets
-from fedsim.data.dataset import Columns, Dataset, Source, check, divide, unheld
+from fedsim.data.dataset import Columns, Dataset, Source, divide, unheld
+from fedsim.data.gate import check, printable, require_vocabulary
 
 __all__ = ["Dataset", "Source", "load", "needed", "read", "require_given"]
 
@@ -57,9 +59,25 @@ def read(options: Data, given: Source | None = None) -> Source:
             whose licence the config does not accept, even if it is in the cache.
     """
     require_given(options, given)
+    try:
+        source = _read(options, given)
+    except OSError as error:  # unreadable folders and files, names that the system does not take
+        raise ValueError(
+            f"Expected dataset={options.dataset!r} to be readable ({error}); check its name and its permissions."
+        ) from error
+    check(source)
+    return source
+
+
+def _read(options: Data, given: Source | None) -> Source:
+    """The set by the reader that its name calls for."""
     name, side = options.dataset, options.image_store
+    if not name.strip() or "\0" in name:
+        raise ValueError(
+            f"Expected dataset={name!r} to be a name, a file or a folder; give one of fedsim list data ('.' is this folder)."
+        )
     columns = Columns(options.text_column, options.label_column, options.client_column, options.domain_column)
-    file = Path(name).expanduser()
+    file = Path(os.path.expanduser(name))  # an unknown ~user stays as it is
     suffix = file.suffix.lower()
     if name.startswith("tfds:"):
         from fedsim.data.tfds import read_tfds
@@ -82,7 +100,6 @@ def read(options: Data, given: Source | None = None) -> Source:
         source = given if given is not None else _without_columns(name, file, side, options.accept_licence)
     if side is not None:
         source = _resized(source, side)
-    check(source)
     return source
 
 
@@ -122,7 +139,13 @@ def _resized(source: Source, side: int) -> Source:
 
 
 def load(
-    options: Data, tokenizer_file: Path | None, given: Source | None = None, *, backbone: str | None = None
+    options: Data,
+    tokenizer_file: Path | None,
+    given: Source | None = None,
+    *,
+    backbone: str | None = None,
+    vocabulary: int | None = None,
+    learn: tuple[int, int] | None = None,
 ) -> Dataset:
     """The config's data set, tokenised and with distinct train, validation and test rows.
 
@@ -133,9 +156,12 @@ def load(
     Args:
         tokenizer_file: of the backbone; None where it reads no texts.
         backbone: its name, for the error where it cannot read the texts.
+        vocabulary: tokens that it knows; None where that is not known, or where it takes any.
+        learn: where the backbone brings no tokenizer, one is trained on the training texts: its tokens at most, and the id
+            of padding (`text.trained_tokenizer`).
 
     Raises:
-        ValueError: as `read`; texts without a tokenizer; splits that would be empty.
+        ValueError: as `read`; texts without a tokenizer; token ids beyond the vocabulary; splits that would be empty.
     """
     source = read(options, given)
     train, validation, test = divide(
@@ -144,17 +170,25 @@ def load(
     tested = source.y[np.concatenate([validation, test])]
     missing = np.intersect1d(unheld(source.y, train, len(source.classes)), tested)
     if len(missing):
-        named = ", ".join(source.classes[c] for c in missing[:5]) + (" ..." if len(missing) > 5 else "")
+        named = ", ".join(printable(source.classes[c]) for c in missing[:5]) + (" ..." if len(missing) > 5 else "")
         warnings.warn(
             f"{source.name}: {len(missing)} of {len(source.classes)} classes are in validation or test and have no training "
             f"example ({named}); nobody can learn them.",
             stacklevel=2,
         )
-    x = _arrays(source, tokenizer_file, options, backbone)
+    trained = None
+    if isinstance(source.x, list) and tokenizer_file is None and learn is not None:
+        from fedsim.data.text import tokenize, trained_tokenizer
+
+        tokenizer = trained_tokenizer([source.x[row] for row in train.tolist()], *learn)
+        trained = tokenizer.to_str()
+        x = tokenize(source.x, tokenizer, options.tokens)
+    else:
+        x = _arrays(source, tokenizer_file, options, backbone)
     # Rows that nobody uses (`examples`) are left out, so that no cached feature is computed for them.
     used = np.sort(np.concatenate([train, validation, test]))
     train, validation, test = (np.searchsorted(used, rows) for rows in (train, validation, test))
-    return Dataset(
+    dataset = Dataset(
         source.name,
         x if len(used) == len(x) else x[used],  # no second copy of a large set
         source.y[used],
@@ -165,7 +199,10 @@ def load(
         source.kind,
         source.licence,
         {key: values[used] for key, values in source.natural.items()},
+        trained,
     )
+    require_vocabulary(dataset, vocabulary)
+    return dataset
 
 
 def _packaged(name: str) -> Source:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,16 +32,40 @@ class Columns(NamedTuple):
         """The natural keys asked for -> their columns."""
         return {key: column for key in NATURAL if (column := getattr(self, key)) is not None}
 
-    def require(self, known: Iterable[str], where: str, *, text: str | None = None) -> None:
-        """Raises `ValueError` for the first wanted column that is not known; `text` stands for another input."""
+    def found(self, known: Iterable[str], where: str, *, text: str | None = None) -> Columns:
+        """These columns as the set spells them: as they were typed, or else with other blanks around the name.
+
+        Args:
+            known: the names of the set's columns; a name may be there twice.
+            text: stands for another input.
+
+        Raises:
+            ValueError: a wanted column that is not there, or more than once.
+        """
         known = list(known)
-        for option in ("text", "label", *self.natural):
-            wanted = text if option == "text" and text else getattr(self, option)
-            if wanted not in known:
-                raise ValueError(
-                    f"Expected {option}_column={wanted!r} to be a column in {where}, among "
-                    f"{', '.join(map(repr, known))}{nearest(wanted, known)}; set {option}_column."
-                )
+        wanted = {**self._asdict(), "text": text or self.text}
+        return Columns(**{option: name and spelt(name, option, known, where) for option, name in wanted.items()})
+
+
+def spelt(wanted: str, option: str, known: Sequence[str], where: str) -> str:
+    """The one name among the known ones that is the wanted one, but for blanks around it; `option`_column asks for it."""
+    same = [name for name in known if name == wanted] or [name for name in known if plain(name) == plain(wanted)]
+    if not same:
+        raise ValueError(
+            f"Expected {option}_column={wanted!r} to be a column in {where}, among "
+            f"{', '.join(map(repr, known))}{nearest(wanted, known)}; set {option}_column."
+        )
+    if len(same) > 1:
+        raise ValueError(
+            f"Expected one column {wanted!r} in {where}, got {len(same)} of that name ({', '.join(map(repr, known))}); rename "
+            "all but one."
+        )
+    return same[0]
+
+
+def plain(name: str) -> str:
+    """A column's name without blanks and byte order marks around it, its accents in one form."""
+    return unicodedata.normalize("NFC", name).strip(" \t\r\n\v\f\xa0\ufeff")
 
 
 class Source(NamedTuple):
@@ -70,6 +95,7 @@ class Dataset(NamedTuple):
     kind: str  # "text", "image" or "array"
     licence: str
     natural: dict[str, np.ndarray]  # natural keys of rows (author, domain ...), each (N,); may be empty
+    tokenizer: str | None = None  # the tokenizer.json that was trained on these texts, where the backbone brings none
 
 
 def divide(
@@ -102,71 +128,6 @@ def divide(
     return np.sort(train), np.sort(held["validation"]), np.sort(held["test"])
 
 
-def class_ids(labels: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Maps labels to (N,) int32 ids and their sorted classes; labels that are all whole numbers sort as numbers."""
-    names, ids = np.unique(np.asarray(labels, dtype=np.str_), return_inverse=True)
-    try:
-        order = np.argsort([int(name) for name in names], kind="stable")
-    except ValueError:
-        order = np.arange(len(names))
-    rank = np.empty(len(names), np.int32)
-    rank[order] = np.arange(len(names), dtype=np.int32)
-    return rank[ids].astype(np.int32), tuple(str(names[i]) for i in order)
-
-
-def natural_key(values: Sequence[Any], key: str, where: Callable[[int], str]) -> np.ndarray:
-    """A natural key of N rows as an array (N,) of whole numbers, where all are, or else of words.
-
-    Raises:
-        ValueError: a value that is missing, empty, or neither a whole number nor a word; `where` names its row.
-    """
-    for row, value in enumerate(values):
-        plain = isinstance(value, (int, np.integer)) or (isinstance(value, (str, bytes)) and value.strip())
-        if not plain or isinstance(value, bool):
-            raise ValueError(
-                f"Expected a {key} (a word or a whole number) in {where(row)}, got {value!r}; remove or fill the row."
-            )
-    if all(isinstance(value, (int, np.integer)) for value in values):
-        return np.asarray(values, np.int64)
-    return np.asarray(
-        [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v).strip() for v in values], np.str_
-    )
-
-
 def unheld(y: np.ndarray, rows: np.ndarray, classes: int) -> np.ndarray:
     """Numbers of the classes that none of the rows has: they keep their place in the head, and nobody can learn them."""
     return np.flatnonzero(np.bincount(y[rows], minlength=classes) == 0)
-
-
-def check(source: Source) -> None:
-    """Refuses what no training could use.
-
-    Raises:
-        ValueError: lengths that differ, fewer than two classes, a class named twice, a label out of range, a value that
-            is not finite.
-    """
-    rows, classes = len(source.y), len(source.classes)
-    if len(source.x) != rows:
-        raise ValueError(f"Expected as many inputs as labels in {source.name}, got {len(source.x)} and {rows}.")
-    if classes < 2:
-        raise ValueError(f"Expected at least 2 classes in {source.name}, got {list(source.classes)}; check the labels.")
-    if len(set(source.classes)) < classes:
-        double = next(name for name in source.classes if source.classes.count(name) > 1)
-        raise ValueError(f"Expected each class of {source.name} once, got {double!r} twice; give it another name.")
-    for key, values in source.natural.items():
-        if len(values) != rows:
-            raise ValueError(f"Expected as many values of {key} as labels in {source.name}, got {len(values)}, {rows}.")
-    outside = np.flatnonzero((source.y < 0) | (source.y >= classes))
-    if len(outside):
-        row = int(outside[0])
-        raise ValueError(
-            f"Expected 0 <= label={source.y[row]} < {classes} in row {row} of {source.name} "
-            f"({len(outside)} such rows); correct the labels."
-        )
-    if isinstance(source.x, np.ndarray) and np.issubdtype(source.x.dtype, np.floating):
-        bad = np.flatnonzero(~np.isfinite(source.x).reshape(rows, -1).all(axis=1))
-        if len(bad):
-            raise ValueError(
-                f"Expected finite values in row {bad[0]} of {source.name} ({len(bad)} such rows hold NaN or infinity); "
-                "remove or correct them."
-            )

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsim.data.dataset import SPLIT_WORDS, SPLITS, Source
+from fedsim.data.gate import class_names
 from fedsim.data.pixels import stacked
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -42,7 +43,15 @@ def read_folder(folder: Path, side: int | None) -> Source:
             raise ValueError(f"Expected images of {split} in {folder}, got none; {_FORM}.")
         splits[split] = np.arange(before, len(files))
     x = stacked(len(files), lambda i: Image.open(files[i]), lambda i: str(files[i]), side)
-    return Source(folder.name, x, np.asarray(labels, np.int32), splits, classes, "image", "your own files")
+    return Source(
+        folder.name,
+        x,
+        np.asarray(labels, np.int32),
+        splits,
+        class_names(classes, str(folder)),
+        "image",
+        "your own files",
+    )
 
 
 def _parts(folder: Path) -> dict[str, list[Path]]:
@@ -63,6 +72,9 @@ def _parts(folder: Path) -> dict[str, list[Path]]:
 
 def _images(folder: Path) -> list[Path]:
     found = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+    for file in found:
+        if not file.is_file():  # a pipe would be waited for, for ever
+            raise ValueError(f"Expected {file} to be a regular file; remove or rename it.")
     if not found and (inside := _folders(folder)):
         raise ValueError(f"Expected images in {folder}, got the folder {inside[0].name}; {_FORM}.")
     return found

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedsim.data.dataset import SPLIT_WORDS, SPLITS, Columns, Source, class_ids, natural_key
+from fedsim.data.dataset import SPLIT_WORDS, SPLITS, Columns, Source
+from fedsim.data.gate import Where, class_names, labels, natural_key, texts
 from fedsim.data.pixels import stacked
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def read_hugging_face(name: str, columns: Columns, side: int | None = None) -> S
     parts = _loaded(name)
     features = parts["train"].features
     column = "image" if "image" in features and type(features["image"]).__name__ == "Image" else columns.text
-    columns.require(features, f"hf:{name}", text=column)
+    columns = columns.found(features, f"hf:{name}", text=column)
+    column = columns.text
     ends = np.cumsum([len(part) for part in parts.values()])
     splits = {split: np.arange(end - len(part), end) for (split, part), end in zip(parts.items(), ends, strict=True)}
 
@@ -38,19 +40,23 @@ def read_hugging_face(name: str, columns: Columns, side: int | None = None) -> S
         return f"row {row - splits[split][0]} of {split} of hf:{name}"
 
     def whole(wanted: str) -> list[Any]:
-        return [value for part in parts.values() for value in part[wanted][:]]
+        try:
+            return [value for part in parts.values() for value in part[wanted][:]]
+        except Exception as error:  # of a damaged file, each format its own
+            raise ValueError(
+                f"Expected column {wanted!r} of hf:{name} to be readable ({error}); load the set again."
+            ) from error
 
-    y, classes = _classes(whole(columns.label), features[columns.label], columns.label, where)
+    def place(wanted: str) -> Where:
+        return lambda row: f"column {wanted!r} of {where(row)}"
+
+    named = getattr(features[columns.label], "names", None)
+    named = class_names(named, f"hf:{name}") if named else None
+    y, classes = labels(whole(columns.label), place(columns.label), named)
     if type(features[column]).__name__ == "Image":
         x, kind = _images(parts, splits, column, where, side), "image"
     else:
-        x, kind = whole(column), "text"
-        for row, text in enumerate(x):
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(
-                    f"Expected an image or a text in column {column!r} of {where(row)}, got {type(text).__name__} "
-                    f"{str(text)[:40]!r}; set text_column, or filter the row out."
-                )
+        x, kind = texts(whole(column), place(column)), "text"
     natural = {key: natural_key(whole(wanted), key, where) for key, wanted in columns.natural.items()}
     licence = parts["train"].info.license or "see the set's own card on the hub"
     return Source(f"hf:{name}", x, y, splits, classes, kind, licence, natural=natural)
@@ -82,19 +88,6 @@ def _loaded(name: str) -> dict[str, Any]:
     if "train" not in kept:
         raise ValueError(f"Expected a split `train` in hf:{name}, got {', '.join(found)}; choose another set.")
     return kept
-
-
-def _classes(labels: list[Any], feature: Any, column: str, where: Any) -> tuple[np.ndarray, tuple[str, ...]]:
-    for row, label in enumerate(labels):
-        if not isinstance(label, (int, str)) or (isinstance(label, str) and not label.strip()):
-            raise ValueError(
-                f"Expected a label (a word or a whole number) in column {column!r} of {where(row)}, got {label!r}; "
-                "set label_column, or filter the row out."
-            )
-    names = getattr(feature, "names", None)
-    return (
-        (np.asarray(labels, np.int32), tuple(names)) if names else class_ids([str(label).strip() for label in labels])
-    )
 
 
 def _images(

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from fedsim.data import assets
-from fedsim.data.dataset import Source, class_ids
+from fedsim.data.dataset import Source
+from fedsim.data.gate import class_ids
 
 FASHION_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag")
 FASHION_CLASSES += ("Ankle boot",)  # in the order of the label's number, as the set's authors give them

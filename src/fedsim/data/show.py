@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -13,7 +15,11 @@ from fedsim import data
 from fedsim.config import Data
 from fedsim.data import assets
 from fedsim.data.dataset import Dataset, divide, unheld
+from fedsim.data.gate import printable
 from fedsim.data.partition import Partition, make, split_local
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLUMNS = 400  # clients that a picture can tell apart
 
@@ -49,7 +55,7 @@ def data_list() -> None:
     for asset in assets.ASSETS.values():
         cached = "yes" if assets.is_fetched(asset.name) else "no"
         table.add_row(asset.name, asset.kind, f"{asset.size / 1e6:.0f}", cached, asset.what, asset.licence)
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def data_prepare(name: str, data_dir: str | None = None) -> Path:
@@ -71,7 +77,7 @@ def data_show(options: Data, out: Path | None = None) -> Path:
     """Prints the config's data set and partition, and draws clients x classes into a PNG; returns its path."""
     dataset = labels_only(options)
     partition = make(options, dataset)
-    Console().print(summary(options, dataset, partition))
+    Console(markup=False).print(summary(options, dataset, partition))
     out = Path(f"{_slug(dataset.name)}-{options.partition}.png") if out is None else out
     draw(options, dataset, partition, out)
     print(f"picture: {out}")
@@ -102,18 +108,18 @@ def classes_held(dataset: Dataset, partition: Partition) -> np.ndarray:
 
 def summary(options: Data, dataset: Dataset, partition: Partition) -> Table:
     """A table of the set (name, rows of each split, classes, licence) and of its partition (sizes)."""
-    table = Table(title=f"{dataset.name}, {_law(options)}", title_justify="left", show_header=False)
+    table = Table(title=f"{printable(dataset.name)}, {_law(options)}", title_justify="left", show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     sizes = partition.sizes
-    classes = ", ".join(dataset.classes[:8]) + (" ..." if len(dataset.classes) > 8 else "")
+    classes = ", ".join(map(_short, dataset.classes[:8])) + (" ..." if len(dataset.classes) > 8 else "")
     table.add_row("kind", dataset.kind)
     table.add_row("train", f"{len(dataset.train):,} examples, held by the clients")
     table.add_row("validation", f"{len(dataset.validation):,} examples, for every choice")
     table.add_row("test", f"{len(dataset.test):,} examples, read once at the end")
     table.add_row("classes", f"{len(dataset.classes)}: {classes}")
     if len(missing := unheld(dataset.y, dataset.train, len(dataset.classes))):
-        named = ", ".join(dataset.classes[c] for c in missing[:5]) + (" ..." if len(missing) > 5 else "")
+        named = ", ".join(_short(dataset.classes[c]) for c in missing[:5]) + (" ..." if len(missing) > 5 else "")
         table.add_row("classes not held", f"{len(missing)} have no training example: {named}")
     table.add_row("clients", f"{partition.clients:,}, {int((sizes == 0).sum()):,} of them empty")
     for key, values in dataset.natural.items():
@@ -129,7 +135,7 @@ def summary(options: Data, dataset: Dataset, partition: Partition) -> Table:
         table.add_row("of them held out", f"{_spread(local_test.sizes)} (local_test={options.local_test:g})")
     held = classes_held(dataset, partition)
     table.add_row("classes a client", f"fewest {held.min()}, median {np.median(held):g}, most {held.max()}")
-    table.add_row("licence", dataset.licence)
+    table.add_row("licence", printable(dataset.licence))
     return table
 
 
@@ -184,7 +190,8 @@ def draw(options: Data, dataset: Dataset, partition: Partition, out: Path, dpi: 
         heat.grid(which="minor", color="#eeeeee", lw=0.5)
         heat.tick_params(which="minor", length=0)
     step = -(-classes // 40)
-    heat.set_yticks(np.arange(0, classes, step), [_short(name) for name in dataset.classes[::step]], fontsize=8)
+    words: dict[str, Any] = {"fontsize": 8, "parse_math": False}  # a name with dollars is no formula
+    heat.set_yticks(np.arange(0, classes, step), [_short(name) for name in dataset.classes[::step]], **words)
     heat.set_ylabel("class")
     heat.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     heat.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{shown[int(x)]:,}" if 0 <= x < n else ""))
@@ -200,7 +207,7 @@ def draw(options: Data, dataset: Dataset, partition: Partition, out: Path, dpi: 
                 xycoords=("data", "axes fraction"),
                 textcoords="offset points",
                 ha="center",
-                fontsize=8,
+                **words,
             )
             if first > 0:
                 for axes in (bars, heat):
@@ -214,9 +221,10 @@ def draw(options: Data, dataset: Dataset, partition: Partition, out: Path, dpi: 
 
     held = classes_held(dataset, partition)
     figure.suptitle(
-        f"{dataset.name}: {len(partition.rows):,} training examples on {partition.clients:,} clients, {_law(options)}",
+        f"{printable(dataset.name)}: {len(partition.rows):,} training examples on {partition.clients:,} clients, {_law(options)}",
         fontsize=13,
         fontweight="bold",
+        parse_math=False,
     )
     bars.set_title(
         f"examples a client: {sizes.min()} to {sizes.max()}, median {np.median(sizes):g};   "
@@ -224,8 +232,25 @@ def draw(options: Data, dataset: Dataset, partition: Partition, out: Path, dpi: 
         fontsize=9.5,
         color="#444444",
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    _save(figure, out)
+
+
+def _save(figure: Figure, out: Path) -> None:
+    """Writes the picture, and says in one line where its font has not all characters of the names."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.filterwarnings("always", message="Glyph .* missing from")
+            figure.savefig(out)
+    except (OSError, ValueError) as error:  # a folder that cannot be written, a form that matplotlib does not know
+        raise ValueError(
+            f"Expected {out} to be a picture that can be written ({error}); give --out FILE.png."
+        ) from error
+    others = [w for w in said if not str(w.message).startswith("Glyph")]
+    for warning in others:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if len(others) < len(said):
+        print("picture: some names are drawn as boxes, as matplotlib's font has not their script; the table has them")
 
 
 def _shown(clients: int) -> np.ndarray:
@@ -263,7 +288,7 @@ def _values(values: np.ndarray) -> str:
     """The values of a natural key with their numbers of rows: all of a few, the largest of many."""
     names, counts = np.unique(values, return_counts=True)
     shown = np.arange(len(names)) if len(names) <= 8 else np.argsort(-counts, kind="stable")[:4]
-    told = ", ".join(f"{names[i]}: {counts[i]:,} training examples" for i in shown)
+    told = ", ".join(f"{_short(str(names[i]))}: {counts[i]:,} training examples" for i in shown)
     return told if len(names) <= 8 else f"{len(names):,} values; {told}, ..."
 
 
@@ -272,6 +297,7 @@ def _spread(sizes: np.ndarray) -> str:
 
 
 def _short(name: str) -> str:
+    name = printable(name)
     return name if len(name) <= 26 else name[:25] + "…"
 
 

@@ -6,18 +6,19 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedsim.config import nearest
-from fedsim.data.dataset import SPLIT_WORDS, SPLITS, Columns, Source, class_ids, natural_key
+from fedsim.data.dataset import SPLIT_WORDS, SPLITS, Columns, Source, plain, spelt
+from fedsim.data.gate import labels, natural_key, texts
 
 _LICENCE = "your own file"
 
-Row = tuple[str, dict[str, Any]]  # where ("reviews.csv line 7") and the values by column
+Row = tuple[int, Sequence[str], Sequence[Any]]  # number of the line or row, the columns' names, their values
 
 
 def read_table(file: Path, columns: Columns) -> Source:
@@ -30,28 +31,43 @@ def read_table(file: Path, columns: Columns) -> Source:
         ValueError: a file, column, line, text, label, client, domain or split that cannot be used, with file and line.
     """
     readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    texts: list[str] = []
-    labels: list[str] = []
+    suffix = file.suffix.lower()
+    unit = "row" if suffix == ".parquet" else "line"
+    numbers: list[int] = []
+    found: dict[str, list[Any]] = {option: [] for option in ("text", "label", *columns.natural)}
     splits: list[str] = []
-    natural: dict[str, list[Any]] = {key: [] for key in columns.natural}
-    places: list[str] = []
-    for where, row in readers[file.suffix.lower()](file, columns):
-        columns.require(row, where)
-        texts.append(_text(row[columns.text], columns.text, where))
-        labels.append(_label(row[columns.label], columns.label, where))
-        for key, column in columns.natural.items():
-            natural[key].append(row[column])
-        if natural:
-            places.append(where)
-        if ("split" in row) != (len(splits) == len(texts) - 1) and len(texts) > 1:
+    names: Sequence[str] = ()
+    at: dict[str, int] = {}
+    for number, known, values in readers[suffix](existing(file), columns):
+        where = f"{file} {unit} {number}"
+        if known != names:  # of a .jsonl, each line may name its own
+            names, at = known, _places(columns, known, where)
+        numbers.append(number)
+        for option, column in found.items():
+            column.append(values[at[option]])
+        if ("split" in at) != (len(splits) == len(numbers) - 1) and len(numbers) > 1:
             raise ValueError(f"Expected a `split` in every row or in none, unlike {where}; complete or remove it.")
-        if "split" in row:
-            splits.append(_split(row, where))
-    if not texts:
+        if "split" in at:
+            splits.append(_split(values[at["split"]], where))
+    if not numbers:
         raise ValueError(f"Expected at least one row in {file}; it has none.")
-    y, classes = class_ids(labels)
-    keys = {key: natural_key(values, key, places.__getitem__) for key, values in natural.items()}
-    return Source(file.name, texts, y, _split_rows(splits, len(texts), file), classes, "text", _LICENCE, natural=keys)
+
+    def place(row: int) -> str:
+        return f"{file} {unit} {numbers[row]}"
+
+    inputs = texts(found["text"], lambda row: f"column {columns.text!r} of {place(row)}")
+    y, classes = labels(found["label"], lambda row: f"column {columns.label!r} of {place(row)}")
+    keys = {key: natural_key(found[key], key, place) for key in columns.natural}
+    return Source(file.name, inputs, y, _split_rows(splits, len(inputs), file), classes, "text", _LICENCE, natural=keys)
+
+
+def _places(columns: Columns, known: Sequence[str], where: str) -> dict[str, int]:
+    """Where in a row the wanted columns stand, and the `split` where there is one."""
+    spelling = columns.found(known, where)
+    wanted = {"text": spelling.text, "label": spelling.label, **spelling.natural}
+    if any(plain(name) == "split" for name in known):
+        wanted["split"] = spelt("split", "split", known, where)
+    return {option: list(known).index(name) for option, name in wanted.items()}
 
 
 def existing(file: Path) -> Path:
@@ -63,7 +79,7 @@ def existing(file: Path) -> Path:
 
 
 def _decoded(file: Path) -> str:
-    data = existing(file).read_bytes()
+    data = file.read_bytes()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -88,74 +104,89 @@ def _csv_rows(file: Path, columns: Columns) -> Iterator[Row]:
                 raise ValueError(
                     f"Expected a readable row in {file} line {start} ({error}); check its quotes."
                 ) from None
-            where, start = f"{file} line {start}", reader.line_num + 1
+            line, where, start = start, f"{file} line {start}", reader.line_num + 1
             if not fields:
                 continue
             if header is None:
-                header = [name.strip() for name in fields]
+                header = fields
+                _require_commas(header, columns, where)
             elif len(fields) != len(header):
                 raise ValueError(
                     f"Expected {len(header)} fields in {where}, got {len(fields)}; quote texts with commas."
                 )
             else:
-                yield where, dict(zip(header, fields, strict=True))
+                yield line, header, fields
     finally:
         csv.field_size_limit(limit)
 
 
+def _require_commas(header: list[str], columns: Columns, where: str) -> None:
+    """Refuses a header without the wanted columns; says so where another character separates its names."""
+    try:
+        _places(columns, header, where)
+    except ValueError:
+        whole = ",".join(header)
+        best = max(";\t|", key=whole.count)
+        if whole.count(best) < max(1, len(header) - 1):
+            raise
+        raise ValueError(
+            f"Expected commas between the columns of {where}; it seems to be separated by {best!r}: save it with commas, in "
+            f"pandas by read_csv(FILE, sep={best!r}).to_csv(FILE, index=False)."
+        ) from None
+
+
 def _jsonl_rows(file: Path, columns: Columns) -> Iterator[Row]:
+    decoder = json.JSONDecoder(object_pairs_hook=tuple)  # an object is a tuple of pairs: a name may be there twice
     for number, line in enumerate(_decoded(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = decoder.decode(line.strip())
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"Expected JSON in {file} line {number} ({error}); write one object a line.") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"Expected a JSON object in {file} line {number}, got {line.strip()[:40]!r}.")
-        yield f"{file} line {number}", row
+        if not isinstance(row, tuple):
+            raise ValueError(
+                f"Expected a JSON object in {file} line {number}, got {line.strip()[:40]!r}; write one object a line."
+            )
+        yield number, tuple(name for name, _ in row), [value for _, value in row]
 
 
 def _parquet_rows(file: Path, columns: Columns) -> Iterator[Row]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError:
         raise ValueError(
             f"Expected pyarrow to be installed for {file}; run pip install -e '.[parquet]', or write .jsonl."
         ) from None
     try:
-        opened = parquet.ParquetFile(existing(file))
+        opened = parquet.ParquetFile(file)
         known = opened.schema_arrow.names
-        columns.require(known, str(file))
-        wanted = dict.fromkeys([columns.text, columns.label, *columns.natural.values()])
-        number = 0
-        for batch in opened.iter_batches(columns=[*wanted, *(["split"] if "split" in known else [])]):
-            for row in batch.to_pylist():
-                yield f"{file} row {number}", row
-                number += 1
-    except (ArrowException, OSError) as error:  # no Parquet file, a damaged one, or types that are not read
-        raise ValueError(f"Expected {file} to be a readable Parquet file ({error}); write it again.") from error
+    except Exception as error:  # pyarrow's own, those of the file system, and of the bytes in it
+        raise _unreadable(file, error) from error
+    wanted = dict.fromkeys(known[i] for i in _places(columns, known, str(file)).values())
+    number = 0
+    batches = opened.iter_batches(columns=list(wanted))
+    while True:
+        try:
+            batch = next(batches, None)
+            rows = [] if batch is None else batch.to_pylist()
+        except Exception as error:  # a damaged page, types that are not read, bytes that are no text
+            raise _unreadable(f"{file} from row {number} on", error) from error
+        if batch is None:
+            return
+        for row in rows:
+            yield number, list(wanted), [row[name] for name in wanted]
+            number += 1
 
 
-def _text(value: Any, column: str, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"Expected a text in column {column!r} of {where}, got {value!r}; remove or fill the row.")
-    return value
+def _unreadable(what: object, error: Exception) -> ValueError:
+    return ValueError(f"Expected {what} to be a readable Parquet file ({error}); write it again.")
 
 
-def _label(value: Any, column: str, where: str) -> str:
-    if isinstance(value, (str, int)) and str(value).strip():
-        return str(value).strip()
-    raise ValueError(
-        f"Expected a label (a word or a whole number) in column {column!r} of {where}, got {value!r}; "
-        "remove or fill the row."
-    )
-
-
-def _split(row: dict[str, Any], where: str) -> str:
-    word = str(row["split"]).strip().lower()
+def _split(value: Any, where: str) -> str:
+    word = str(value).strip().lower()
     if word not in SPLIT_WORDS:
-        raise ValueError(f"Expected split={row['split']!r} in {where} to be train, validation or test; correct it.")
+        raise ValueError(f"Expected split={value!r} in {where} to be train, validation or test; correct it.")
     return SPLIT_WORDS[word]
 
 

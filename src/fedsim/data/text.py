@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedsim.data import assets
-from fedsim.data.dataset import Source, class_ids
+from fedsim.data.dataset import Source
+from fedsim.data.gate import LONGEST_TEXT, class_ids, require_characters, require_memory
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _CHUNK = 2048  # texts handed to the tokenizer at once: it keeps every token's offsets until they are cut
+_CHARACTERS = 2**22
 _PAD_TOKENS = ("[PAD]", "<pad>", "<PAD>", "<|pad|>")
 
 
@@ -62,20 +64,45 @@ def _tab(file: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def tokenize(texts: Sequence[str], tokenizer_file: Path, tokens: int) -> np.ndarray:
+def trained_tokenizer(texts: Sequence[str], vocabulary: int, pad: int) -> Tokenizer:
+    """A tokenizer learned from the texts: byte-level BPE of at most `vocabulary` tokens, `[CLS] text [SEP]`, lower case.
+
+    The same texts give the same tokenizer, in every process. Not WordPiece, whose trainer in `tokenizers` breaks ties by
+    the order of a hash table. Every script can be written, as the first 256 tokens are bytes.
+
+    Args:
+        pad: the id of `[PAD]`, 0 to 2.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    special = ["[CLS]", "[SEP]"]
+    special.insert(pad, "[PAD]")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.post_processor = processors.BertProcessing(
+        ("[SEP]", special.index("[SEP]")), ("[CLS]", special.index("[CLS]"))
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def tokenize(texts: Sequence[str], tokenizer_file: Path | Tokenizer, tokens: int) -> np.ndarray:
     """Token ids (N, tokens) int32 of each text, special tokens included, cut or padded on the right.
 
-    The file's own truncation and padding settings are replaced; its padding token is kept.
+    The tokenizer's own truncation and padding settings are replaced; its padding token is kept.
 
     Raises:
-        ValueError: no readable tokenizer, no padding token, or a length without room for a single word.
+        ValueError: no readable tokenizer, no padding token, a length without room for a single word, or a text that is too
+            long or no Unicode.
     """
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"Expected tokenizer={str(tokenizer_file)!r} to be a tokenizer.json ({error}).") from error
+    tokenizer = _opened(tokenizer_file) if isinstance(tokenizer_file, Path) else tokenizer_file
     special = tokenizer.num_special_tokens_to_add(is_pair=False)
     if tokens <= special:
         raise ValueError(
@@ -84,16 +111,36 @@ def tokenize(texts: Sequence[str], tokenizer_file: Path, tokens: int) -> np.ndar
     pad_id, pad_token = _padding(tokenizer.padding, tokenizer.token_to_id, tokenizer_file)
     tokenizer.enable_truncation(tokens)
     tokenizer.enable_padding(length=tokens, pad_id=pad_id, pad_token=pad_token)
+    require_memory(4 * tokens * len(texts), f"tokens={tokens} of {len(texts):,} texts", "lower tokens")
+    for row, text in enumerate(texts):
+        require_characters(text, LONGEST_TEXT, lambda row=row: f"text {row}")
     cut = _cutter(tokenizer, tokens)
     out = np.empty((len(texts), tokens), np.int32)
-    for start in range(0, len(texts), _CHUNK):
-        chunk = texts[start : start + _CHUNK]
-        short = [cut(text) for text in chunk]
+    start = 0
+    while start < len(texts):
+        short = _chunk([cut(text) for text in texts[start : start + _CHUNK]])
+        chunk = texts[start : start + len(short)]
         encodings = tokenizer.encode_batch_fast(short)
         for i, encoding in enumerate(encodings):
             whole = len(short[i]) == len(chunk[i]) or encoding.attention_mask[-1] == 1
             out[start + i] = (encoding if whole else tokenizer.encode(chunk[i])).ids
+        start += len(short)
     return out
+
+
+def _opened(file: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"Expected tokenizer={str(file)!r} to be a tokenizer.json ({error}).") from error
+
+
+def _chunk(texts: list[str]) -> list[str]:
+    """The first of these texts, at least one, that have together no more characters than are tokenised at once."""
+    ends = np.cumsum([len(text) for text in texts])
+    return texts[: max(1, int(np.searchsorted(ends, _CHARACTERS, side="right")))]
 
 
 def _cutter(tokenizer: Tokenizer, tokens: int) -> Callable[[str], str]:
@@ -141,7 +188,7 @@ def cached_tokens(texts: Sequence[str], tokenizer_file: Path, tokens: int, key: 
 
 
 def _padding(
-    settings: dict[str, Any] | None, token_to_id: Callable[[str], int | None], tokenizer_file: Path
+    settings: dict[str, Any] | None, token_to_id: Callable[[str], int | None], tokenizer_file: object
 ) -> tuple[int, str]:
     """The id and the name of the padding token, from the file's settings or by its usual names."""
     if settings:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import logging
+import math
 import shlex
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -14,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from fedsim.config import nearest
-from fedsim.data.dataset import SPLITS, Columns, Source, class_ids, natural_key
-from fedsim.data.pixels import require_one_size, resized
+from fedsim.data.dataset import SPLITS, Columns, Source
+from fedsim.data.gate import class_names, labels, natural_key, require_memory, texts, utf8
+from fedsim.data.pixels import require_bytes, require_one_size, resized
 
 _BLOCK = 256  # decoded examples held beside the result: 50 MB of 256 x 256 images
 
@@ -51,7 +54,8 @@ def read_tfds(name: str, data_dir: str | None, columns: Columns, side: int | Non
     info = next(iter(sources.values())).dataset_info
     features = info.features
     column = "image" if "image" in features else columns.text
-    columns.require(features, f"tfds:{name}", text=column)
+    columns = columns.found(features, f"tfds:{name}", text=column)
+    column = columns.text
     kept = [split for split in SPLITS if split in sources and len(sources[split])]
     if "train" not in kept:
         raise ValueError(f"Expected a split `train` in tfds:{name}, got {', '.join(sources)}; choose another set.")
@@ -62,24 +66,25 @@ def read_tfds(name: str, data_dir: str | None, columns: Columns, side: int | Non
         split = next(split for split in kept if row <= splits[split][-1])
         return f"row {row - splits[split][0]} of {split} of tfds:{name}"
 
-    labels: list[Any] = []
+    found: list[Any] = []
     natural: dict[str, list[Any]] = {key: [] for key in columns.natural}
+    image = features[column] if type(features[column]).__name__ == "Image" else None
+    if image is not None:
+        for source in sources.values():
+            source.decoders = {column: tfds.decode.SkipDecoding()}  # their depth is looked at first
 
     def inputs() -> Iterator[Any]:
         for split in kept:
-            for example in _examples(sources[split]):
-                labels.append(_label(example[columns.label], columns.label, where, len(labels)))
+            for example in _examples(sources[split], info, split):
+                found.append(_label(example[columns.label], columns.label, where, len(found)))
                 for key, feature in columns.natural.items():
                     natural[key].append(example[feature])
-                yield example[column]
+                yield example[column] if image is None else decoded(image, example[column], where(len(found) - 1))
 
     with _quiet():
         x, kind = stacked(inputs(), int(ends[-1]), where, side)
-    names = getattr(features[columns.label], "names", None)
-    if isinstance(labels[0], str):
-        y, classes = class_ids(labels)
-    else:
-        y, classes = np.asarray(labels, np.int32), tuple(names or map(str, range(max(labels) + 1)))
+    named = getattr(features[columns.label], "names", None)
+    y, classes = labels(found, where, class_names(named, f"tfds:{name}") if named else None, counted=True)
     keys = {key: natural_key(values, key, where) for key, values in natural.items()}
     licence = info.redistribution_info.license or "see the set's own page in TFDS"
     return Source(f"tfds:{name}", x, y, splits, classes, kind, licence, natural=keys)
@@ -131,15 +136,55 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _examples(source: Any) -> Any:
-    """The examples of a split, read in blocks: one call a block instead of one an example."""
+def _examples(source: Any, info: Any, split: str) -> Iterator[Any]:
+    """The examples of a split, read in blocks: one call a block instead of one an example.
+
+    Raises:
+        ValueError: a damaged record; names the file.
+    """
     for start in range(0, len(source), _BLOCK):
-        yield from source.__getitems__(range(start, min(start + _BLOCK, len(source))))
+        end = min(start + _BLOCK, len(source))
+        try:
+            block = source.__getitems__(range(start, end))
+        except Exception as error:  # of the record's reader, of the message in it, of each feature
+            files = info.splits[split].filepaths
+            ends = np.cumsum(info.splits[split].shard_lengths)
+            first, last = np.searchsorted(ends, [start, end - 1], side="right")
+            inside = [str(file) for file in files[first : last + 1]]
+            raise ValueError(
+                f"Expected rows {start} to {end - 1} of {split} to be readable in {', '.join(inside)} ({_reason(error)}); the "
+                "file is damaged: delete the set's folder and prepare it again."
+            ) from error
+        yield from block
+
+
+def decoded(feature: Any, encoded: bytes, where: str) -> np.ndarray:
+    """An image as TFDS decodes it, after a look at its depth: TFDS cuts 16 bits to 8, or takes the lower 8 of them.
+
+    Raises:
+        ValueError: a damaged image, or one of more than 8 bits; `where` names its row.
+    """
+    from PIL import Image
+
+    try:
+        image = Image.open(io.BytesIO(encoded))
+    except Exception as error:  # each of PIL's formats its own
+        raise _damaged(where, error) from error
+    if feature.np_dtype == np.uint8:
+        require_bytes(image, where)
+    try:
+        return feature.decode_example_np(encoded)
+    except Exception as error:  # of PIL or of OpenCV
+        raise _damaged(where, error) from error
+
+
+def _damaged(where: str, error: Exception) -> ValueError:
+    return ValueError(f"Expected {where} to be an image ({_reason(error)}); prepare the set again.")
 
 
 def _label(value: Any, feature: str, where: Callable[[int], str], row: int) -> int | str:
     if isinstance(value, (str, bytes)):
-        return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+        return utf8(value, lambda: f"feature {feature!r} of {where(row)}") if isinstance(value, bytes) else value
     if np.ndim(value) == 0 and np.issubdtype(np.asarray(value).dtype, np.integer):
         return int(value)
     raise ValueError(
@@ -158,13 +203,19 @@ def stacked(inputs: Iterator[Any], count: int, where: Callable[[int], str], side
     """
     first = next(inputs)
     if isinstance(first, (str, bytes)):
-        texts = [
-            text.decode("utf-8", "replace") if isinstance(text, bytes) else text for text in chain([first], inputs)
+        read = [
+            utf8(text, lambda row=row: where(row)) if isinstance(text, bytes) else text
+            for row, text in enumerate(chain([first], inputs))
         ]
-        return texts, "text"
+        return texts(read, where), "text"
     first = np.asarray(first)
     image = first.dtype == np.uint8 and first.ndim == 3
     shape = (side, side, first.shape[-1]) if image and side else first.shape
+    require_memory(
+        math.prod((count, *shape)) * (1 if image else 4),
+        f"{count:,} inputs of shape {shape}",
+        "take fewer, or image_store",
+    )
     out = np.empty((count, *shape), np.uint8 if image else np.float32)
     for row, value in enumerate(chain([first], inputs)):
         if image and side:

@@ -22,7 +22,7 @@ from fedsim.engine.host import divide_cpu
 from fedsim.engine.lanes import Lanes
 from fedsim.evaluation.evaluate import classification_loss, evaluator
 from fedsim.peft import flops, precision
-from fedsim.simulation.needs import tokenizer, weights
+from fedsim.simulation.needs import learned, tokenizer, vocabulary, weights
 from fedsim.training import augment, lengths
 from fedsim.training.features import run_stages, use_cache
 from fedsim.training.lengths import Lengths
@@ -158,7 +158,14 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
     from fedsim import data
 
     words = given is None or isinstance(given.x, list)  # arrays of token ids need no tokenizer
-    dataset = data.load(config, tokenizer(config) if words else None, given, backbone=config.backbone)
+    dataset = data.load(
+        config,
+        tokenizer(config) if words else None,
+        given,
+        backbone=config.backbone,
+        vocabulary=vocabulary(config),
+        learn=learned(config),
+    )
     row = backbone(config.backbone)
     if row.kind == "text" and dataset.kind != "text":
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from fedsim import data
@@ -23,16 +24,28 @@ def weights(config: Config) -> str | None:
     return "random" if config.weights is None and not backbone(config.backbone).formats else config.weights
 
 
-def tokenizer(config: Config) -> Path | None:
-    """The tokenizer of the config's backbone: beside its weights; None where no text is read, as of arrays of ids."""
+def tokenizer(config: Config, folder: Path | None = None) -> Path | None:
+    """The tokenizer of the config's backbone: beside its weights; None where no text is read, as of arrays of ids.
+
+    Backbones of the table with random weights and no packaged tokenizer have none either: theirs is trained on the
+    training texts (`learned`), and lies in the folder of the run.
+
+    Args:
+        folder: of a run that has begun.
+
+    Raises:
+        ValueError: weights of one's own without a tokenizer beside them, a changed tokenizer in the run's folder.
+    """
     row = backbone(config.backbone)
     if row.kind != "text" or config.dataset.lower().endswith(".npz"):
         return None
     if isinstance(row, Backbone):
         return Path(row.tokenizer).expanduser() if row.tokenizer is not None else None
+    if learned(config):
+        return None if folder is None else _kept(folder)
     if config.weights not in (None, "random"):
-        folder = load.locate(config.backbone, config.weights)
-        file = (folder if folder.is_dir() else folder.parent) / "tokenizer.json"
+        given = load.locate(config.backbone, config.weights)
+        file = (given if given.is_dir() else given.parent) / "tokenizer.json"
         if file.is_file():
             return file
     if row.asset is None:
@@ -41,6 +54,42 @@ def tokenizer(config: Config) -> Path | None:
             "model.safetensors and tokenizer.json."
         )
     return assets.path(row.asset) / "tokenizer.json"
+
+
+def keep_tokenizer(folder: Path, trained: str | None) -> None:
+    """Writes a run's own tokenizer, where it has trained one, into its folder, under the first digits of its SHA-256."""
+    if trained is None:
+        return
+    content = trained.encode()
+    (folder / f"tokenizer-{hashlib.sha256(content).hexdigest()[:12]}.json").write_bytes(content)
+
+
+def _kept(folder: Path) -> Path | None:
+    """The tokenizer that `keep_tokenizer` wrote, compared with its name; None where there is none."""
+    for file in sorted(folder.glob("tokenizer-*.json")):
+        found = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+        if file.stem != f"tokenizer-{found}":
+            raise ValueError(
+                f"Expected {file} to be as the run wrote it, not of hash {found}; take it from a copy of the run."
+            )
+        return file
+    return None
+
+
+def learned(config: Config) -> tuple[int, int] | None:
+    """(tokens at most, id of padding) of a tokenizer that is trained on the run's own texts; None where there is another."""
+    row = backbone(config.backbone)
+    if isinstance(row, Backbone) or row.kind != "text" or row.asset is not None or config.weights != "random":
+        return None
+    return row.config.vocabulary, row.config.pad
+
+
+def vocabulary(config: Config) -> int | None:
+    """How many tokens the config's backbone knows; None of a user's own, and where it takes ids modulo its vocabulary."""
+    row = backbone(config.backbone)
+    if isinstance(row, Backbone) or row.kind != "text" or row.config.fold:
+        return None
+    return row.config.vocabulary
 
 
 def needed_assets(config: Config) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ def predict(run: Run, inputs: Any) -> list[str]:
     if not run.parameters or not classes:
         raise ValueError(f"Expected {run.directory} to hold a finished run; go on with it by --resume.")
     refuse_other_backbone(run)
-    file = needs.tokenizer(run.config)
+    file = needs.tokenizer(run.config, run.directory)
     if file is not None:
         from fedsim.data.text import tokenize
 
@@ -51,6 +51,9 @@ def predict(run: Run, inputs: Any) -> list[str]:
         x = np.asarray(inputs)
         if x.shape[1:] != tuple(run.about["input_shape"]):
             raise ValueError(f"Expected inputs of shape (N, *{run.about['input_shape']}), got {x.shape}.")
+        limit = needs.vocabulary(run.config) or np.iinfo(np.int32).max
+        if needs.backbone(run.config.backbone).kind == "text" and len(x) and not 0 <= x.min() <= x.max() < limit:
+            raise ValueError(f"Expected token ids from 0 to {limit - 1}, got {x.min()} to {x.max()}; correct them.")
     if len(x) == 0:
         return []
     # A target may be reached while the head still trains alone.

@@ -132,6 +132,7 @@ def simulate(
     began, clock = time.perf_counter(), compile_clock()
     if fresh:
         processes.by_first(lambda: record.start(directory, config, speed, facts(config, problem)))
+        processes.by_first(lambda: needs.keep_tokenizer(directory, problem.dataset.tokenizer))
     inputs = resuming.fingerprint(config, problem)
     processes.agree("the data", inputs)
     fleet = build.fleet(config)

@@ -9,6 +9,7 @@ import numpy as np
 
 from fedsim.config import Data
 from fedsim.data.dataset import Dataset
+from fedsim.data.gate import require_memory
 from fedsim.data.partition.index import Partition, split_local
 from fedsim.data.partition.keys import domain, natural
 from fedsim.data.partition.labels import dirichlet, dirichlet_balanced, dirichlet_pfllib, shards
@@ -43,6 +44,7 @@ def make(options: Data, dataset: Dataset) -> Partition:
             f"Expected clients={c.clients} <= {len(rows)} training examples; lower it, or set min_size=0 to allow "
             "empty clients."
         )
+    _require_memory(c, len(dataset.classes))
     match c.partition:
         case "iid":
             made = iid(rows, c.clients, c.seed)
@@ -67,6 +69,16 @@ def make(options: Data, dataset: Dataset) -> Partition:
             f"partition={c.partition} ({len(rows)} on clients={c.clients}); lower min_size (0 allows empty clients) or clients."
         )
     return made
+
+
+def _require_memory(c: Data, classes: int) -> None:
+    """Refuses sizes that no memory holds before anything of them is allocated; bytes are what a law holds at once, at least."""
+    parts = c.clients * (c.classes_per_client if c.partition == "shards" else 1)
+    what = f"clients={c.clients}"
+    if c.partition == "shards":
+        what = f"classes_per_client={c.classes_per_client} x {what}"
+    mixtures = 4 * c.clients * classes * (c.partition == "dirichlet_balanced")
+    require_memory(40 * parts + mixtures, what, f"lower {'one of them' if c.partition == 'shards' else 'clients'}")
 
 
 def _key(options: Data, dataset: Dataset, name: str) -> np.ndarray:
