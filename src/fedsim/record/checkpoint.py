@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from fedsim.record.files import as_json, decode, read_bytes, reason, remedy_for, unwritten
+from fedsim.record.files import as_json, parse, reason, remedy_for, unreadable, unwritten
 from fedsim.record.orbax import alone, quiet_orbax
 
 FORMAT = 1  # of the meta item; raised when older checkpoints can no longer be read
@@ -230,7 +230,7 @@ class Checkpoints:
         """The JSON part, checked against its own SHA-256."""
         path = self.directory / str(round) / "meta" / "metadata"
         try:  # read as a file: Orbax would first parse its own files, whose damage does not concern us
-            text = decode(read_bytes(path), str(path))
+            text = parse(path.read_bytes())
             body, expected = text["body"], text["sha256"]
             if digest(body) != expected:
                 raise DamagedError(f"{path}: the checksum differs")
@@ -238,9 +238,9 @@ class Checkpoints:
                 raise DamagedError(f"{path}: it was saved as round {body['round']}")
         except (MemoryError, DamagedError):
             raise
+        except PermissionError as error:
+            raise unreadable(path, error) from None
         except Exception as error:
-            if isinstance(error.__context__, PermissionError):  # whole, but not ours to read
-                raise
             raise DamagedError(f"{path}: {reason(error)}") from error
         if body["format"] > FORMAT:
             raise ValueError(f"Expected format={body['format']} <= {FORMAT} in {path}; use the newer fedsim.")
@@ -260,7 +260,7 @@ class Checkpoints:
             except MemoryError:
                 raise
             except PermissionError as error:
-                raise ValueError(f"Expected {path} to be readable ({reason(error)}); make it so for you.") from None
+                raise unreadable(path, error) from None
             except Exception as error:
                 raise DamagedError(f"{path}: {reason(error)}") from error
         leaves = []

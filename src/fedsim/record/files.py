@@ -47,9 +47,14 @@ def decode(raw: bytes, what: str, remedy: str = ANEW) -> Any:
         ValueError: it is none; names `what` and says the remedy.
     """
     try:
-        return json.loads(raw.decode(), parse_constant=_finite, parse_float=_finite)
+        return parse(raw)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"Expected {what} to be whole JSON ({error}); {remedy}.") from None
+        raise ValueError(f"Expected {what} to be whole JSON ({reason(error)}); {remedy}.") from None
+
+
+def parse(raw: bytes) -> Any:
+    """As `decode`, for who names the file itself; raises `ValueError`, or `RecursionError` for what is nested too deeply."""
+    return json.loads(raw.decode(), parse_constant=_finite, parse_float=_finite)
 
 
 def as_json(value: Any) -> Any:
@@ -135,6 +140,11 @@ def write_bytes(path: Path, data: bytes) -> None:
         beside.replace(path)
     except OSError as error:
         raise unwritten(str(path), error) from error
+
+
+def unreadable(path: Path, error: OSError) -> ValueError:
+    """What to say of a file that is there and must not be read."""
+    return ValueError(f"Expected {path} to be readable ({reason(error)}); make it so for you.")
 
 
 def unwritten(what: str, error: BaseException) -> OSError:

@@ -54,7 +54,7 @@ LINE: Shape = {
     "phase": str,
     **dict.fromkeys(INTEGERS, int),
     **{name: MAYBE if name in NULLABLE else float for name in NUMBERS},
-    **dict.fromkeys(LEAVES, {str: int}),
+    **{name: {str: int} for name in LEAVES},
     "validation": (None, SCORES),
     "simulated?": (None, SIMULATED),
     "metrics?": {str: MAYBE},
