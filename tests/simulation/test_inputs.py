@@ -76,6 +76,7 @@ def test_weights_that_change_after_the_start(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ValueError, match=words):
         fedsim.run(resume=tmp_path / "run", quiet=True, data=data)
 
+    monkeypatch.chdir(tmp_path)
     about = json.loads((tmp_path / "run" / record.CONFIG).read_text())  # a record of before: the checkpoint knows too
     del about["files"], about["checksum"]
     (tmp_path / "run" / record.CONFIG).write_text(json.dumps(about))
