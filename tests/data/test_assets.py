@@ -47,7 +47,10 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         version="1.0",
         sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
         size=wheel.stat().st_size,
-        members=tuple(catalogue.Member(name, Path(name).name, len(content)) for name, content in FILES.items()),
+        members=tuple(
+            catalogue.Member(name, Path(name).name, len(content), hashlib.sha256(content).hexdigest())
+            for name, content in FILES.items()
+        ),
         kind="data",
         what="two files",
         licence="CC0-1.0",
@@ -178,11 +181,17 @@ def test_an_interrupted_unpacking_is_redone_without_a_download(index: Path, monk
     assert leftovers() == ["a.txt", "b.txt"]
 
 
-@pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_bytes(b"a")])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda f: f.unlink(), lambda f: f.write_bytes(b"a"), lambda f: f.write_bytes(b"a" * 999 + b"b")],
+    ids=["gone", "cut", "of the same size"],
+)
 def test_a_damaged_folder_is_fetched_again(index: Path, damage) -> None:
     (folder,) = assets.fetch(["tiny"], lambda _: None)
     damage(folder / "a.txt")
     assert not assets.is_fetched("tiny")
+    with pytest.raises(ValueError, match=r"as it was published, but .*a\.txt .*; run `fedsim data fetch tiny`"):
+        assets.path("tiny")
     assets.fetch(["tiny"], lambda _: None)
     assert leftovers() == ["a.txt", "b.txt"] and (folder / "a.txt").read_bytes() == b"a" * 1000
 
@@ -240,3 +249,10 @@ def test_every_asset_is_pinned() -> None:
         assert name == asset.name and len(asset.sha256) == 64 and asset.licence
         targets = [member.target for member in asset.members]
         assert len(set(targets)) == len(targets) > 0 and all("/" not in target for target in targets)
+
+
+def test_every_member_of_the_catalogue_is_known_by_its_hash() -> None:
+    for asset in catalogue.ASSETS.values():
+        for member in asset.members:
+            assert len(member.sha256) == 64, f"{asset.name}/{member.target}"
+            assert member.source or member.sha256 == asset.sha256

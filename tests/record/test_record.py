@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from fedsim import record
 from fedsim.config import Config, Speed
+from fedsim.report import summaries
 
 
 def line(number: int, **changes) -> dict:
@@ -55,6 +56,15 @@ def written(directory: Path, rounds: int) -> Path:
     for i in range(1, rounds + 1):
         record.append(directory, line(i))
     return directory
+
+
+def ended(directory: Path) -> dict:
+    """The summary of what was written."""
+    scores = {"loss": 1.0, "accuracy": 0.5}
+    return summaries.summary(
+        record.rounds(directory), start={"validation": scores}, final={"validation": scores, "test": scores},
+        full={"bytes_up": 9, "bytes_down": 9}, parameters={"trained": 1, "frozen": 2}, seconds=9.0, stopped="rounds",
+    )  # fmt: skip
 
 
 def test_rounds_come_back_with_schema_and_exact_integers(tmp_path: Path) -> None:
@@ -306,9 +316,10 @@ def test_load_reads_parameters_summary_and_table(tmp_path: Path) -> None:
         "head/bias": np.ones(3, ml_dtypes.bfloat16),
         "none": np.zeros((0, 2), np.float32),
     }
-    record.finish(tmp_path, {"final": {"test": {"accuracy": 0.5}}}, parameters)
+    record.finish(tmp_path, ended(tmp_path), parameters)
     run = record.load(str(tmp_path))
-    assert run.summary == {"final": {"test": {"accuracy": 0.5}}}
+    assert run.summary is not None and ended(tmp_path).items() <= run.summary.items()
+    assert run.summary["sha256"].keys() == {record.TRAINED}
     assert run.parameters.keys() == parameters.keys()
     for name, x in parameters.items():
         assert run.parameters[name].dtype == x.dtype
@@ -352,6 +363,10 @@ def test_load_refuses_what_is_no_run(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(ValueError, match="to hold a JSON object"):
         record.load(tmp_path)
+    path.write_text(json.dumps({**about, "seed": 3}))
+    with pytest.raises(ValueError, match=r"its checksum differs; .* take 'checksum' out of it"):
+        record.load(tmp_path)
+    del about["checksum"]
     path.write_text(json.dumps({**about, "config": {**about["config"], "rnak": 8}}))
     with pytest.raises(ValueError, match=r"'rnak' to be a known one; did you mean rank"):
         record.load(tmp_path)

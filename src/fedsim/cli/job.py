@@ -119,16 +119,17 @@ def _comparison(
     return [_row(name, ran)]
 
 
-def resume_job(directory: Path, *, quiet: bool = False) -> record.Run:
+def resume_job(directory: Path, *, quiet: bool = False, trust_code: bool = False) -> record.Run:
     """Goes on with a stopped run and prints its closing table; the head's run is made if it is missing."""
     from fedsim.engine.host import divide_cpu
-    from fedsim.simulation import build, needs, simulate
+    from fedsim.simulation import build, inputs, needs, simulate
 
-    stopped = processes.by_first(lambda: record.load(directory))
-    divide_cpu(stopped.speed.devices or stopped.about["device"]["count"])
-    needs.fetch_in_turn(stopped.config)
-    problem = processes.each(lambda: build.problem(stopped.config, stopped.speed))
-    done = simulate.run(resume=directory, quiet=quiet, problem=problem)
+    stopped = processes.by_first(lambda: record.load(directory)._replace(trust_code=trust_code))
+    divide_cpu(stopped.speed.devices or stopped.about.get("device", {}).get("count"))
+    config = processes.each(lambda: inputs.placed(stopped, resumed=True))  # before any of its code runs
+    needs.fetch_in_turn(config)
+    problem = processes.each(lambda: build.problem(config, stopped.speed))
+    done = simulate.run(resume=directory, quiet=quiet, problem=problem, trust_code=trust_code)
 
     def compared() -> tuple[list[report.Row], bool]:
         others = sorted(p for p in (directory / "baselines").glob("*") if (p / record.SUMMARY).is_file())
@@ -137,7 +138,7 @@ def resume_job(directory: Path, *, quiet: bool = False) -> record.Run:
 
     rows, has_head = processes.by_first(compared)
     if done.config.peft != "head" and not has_head:
-        rows += _comparison(problem, done.speed, directory, "head to convergence", head_config(done.config), quiet)
+        rows += _comparison(problem, done.speed, directory, "head to convergence", head_config(config), quiet)
     close(done, rows)
     return done
 

@@ -19,13 +19,13 @@ def run(argv: Sequence[str]) -> int:
     options = parse(RunOptions, argv, "fedsim run")
     options.join()
     if options.resume is not None:
-        allowed = ("--resume", "--quiet", "--distributed", "--coordinator", "--process")
+        allowed = ("--resume", "--quiet", "--trust-code", "--distributed", "--coordinator", "--process")
         extra = [a for a in argv if a.endswith(".py") or (a.startswith("--") and not a.startswith(allowed))]
         if extra:
             raise ValueError(f"Expected --resume without {extra[0]}; options and folder are those of the resumed run.")
         from fedsim.cli.job import resume_job
 
-        resume_job(options.resume, quiet=options.quiet)
+        resume_job(options.resume, quiet=options.quiet, trust_code=options.trust_code)
         return 0
     config = options.config()
     from fedsim.cli.job import run_job

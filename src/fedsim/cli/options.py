@@ -51,6 +51,8 @@ class RunOptions(Options):
     """The run's folder (default: runs/<date-time>-<config hash>)."""
     resume: Path | None = None
     """Folder of a stopped run to go on with; alone, everything else is in the folder."""
+    trust_code: bool = False
+    """With --resume: run the Python files that the folder's config names, though they are not where the run had them."""
     dry_run: bool = False
     """Print plan, bytes, memory and a time estimate; train nothing."""
     head_baseline: bool = True

@@ -258,12 +258,16 @@ class Speed:
     """Examples in one evaluation step (auto: 64 on a CPU, whose caches a larger one leaves, 256 elsewhere)."""
     checkpoint_every: int = 5
     """Rounds between checkpoints; the last round is always saved."""
+    keep_checkpoints: int | None = None
+    """Checkpoints that stay in the run's folder, the newest (default: three; 0: none once the run is over)."""
     compilation_cache: bool = True
     """Keep compiled programs on disk between runs."""
 
     def __post_init__(self) -> None:
         positive(lanes=self.lanes, devices=self.devices, segment_steps=self.segment_steps)
         positive(eval_batch=self.eval_batch, checkpoint_every=self.checkpoint_every, length_buckets=self.length_buckets)
+        if self.keep_checkpoints != 0:
+            positive(keep_checkpoints=self.keep_checkpoints)
         one_of(("shard_map", "pmap"), parallel=self.parallel)
         one_of(("auto", "on", "off"), cache=self.cache, resident=self.resident)
         one_of(("float32", "bfloat16"), precision=self.precision)

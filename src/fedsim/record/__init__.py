@@ -14,10 +14,11 @@ from fedsim.record.files import (
     SCHEMA,
     SUMMARY,
     TRAINED,
+    checksum,
     plain,
-    read_json,
     write_bytes,
     write_json,
 )
 from fedsim.record.folders import Run, finish, folder, load, lock, options, refuse_used, start
-from fedsim.record.lines import INTEGERS, LEAVES, Round, append, check_line, flat, rounds, truncate
+from fedsim.record.lines import Round, append, check_line, flat, rounds, truncate
+from fedsim.record.schemas import INTEGERS, LEAVES

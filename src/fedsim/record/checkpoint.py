@@ -24,6 +24,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
+from fedsim.record.files import as_json, parse, reason, remedy_for, unreadable, unwritten
+from fedsim.record.orbax import alone, quiet_orbax
+
 FORMAT = 1  # of the meta item; raised when older checkpoints can no longer be read
 KEEP = 3  # checkpoints that stay; also how long `memory.Memory` leaves old rows alone
 
@@ -70,11 +73,16 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with contextlib.suppress(*([OSError] if kind else [])):  # what ended the block is what is told
+            self.close()
 
     def _open(self) -> ocp.CheckpointManager:
-        self.directory.mkdir(parents=True, exist_ok=True)
+        quiet_orbax()
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritten(f"the folder {self.directory}", error) from None
         for left in self.directory.glob("*.orbax-checkpoint-tmp*"):  # of a process killed while it saved
             shutil.rmtree(left, ignore_errors=True)
         options = ocp.CheckpointManagerOptions(
@@ -107,7 +115,7 @@ class Checkpoints:
         packed = pack(arrays)
         body = {"format": FORMAT, "round": round, "structure": packed.structure, "leaves": packed.leaves}
         try:
-            body = json.loads(json.dumps({**body, "extra": dict(extra)}))
+            body = as_json({**body, "extra": dict(extra)})
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"Expected extra of round={round} to hold JSON values only ({error}); put arrays in arrays."
@@ -118,7 +126,7 @@ class Checkpoints:
         try:
             written = self._manager.save(round, args=ocp.args.Composite(**items))
         except Exception as error:
-            raise self._failed(round, error) from error
+            raise self._failed(round, error) from None
         if not written:  # Orbax says so and writes nothing
             raise ValueError(
                 f"Expected round={round} to be above the newest checkpoint {max(self.rounds(), default=0)} in "
@@ -144,13 +152,12 @@ class Checkpoints:
             with contextlib.suppress(Exception):  # it raises the same error again
                 self._manager.close()
             self._manager = self._open()  # a manager that failed once keeps the failed step in its list
-            raise self._failed(round, error) from error
+            raise self._failed(round, error) from None
 
     def _failed(self, round: int, error: Exception) -> OSError:
         return OSError(
             f"Expected the checkpoint of round {round} to be written to {self.directory} "
-            f"({type(error).__name__}: {first_line(error)}); make room or choose another disk, then resume: "
-            f"usable checkpoints are {self.rounds() or 'none'}."
+            f"({reason(error)}); {remedy_for(error)}, then resume: usable checkpoints are {self.rounds() or 'none'}."
         )
 
     def close(self) -> None:
@@ -159,6 +166,14 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+
+    def clear(self) -> None:
+        """Removes every checkpoint, and the rows of clients' memory beside the folder, which are of no use without."""
+        self.wait()
+        for round in self.rounds():
+            shutil.rmtree(self.directory / str(round), ignore_errors=True)
+        for rows in self.directory.parent.glob("memory-*.rows"):
+            rows.unlink(missing_ok=True)
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
         """Round and `extra` of the newest checkpoint whose JSON part is whole; needs no template, changes nothing."""
@@ -215,16 +230,18 @@ class Checkpoints:
         """The JSON part, checked against its own SHA-256."""
         path = self.directory / str(round) / "meta" / "metadata"
         try:  # read as a file: Orbax would first parse its own files, whose damage does not concern us
-            text = json.loads(path.read_text(encoding="utf-8"))
+            text = parse(path.read_bytes())
             body, expected = text["body"], text["sha256"]
             if digest(body) != expected:
                 raise DamagedError(f"{path}: the checksum differs")
             if body["round"] != round:
                 raise DamagedError(f"{path}: it was saved as round {body['round']}")
-        except (MemoryError, PermissionError, DamagedError):
+        except (MemoryError, DamagedError):
             raise
+        except PermissionError as error:
+            raise unreadable(path, error) from None
         except Exception as error:
-            raise DamagedError(f"{path}: {type(error).__name__}: {first_line(error)}") from error
+            raise DamagedError(f"{path}: {reason(error)}") from error
         if body["format"] > FORMAT:
             raise ValueError(f"Expected format={body['format']} <= {FORMAT} in {path}; use the newer fedsim.")
         return body
@@ -240,10 +257,12 @@ class Checkpoints:
                 handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone())
                 with ocp.Checkpointer(handler, multiprocessing_options=alone()) as reader:
                     stored = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=wanted))
-            except (MemoryError, PermissionError):
+            except MemoryError:
                 raise
+            except PermissionError as error:
+                raise unreadable(path, error) from None
             except Exception as error:
-                raise DamagedError(f"{path}: {type(error).__name__}: {first_line(error)}") from error
+                raise DamagedError(f"{path}: {reason(error)}") from error
         leaves = []
         for i, leaf in enumerate(body["leaves"]):
             if "value" in leaf:
@@ -267,14 +286,6 @@ class Checkpoints:
         warnings.warn(
             f"The checkpoint of round {round} is damaged ({why}); it was moved to {kept.name}, {then}.", stacklevel=3
         )
-
-
-def alone() -> ocp.options.MultiprocessingOptions:
-    """Of several processes, the one that holds the folder writes and reads it and waits for no other one."""
-    if jax.process_count() == 1:
-        return ocp.options.MultiprocessingOptions()
-    me = jax.process_index()
-    return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix="fedsim")
 
 
 def pack(tree: Any) -> Packed:
@@ -325,7 +336,7 @@ def refuse_foreign(body: Mapping[str, Any], template: Any, expect: Mapping[str, 
     """Raises `ValueError` unless a checkpoint fits the template and holds what is expected; names the differences."""
     wrong = [
         f"{name} is {ours!r} in this run, {theirs!r} in the checkpoint"
-        for name, theirs, ours in differences(body["extra"], json.loads(json.dumps(dict(expect))))
+        for name, theirs, ours in differences(body["extra"], as_json(dict(expect)))
     ]
     found, structure = tree_flatten_with_path(template)
     ours = {keystr(path): describe(x, keystr(path)) for path, x in found}
@@ -391,8 +402,3 @@ def digest(body: Any) -> str:
 def digest_array(x: np.ndarray) -> str:
     """SHA-256 of an array's bytes in C order."""
     return hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error, at most 200 characters: Orbax' own errors print whole trees."""
-    return (str(error).strip().splitlines() or ["no message"])[0][:200]

@@ -1,7 +1,9 @@
-"""Files of a run's folder: their names, JSON as it may be written, and writing whole or not at all."""
+"""Files of a run's folder: their names, JSON as it may be written and read, and writing whole or not at all."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
 import os
@@ -11,10 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from fedsim.record.schemas import Shape, fault
+
 SCHEMA = 1  # of all files; raised when a reader of older ones would be misled
 CONFIG, ROUNDS, SUMMARY, TRAINED = "config.json", "rounds.jsonl", "summary.json", "trained.safetensors"
 CLIENTS = "clients.json"
 CHECKPOINTS = "checkpoints"  # folder of `record.checkpoint.Checkpoints`
+CHECKSUM = "checksum"  # field of every JSON object in these files; runs of before have none
+ANEW = "restore the file or run anew"
 
 
 def plain(x: Any) -> Any:
@@ -28,27 +34,152 @@ def plain(x: Any) -> Any:
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises `ValueError` naming the file if it is damaged."""
+# --- reading: the one gate for JSON that lies in a run's folder
+
+
+def decode(raw: bytes, what: str, remedy: str = ANEW) -> Any:
+    """The value of JSON text in UTF-8 with finite numbers.
+
+    Args:
+        what: the file, or the line of it, for messages.
+
+    Raises:
+        ValueError: it is none; names `what` and says the remedy.
+    """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"Expected {path} to be whole JSON ({error}); restore the file or run anew.") from None
+        return parse(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Expected {what} to be whole JSON ({reason(error)}); {remedy}.") from None
+
+
+def parse(raw: bytes) -> Any:
+    """As `decode`, for who names the file itself; raises `ValueError`, or `RecursionError` for what is nested too deeply."""
+    return json.loads(raw.decode(), parse_constant=_finite, parse_float=_finite)
+
+
+def as_json(value: Any) -> Any:
+    """A value as it comes back from JSON: tuples as lists, keys as texts; raises `TypeError` for what JSON cannot hold."""
+    return json.loads(json.dumps(value))
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return number
+
+
+def checked(found: Any, shape: Shape, what: str, remedy: str = ANEW, salt: str = "") -> dict[str, Any]:
+    """A decoded object without its checksum, if it is as it was written and of the shape; more fields are kept.
+
+    Args:
+        salt: the run that a line must belong to.
+
+    Raises:
+        ValueError: it is not; names `what` and the field.
+    """
     if not isinstance(found, dict):
-        raise ValueError(f"Expected {path} to hold a JSON object; restore the file or run anew.")
-    return found
+        raise ValueError(f"Expected {what} to hold a JSON object; {remedy}.")
+    schema = found.get("schema", 0)
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise ValueError(f"Expected schema={schema} <= {SCHEMA} in {what}; use the newer fedsim.")
+    rest = {name: value for name, value in found.items() if name != CHECKSUM}
+    if CHECKSUM in found and found[CHECKSUM] != checksum(rest, salt):
+        raise ValueError(
+            f"Expected {what} to be as this run wrote it, but its checksum differs; {remedy} (if you changed it on purpose, "
+            f"take {CHECKSUM!r} out of it)."
+        )
+    if wrong := fault(rest, shape):
+        raise ValueError(f"Expected {wrong} in {what}; {remedy}.")
+    return rest
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON, whole or not at all."""
-    write_bytes(path, (json.dumps(plain(value), indent=2, allow_nan=False) + "\n").encode())
+def read_bytes(path: Path, remedy: str = ANEW) -> bytes:
+    """A file's bytes; raises `ValueError` naming it where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"Expected {path} to be a file that can be read ({reason(error)}); {remedy}.") from None
+
+
+def read_json(path: Path, shape: Shape, remedy: str = ANEW) -> dict[str, Any]:
+    """A JSON object from a file, as it was written and of the shape; raises `ValueError` naming the file and the field."""
+    return checked(decode(read_bytes(path, remedy), str(path), remedy), shape, str(path), remedy)
+
+
+# --- writing
+
+
+def checksum(value: Any, salt: str = "") -> str:
+    """First 16 hex digits of the SHA-256 of a value's canonical JSON, behind `salt`."""
+    return hashlib.sha256((salt + json.dumps(value, sort_keys=True)).encode()).hexdigest()[:16]
+
+
+def sealed(value: Mapping[str, Any], salt: str = "") -> dict[str, Any]:
+    """A JSON object with its checksum as last field."""
+    made = plain(value)
+    return {**made, CHECKSUM: checksum(made, salt)}
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes an object as indented JSON with its checksum, whole or not at all; raises `OSError` as `write_bytes`."""
+    write_bytes(path, (json.dumps(sealed(value), indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file beside its place, then moves it there: readers see the old one or the new one."""
+    """Writes a file beside its place, then moves it there: readers see the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written; names the file, what went wrong and the remedy.
+    """
     beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise unwritten(str(path), error) from error
+
+
+def unreadable(path: Path, error: OSError) -> ValueError:
+    """What to say of a file that is there and must not be read."""
+    return ValueError(f"Expected {path} to be readable ({reason(error)}); make it so for you.")
+
+
+def unwritten(what: str, error: BaseException) -> OSError:
+    """What to say where something could not be written: the cause, and the remedy that fits it."""
+    return OSError(f"Expected {what} to be written ({reason(error)}); {remedy_for(error)}.")
+
+
+def remedy_for(error: BaseException) -> str:
+    """What helps against a failed write, by its cause: errors of the system, or of a library that only quotes them."""
+    numbers, words = {e.errno for e in causes(error) if isinstance(e, OSError)}, str(error)
+    if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or any(
+        word in words for word in ("No space left", "quota", "RESOURCE_EXHAUSTED", "File too large")
+    ):
+        return "make room or choose another disk"
+    if numbers & {errno.EACCES, errno.EPERM, errno.EROFS} or any(
+        word in words for word in ("Permission denied", "PERMISSION_DENIED", "Read-only", "not permitted")
+    ):
+        return "make its folder writable for you or choose another one"
+    if numbers & {errno.ENOENT, errno.ENOTDIR} or "No such file" in words or "NOT_FOUND" in words:
+        return "leave the run's folder in its place while the run lasts"
+    return "see to the cause"
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """An error and what it came from, newest first."""
+    found: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in found:
+        found.append(at)
+        at = at.__cause__ or at.__context__
+    return found
+
+
+def reason(error: BaseException) -> str:
+    """The cause in words, one line: the system's own where it said one."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:200]}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
 import math
 import os
@@ -11,14 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from fedsim.record.files import ROUNDS, SCHEMA, SUMMARY, plain, write_bytes
+from fedsim.record.files import (
+    ANEW,
+    CONFIG,
+    ROUNDS,
+    SCHEMA,
+    SUMMARY,
+    checked,
+    decode,
+    read_bytes,
+    read_json,
+    sealed,
+    unwritten,
+    write_bytes,
+)
+from fedsim.record.schemas import ABOUT, INTEGERS, LEAVES, LINE, NULLABLE, NUMBERS
 
-INTEGERS = ("round", "bytes_up", "bytes_down", "setup_bytes", "total_bytes_up", "total_bytes_down")
-INTEGERS += ("clients", "reported", "nonfinite", "examples")
-NUMBERS = ("loss", "accuracy", "seconds", "compile_seconds", "clients_per_second", "examples_per_second")
-NUMBERS += ("lane_occupancy", "row_occupancy")
-NULLABLE = ("loss", "accuracy", "clients_per_second", "examples_per_second")  # where nobody reported, or all compiled
-LEAVES = ("bytes_up_leaves", "bytes_down_leaves")
 Round = Mapping[str, Any]  # one line of rounds.jsonl, as docs/record.md says
 
 
@@ -35,23 +45,46 @@ def append(directory: Path, line: Round) -> None:
 
     Raises:
         ValueError: the line is not as `docs/record.md` says.
-        OSError: the disk is full; the file is as before.
+        OSError: it cannot be written, as on a full disk; the file is as before.
     """
     check_line(line)
-    data = (json.dumps(plain({"schema": SCHEMA, **line}), allow_nan=False) + "\n").encode()
-    descriptor = os.open(directory / ROUNDS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    path = directory / ROUNDS
+    data = (json.dumps(sealed({"schema": SCHEMA, **line}, identity(directory)), allow_nan=False) + "\n").encode()
+    try:
+        _add(path, data)
+    except OSError as error:
+        raise unwritten(f"round {line['round']} in {path}", error) from error
+
+
+def _add(path: Path, data: bytes) -> None:
+    """Adds bytes to a file, all or none."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(descriptor).st_size
         try:
             written = os.write(descriptor, data)  # one call, so that a kill leaves all of the line or none
             if written != len(data):
-                raise OSError(f"Expected {len(data)} bytes of {directory / ROUNDS} to be written; make room.")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
         except OSError:
             os.ftruncate(descriptor, size)
             raise
     finally:
         os.close(descriptor)
+
+
+def identity(directory: Path) -> str:
+    """What tells the folder's run from runs of other options and inputs; empty where it was recorded before that."""
+    file = directory / CONFIG
+    if not file.is_file():
+        return ""
+    stat = file.stat()
+    return _identity(file, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)  # a line is written in every round
+def _identity(file: Path, *stamp: int) -> str:
+    return read_json(file, ABOUT).get("identity", "")
 
 
 def check_line(line: Round) -> None:
@@ -87,23 +120,24 @@ def rounds(directory: Path) -> list[dict[str, Any]]:
     path = directory / ROUNDS
     if not path.exists():
         return []
-    text = path.read_bytes()
+    text, salt = read_bytes(path), identity(directory)
     found: list[dict[str, Any]] = []
-    for i, raw in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
+    for i, raw in enumerate(text[: text.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
+        where = f"line {i} of {path}"
         try:
-            line = json.loads(raw)
-            number, schema = line["round"], line["schema"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"Expected line {i} of {path} to be a round's JSON; restore the file or run anew."
-            ) from None
-        if schema > SCHEMA:
-            raise ValueError(f"Expected schema={schema} <= {SCHEMA} in line {i} of {path}; use the newer fedsim.")
+            line = decode(raw, where)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict) or not {"round", "schema"} <= line.keys():
+            raise ValueError(f"Expected {where} to be a round's JSON; {ANEW}.")
+        line = checked(line, LINE, where, salt=salt)
         after = found[-1]["round"] + 1 if found else 1
-        if number != after:
-            raise ValueError(
-                f"Expected round={number} to be {after} in line {i} of {path}; restore the file or run anew."
-            )
+        if line["round"] != after:
+            raise ValueError(f"Expected round={line['round']} to be {after} in {where}; {ANEW}.")
+        try:
+            check_line(line)
+        except ValueError as error:
+            raise ValueError(f"Expected {where} to be a round's line; {ANEW} ({error})") from None
         found.append(line)
     return found
 
@@ -120,7 +154,7 @@ def truncate(directory: Path, round: int) -> list[dict[str, Any]]:
             f"Expected {directory / ROUNDS} to hold rounds 1 to {round}, found {len(kept)}; restore it or run anew."
         )
     path = directory / ROUNDS
-    old = path.read_bytes() if path.exists() else b""
-    write_bytes(path, b"".join(old.splitlines(keepends=True)[:round]))
+    old = read_bytes(path) if path.exists() else b""
+    write_bytes(path, b"".join(line + b"\n" for line in old.split(b"\n")[:round]))
     (directory / SUMMARY).unlink(missing_ok=True)  # of the run before it went on
     return kept

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedsim.core import Tree
 from fedsim.engine import processes
-from fedsim.record.checkpoint import Checkpoints, place
+from fedsim.record.checkpoint import KEEP, Checkpoints, place
 
 Template = Callable[[int, dict[str, Any]], Tree]
 Expect = Callable[[int, dict[str, Any]], Mapping[str, Any]]
@@ -23,19 +23,23 @@ class SharedCheckpoints:
     With one process it is that class and nothing more.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, keep: int | None = None) -> None:
         self._own: Checkpoints | None = None
-        processes.by_first(lambda: self._open(directory))
+        processes.by_first(lambda: self._open(directory, keep or KEEP))
 
-    def _open(self, directory: Path) -> None:
-        self._own = Checkpoints(directory)
+    def _open(self, directory: Path, keep: int) -> None:
+        self._own = Checkpoints(directory, keep)
 
     def __enter__(self) -> SharedCheckpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *raised: Any) -> None:
         if self._own is not None:  # alone: where a process fails, the others may be gone
-            self._own.close()
+            self._own.__exit__(*raised)
+
+    def clear(self) -> None:
+        """Removes all checkpoints, and the rows of clients' memory that lie beside them: of a run that is over."""
+        processes.by_first(lambda: self.own.clear())
 
     def save(self, round: int, arrays: Tree, extra: Mapping[str, Any]) -> bool:
         """As `Checkpoints.save`; arrays on the devices are replicated ones."""

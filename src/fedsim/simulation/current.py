@@ -49,7 +49,8 @@ def prepare(
     )
     # Of several processes the first one has the folder; the others keep the same rows in main memory.
     file = directory / f"memory-{phase.name}.rows" if directory is not None and processes.is_first() else None
-    return Current(phase, trainer, server, Memory(trainer.algorithm.memory, engine.held, file, KEEP), cost)
+    memory = Memory(trainer.algorithm.memory, engine.held, file, problem.speed.keep_checkpoints or KEEP)
+    return Current(phase, trainer, server, memory, cost)
 
 
 def peak(trainer: Trainer, speed: Speed) -> float | None:

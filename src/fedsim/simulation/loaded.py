@@ -24,10 +24,14 @@ class Run(record.Run):
         return predict(self, inputs)
 
 
-def load(directory: str | Path) -> Run:
-    """Reads a run's folder; one that is still running, or was stopped, has `summary=None` and maybe no parameters.
+def load(directory: str | Path, *, trust_code: bool = False) -> Run:
+    """Reads a run's folder; one that is still running, or was stopped, has `summary=None` and no parameters.
+
+    Args:
+        trust_code: Python files that its config names may run, also where they are not those that the run is recorded
+            with; loading itself runs none.
 
     Raises:
-        ValueError: the folder holds no run, or a damaged one, or one of a newer fedsim.
+        ValueError: the folder holds no run, or a damaged one, files of another run, or one of a newer fedsim.
     """
-    return Run(*record.load(directory))
+    return Run(*record.load(directory)._replace(trust_code=trust_code))

@@ -9,7 +9,9 @@ import numpy as np
 
 from fedsim import peft
 from fedsim.backbones.own import identity
+from fedsim.config import Config
 from fedsim.simulation import build, needs
+from fedsim.simulation.inputs import located
 
 if TYPE_CHECKING:
     from fedsim.record import Run
@@ -17,9 +19,9 @@ if TYPE_CHECKING:
 BATCH = 64
 
 
-def refuse_other_backbone(run: Run) -> None:
+def refuse_other_backbone(run: Run, config: Config) -> None:
     """Raises `ValueError` if a user's own backbone gives other parameters than the run started from."""
-    before, now = run.about.get("backbone_hash"), identity(run.config.backbone)
+    before, now = run.about.get("backbone_hash"), identity(config.backbone)
     if before != now:
         raise ValueError(
             f"Expected backbone={run.config.backbone!r} to give the params of {run.directory}, hash {before}, not {now}; draw "
@@ -34,19 +36,21 @@ def predict(run: Run, inputs: Any) -> list[str]:
         inputs: texts, or arrays (N, ...) of the shape that the run was trained on.
 
     Raises:
-        ValueError: the run has no final parameters yet, or the inputs do not fit its backbone.
+        ValueError: the run has no final parameters yet, the inputs do not fit its backbone, or what it was given (weights,
+            tokenizer, code) is not what it was.
     """
     classes = run.about.get("classes")
-    if not run.parameters or not classes:
+    if run.summary is None or not run.parameters or not classes:
         raise ValueError(f"Expected {run.directory} to hold a finished run; go on with it by --resume.")
-    refuse_other_backbone(run)
-    file = needs.tokenizer(run.config, run.directory)
+    config = located(run)
+    refuse_other_backbone(run, config)
+    file = needs.tokenizer(config, run.directory)
     if file is not None:
         from fedsim.data.text import tokenize
 
         if isinstance(inputs, str) or not all(isinstance(text, str) for text in inputs):
             raise ValueError("Expected inputs to be a list of texts, as the run's backbone reads text; wrap it in [].")
-        x = tokenize(list(inputs), file, run.config.tokens)
+        x = tokenize(list(inputs), file, config.tokens)
     else:
         x = np.asarray(inputs)
         if x.shape[1:] != tuple(run.about["input_shape"]):
@@ -57,9 +61,9 @@ def predict(run: Run, inputs: Any) -> list[str]:
     if len(x) == 0:
         return []
     # A target may be reached while the head still trains alone.
-    ended = next(p for p in build.phases(run.config) if p.first <= len(run.rounds) <= p.last)
+    ended = next(p for p in build.phases(config) if p.first <= len(run.rounds) <= p.last)
     model = peft.from_config(ended.config, len(classes), x.shape[1:], x.dtype)
-    _, frozen = peft.start(model, needs.weights(run.config), run.config.seed)
+    _, frozen = peft.start(model, needs.weights(config), config.seed)
     apply = jax.jit(model.apply)
     trained, frozen = jax.device_put((run.parameters, frozen))
     answers = []

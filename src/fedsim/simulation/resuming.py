@@ -16,6 +16,7 @@ from fedsim.config import Config, Speed
 from fedsim.engine import processes
 from fedsim.engine.client_memory import Memory, Table
 from fedsim.record.shared_checkpoints import SharedCheckpoints
+from fedsim.simulation import inputs as read
 from fedsim.simulation.build import Problem, Trainer
 from fedsim.simulation.current import Current
 from fedsim.simulation.rounds import Standing
@@ -49,7 +50,10 @@ def expected(config: Config, speed: Speed, trainer: Trainer, inputs: str) -> dic
 
 
 def fingerprint(config: Config, problem: Problem) -> str:
-    """A hash of examples, partition and, where they are files, algorithm, backbone, network: edits are noticed on resuming."""
+    """A hash of examples, partition and, where they are files, algorithm, backbone, network: edits are noticed on resuming.
+
+    Behind a dash that of weights and tokenizer, where the run reads them from files.
+    """
     data, owned = problem.dataset, problem.partition
     digest = hashlib.sha256()
     for part in (
@@ -65,7 +69,7 @@ def fingerprint(config: Config, problem: Problem) -> str:
     for file in (file_of(config.algorithm), file_of(config.backbone), *network.files(config)):
         digest.update(file.read_bytes() if file.is_file() else b"")
     digest.update((identity(config.backbone) or "").encode())
-    return digest.hexdigest()[:16]
+    return "-".join(filter(None, (digest.hexdigest()[:16], read.read_hash(config))))
 
 
 def shapes(server: Any, memory: Memory, population: int, extra: dict[str, Any]) -> dict[str, Any]:
@@ -125,6 +129,8 @@ def restore(
 
     def wanted(round: int, extra: dict[str, Any]) -> dict[str, Any]:
         ours = expected(config, speed, tried["now"].trainer, inputs)
+        if "-" not in str(extra.get("inputs")):  # of before weights and tokenizer were in it
+            ours["inputs"] = ours["inputs"].partition("-")[0]
         return ours | ({"lanes": extra["lanes"]} if reduced else {})
 
     found = checkpoints.restore(template, wanted, lambda arrays: tried["now"].memory.damage(arrays["memory"]))

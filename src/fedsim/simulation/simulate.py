@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from fedsim import network, record, units
-from fedsim.backbones.own import identity
+from fedsim.backbones.own import identity as backbone_hash
 from fedsim.config import Config, Speed, invited, main_job
 from fedsim.core import Algorithm, Population
 from fedsim.data import require_given
@@ -28,7 +28,7 @@ from fedsim.engine.keys import key_for
 from fedsim.randomness import stream
 from fedsim.record.shared_checkpoints import SharedCheckpoints
 from fedsim.report.progress import Progress
-from fedsim.simulation import build, needs, resuming
+from fedsim.simulation import build, inputs, needs, resuming
 from fedsim.simulation.build import Problem
 from fedsim.simulation.current import Current, prepare
 from fedsim.simulation.ending import finish
@@ -46,6 +46,7 @@ def run(
     quiet: bool = False,
     problem: Problem | None = None,
     data: Source | None = None,
+    trust_code: bool = False,
 ) -> Run:
     """Simulates `config` (default: the main job) and gives the finished run as its folder tells it.
 
@@ -55,6 +56,7 @@ def run(
         quiet: show no progress.
         problem: `build.problem` of a config with the same data and backbone, to share data and cached features.
         data: `fedsim.arrays(x, y)` for `dataset="arrays"`; on resuming the same again.
+        trust_code: on resuming, the user's Python files may run though they are not where the run had them.
 
     Raises:
         ValueError: an impossible option, data or weights that cannot be used, a folder that holds another run.
@@ -66,11 +68,15 @@ def run(
             raise ValueError(
                 "Expected resume alone; a resumed run takes config, speed and folder from what it resumes."
             )
-        stopped = by_first(lambda: record.load(resume))
-        divide_cpu(stopped.speed.devices or stopped.about["device"]["count"])
+        stopped = by_first(lambda: record.load(resume)._replace(trust_code=trust_code))
+        if stopped.summary is not None and not by_first(lambda: has_checkpoints(stopped.directory)):
+            return Run(*stopped)  # it is over, and keeps none (Speed.keep_checkpoints)
+        divide_cpu(stopped.speed.devices or stopped.about.get("device", {}).get("count"))
         config, speed, directory = stopped.config, stopped.speed, stopped.directory
+        found = processes.each(lambda: inputs.located(stopped, resumed=True))
     else:
-        config, speed = config or main_job(), speed or Speed()
+        found = config = config or main_job()
+        speed = speed or Speed()
         build.check(config, speed)
         if problem is None:
             require_given(config, data)
@@ -86,13 +92,13 @@ def run(
         )
         if problem is None:
             progress.message("reading the data")
-            problem = processes.each(lambda: build.problem(config, speed, data))
-        problem = problem._replace(speed=speed)  # a shared one may have been made for another
+            problem = processes.each(lambda: build.problem(found, speed, data))
+        problem = problem._replace(speed=speed, config=found)  # a shared one may have been made for another
         if resume is None:
             refuse_lanes(config, speed, problem)
         directory = directory or by_first(lambda: record.folder(out, config))
         by_first(lambda: stack.enter_context(record.lock(directory)))
-        checkpoints = stack.enter_context(SharedCheckpoints(directory / record.CHECKPOINTS))
+        checkpoints = stack.enter_context(SharedCheckpoints(directory / record.CHECKPOINTS, speed.keep_checkpoints))
         fresh, fewer = resume is None, None
         while True:
             if fewer is not None:  # in a fresh program, of which nothing but the last checkpoint is known
@@ -106,7 +112,15 @@ def run(
             except OutOfMemoryError as error:
                 fewer = error.lanes // 2
                 progress.message(f"{error}; going on from the last checkpoint with lanes={fewer}")
-    return Run(*by_first(lambda: record.load(directory)))
+        if speed.keep_checkpoints == 0:
+            checkpoints.clear()
+    return Run(*by_first(lambda: record.load(directory)._replace(trust_code=trust_code)))
+
+
+def has_checkpoints(directory: Path) -> bool:
+    """Whether a run's folder has a checkpoint to go on from."""
+    folder = directory / record.CHECKPOINTS
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 def simulate(
@@ -130,22 +144,22 @@ def simulate(
         OutOfMemoryError: more than one lane ran out of a device's memory.
     """
     began, clock = time.perf_counter(), compile_clock()
+    identity = resuming.fingerprint(problem.config, problem)
     if fresh:
-        processes.by_first(lambda: record.start(directory, config, speed, facts(config, problem)))
+        processes.by_first(lambda: record.start(directory, config, speed, facts(config, speed, problem, identity)))
         processes.by_first(lambda: needs.keep_tokenizer(directory, problem.dataset.tokenizer))
-    inputs = resuming.fingerprint(config, problem)
-    processes.agree("the data", inputs)
-    fleet = build.fleet(config)
+    processes.agree("the data", identity)
+    fleet = build.fleet(problem.config)
 
     def ready(round: int, overlay: dict[str, np.ndarray] | None = None) -> Current:
         progress.message("loading the weights")
-        return prepare(problem, build.phase_at(config, round), overlay, directory)
+        return prepare(problem, build.phase_at(problem.config, round), overlay, directory)
 
     # --- where to start: round 0, or after the last good checkpoint
     stand, now = Standing(np.zeros(problem.partition.clients, np.int32), bitwise=not reduced), None
     if (
         not fresh
-        and (found := resuming.restore(checkpoints, config, speed, inputs, ready, reduced=reduced)) is not None
+        and (found := resuming.restore(checkpoints, config, speed, identity, ready, reduced=reduced)) is not None
     ):
         stand, now = found
     lines = [] if fresh else processes.by_first(functools.partial(record.truncate, directory, stand.round))
@@ -193,7 +207,7 @@ def simulate(
             ends = stand.stopped != "rounds" or stand.round == config.rounds
             if asked or ends or stand.round % speed.checkpoint_every == 0:
                 kept = stand._replace(elapsed=seconds())
-                checkpoints.save(stand.round, *resuming.checkpoint(config, speed, inputs, kept, now))
+                checkpoints.save(stand.round, *resuming.checkpoint(config, speed, identity, kept, now))
             if asked:
                 checkpoints.wait()
                 raise KeyboardInterrupt(
@@ -208,11 +222,22 @@ def simulate(
     progress.message("done")
 
 
-def facts(config: Config, problem: Problem) -> dict[str, Any]:
-    """What `config.json` keeps of the data and of a user's own backbone."""
+def facts(config: Config, speed: Speed, problem: Problem, read: str) -> dict[str, Any]:
+    """What `config.json` keeps of the data, of all files that were read, and of a user's own backbone.
+
+    Args:
+        read: a hash of all that was read (`resuming.fingerprint`).
+    """
     shape = list(jax.tree.leaves(problem.dataset.x)[0].shape[1:])
-    own = identity(config.backbone)
-    return {"classes": list(problem.dataset.classes), "input_shape": shape} | ({"backbone_hash": own} if own else {})
+    own = backbone_hash(config.backbone)
+    return {
+        "classes": list(problem.dataset.classes),
+        "input_shape": shape,
+        "data_hash": read.partition("-")[0],
+        "identity": record.checksum([config.hash(), dataclasses.asdict(speed), read]),
+        "files": inputs.files(config),
+        **({"backbone_hash": own} if own else {}),
+    }
 
 
 def select(config: Config, fleet: network.Fleet, now: Current, stand: Standing) -> Cohort:

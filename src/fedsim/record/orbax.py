@@ -1,0 +1,29 @@
+"""How Orbax is kept to one process, and quiet."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import jax
+import orbax.checkpoint as ocp
+
+
+def quiet_orbax() -> None:
+    """Keeps what Orbax says to itself and its tracebacks from the terminal; what fails is raised, and told once, here."""
+    logger = logging.getLogger("absl")
+    if not any(isinstance(f, _NotOrbax) for f in logger.filters):
+        logger.addFilter(_NotOrbax())
+
+
+class _NotOrbax(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def alone() -> ocp.options.MultiprocessingOptions:
+    """Of several processes, the one that holds the folder writes and reads it and waits for no other one."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix="fedsim")

@@ -1,0 +1,207 @@
+"""What a run was given from outside - weights, tokenizer, data, code, tables - known by hash, and found again.
+
+The config keeps each path as it was typed. `config.json` holds, beside it, the absolute path and the SHA-256 of what the
+run read there (`files`). A later process takes the typed path if that leads to the same file, else the recorded one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsim.backbones import load, sources
+from fedsim.backbones.own import file_of
+from fedsim.config import Config
+from fedsim.data import PACKAGED, TABLES
+from fedsim.digests import file_sha256, shown
+from fedsim.record.files import decode, read_bytes
+from fedsim.simulation import needs
+
+if TYPE_CHECKING:
+    from fedsim.record import Run
+
+CODE = ("algorithm", "backbone")  # options that may name a Python file, `file.py:name`
+LISTS = ("availability", "device_table", "download", "upload", "latency", "compute")  # that may name a .csv
+TRUST = "say so by --trust-code, in Python trust_code=True"
+PACKAGE = Path(__file__).parents[1]
+
+Known = dict[str, dict[str, str]]  # option -> path (absolute), sha256; either may be missing
+
+
+def files(config: Config) -> Known:
+    """What `config.json` says of the files that the options name, and of weights and tokenizer wherever they come from.
+
+    Raises:
+        ValueError: weights that cannot be read.
+    """
+    found: Known = {}
+    for option, path in named(config).items():
+        digest = digest_of(option, path)
+        found[option] = {"path": str(path.resolve())} | ({"sha256": digest} if digest else {})
+    if "weights" not in found and (file := weights(config)) is not None:
+        found["weights"] = {"sha256": checkpoint_sha256(file)}  # of the hub or packaged: no path that was typed
+    if (file := tokenizer(config)) is not None:
+        found["tokenizer"] = {"sha256": file_sha256(file)}
+    for argument in map(Path, sys.argv):  # what described the run; nothing is read from it again
+        if argument.suffix == ".py" and argument.is_file() and PACKAGE not in argument.resolve().parents:
+            found["experiment"] = {"path": str(argument.resolve()), "sha256": file_sha256(argument)}
+            break
+    return found
+
+
+def named(config: Config) -> dict[str, Path]:
+    """The paths that options name, by option."""
+    found = {option: file_of(text) for option in CODE if ":" in (text := getattr(config, option)).partition("(")[0]}
+    for option in LISTS:
+        text = getattr(config, option)
+        if text is not None and (option == "device_table" or text.lower().endswith(".csv")):
+            found[option] = Path(text)
+    data = Path(config.dataset).expanduser()
+    if config.dataset not in PACKAGED and (data.suffix.lower() in (*TABLES, ".npz") or data.is_dir()):
+        found["dataset"] = data
+    if config.data_dir is not None:
+        found["data_dir"] = Path(config.data_dir)
+    given = config.weights
+    if given not in (None, "random") and not sources.is_hub_name(given):
+        found["weights"] = Path(given).expanduser()
+    return found
+
+
+def weights(config: Config) -> Path | None:
+    """The file of the weights that the run reads; None for random ones and a user's own backbone."""
+    if ":" in config.backbone or needs.weights(config) == "random":
+        return None
+    return sources.open_source(load.locate(config.backbone, config.weights)).file
+
+
+def tokenizer(config: Config) -> Path | None:
+    """The tokenizer that the run reads; None where there is none, as of arrays of token ids."""
+    try:
+        return needs.tokenizer(config)
+    except ValueError:
+        if config.dataset == "arrays":
+            return None
+        raise
+
+
+def digest_of(option: str, path: Path) -> str | None:
+    """SHA-256 of what an option's path leads to; None where there is no such file, and of folders of data."""
+    try:
+        if option == "weights":
+            return checkpoint_sha256(sources.open_source(path).file)
+        return file_sha256(path) if path.is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
+def checkpoint_sha256(file: Path) -> str:
+    """SHA-256 of a checkpoint's file; of an index of shards, of it and all that it names."""
+    if not file.name.endswith(".index.json"):
+        return file_sha256(file)
+    shards = decode(read_bytes(file), str(file), "give another checkpoint").get("weight_map", {})
+    parts = [file, *(file.parent / name for name in sorted(set(shards.values())))]
+    return hashlib.sha256("".join(map(file_sha256, parts)).encode()).hexdigest()
+
+
+def read_hash(config: Config) -> str:
+    """A hash of weights and tokenizer for checkpoints; empty where the run reads none from a file."""
+    found = [(name, file) for name, file in (("weights", weights(config)), ("tokenizer", tokenizer(config))) if file]
+    if not found:
+        return ""
+    return hashlib.sha256("".join(f"{n} {checkpoint_sha256(f)} " for n, f in found).encode()).hexdigest()[:16]
+
+
+# --- finding them again
+
+
+def located(run: Run, *, resumed: bool = False) -> Config:
+    """The run's config with paths that lead to what it was given, after a look at every hash.
+
+    Args:
+        resumed: it is to go on, so that changed code cannot be trusted; else it answers, and needs no data.
+
+    Raises:
+        ValueError: a file is gone or was changed, or a user's code is not surely the run's and nobody trusts it.
+    """
+    config = placed(run, resumed=resumed)
+    for option, read in (("weights", weights), ("tokenizer", tokenizer)):  # packaged, of the hub, or beside the weights
+        expected = run.about.get("files", {}).get(option, {}).get("sha256")
+        if expected is not None and (now := read(config)) is not None:
+            found = checkpoint_sha256(now)
+            if found != expected:
+                raise changed(run, option, now, expected, found)
+    return config
+
+
+def placed(run: Run, *, resumed: bool = False) -> Config:
+    """As `located`, without a look at weights and tokenizers that no path names: they may still have to be fetched."""
+    config, known = run.config, run.about.get("files", {})
+    for option in CODE:
+        text = getattr(config, option)
+        if ":" in text.partition("(")[0] and option not in known and not run.trust_code:
+            raise ValueError(
+                f"Expected trust_code=True for {option}={text!r} of {run.directory}, whose record does not know that file by "
+                f"hash: it would be executed here. Read it, then {TRUST}."
+            )
+    for option, typed in named(config).items():
+        if "path" in known.get(option, {}) and (resumed or option in (*CODE, "weights")):
+            path = find(run, option, typed, known[option], resumed=resumed)
+            if path != typed:
+                config = config.replace(**{option: retyped(getattr(config, option), option, path)})
+    return config
+
+
+def find(run: Run, option: str, typed: Path, known: dict[str, str], *, resumed: bool) -> Path:
+    """Where an option's file is now: as typed, or where the record has it.
+
+    Raises:
+        ValueError: as `located`.
+    """
+    recorded, expected = Path(known["path"]), known.get("sha256")
+    if expected is None:  # a folder of data, which is compared once it is read
+        return typed if typed.exists() or not recorded.exists() else recorded
+    if option in CODE and digest_of(option, recorded) == expected:
+        return typed if typed.exists() and typed.resolve() == recorded else recorded
+    for path in (typed, recorded):
+        if digest_of(option, path) != expected:
+            continue
+        if option in CODE and not run.trust_code:
+            raise ValueError(
+                f"Expected trust_code=True for {option}={getattr(run.config, option)!r} of {run.directory}: {path.resolve()} "
+                f"has the run's sha256={shown(expected)}, but the run had it as {recorded}, and it would be executed here. "
+                f"Read it, then {TRUST}."
+            )
+        return path
+    other = next((path for path in (typed, recorded) if path.exists()), None)
+    if other is None:
+        raise ValueError(
+            f"Expected {option}={str(typed)!r} of {run.directory} to be {typed.absolute()} or {recorded}, sha256="
+            f"{shown(expected)}, but neither is there; bring it back, or start in a folder from which {str(typed)!r} leads "
+            "to it."
+        )
+    found = digest_of(option, other)
+    if option not in CODE or resumed:
+        raise changed(run, option, other, expected, found)
+    if not run.trust_code:
+        raise ValueError(
+            f"Expected sha256={shown(found)} of {other}, the {option} of {run.directory}, to be "
+            f"{shown(expected)}, as when the run started; bring the old file back, or read this one, then {TRUST}."
+        )
+    return other
+
+
+def changed(run: Run, option: str, path: Path, expected: str, found: str | None) -> ValueError:
+    """What is said of a file that is not the one with which the run started."""
+    return ValueError(
+        f"Expected sha256={shown(found)} of {path}, the {option} of {run.directory}, to be {shown(expected)}, as when the run "
+        "started; bring the old file back, or start a new run in another folder."
+    )
+
+
+def retyped(text: str, option: str, path: Path) -> Any:
+    """An option's value with another path in it."""
+    if option not in CODE:
+        return str(path)
+    return f"{path}:{text.removeprefix(text.partition('(')[0].rpartition(':')[0] + ':')}"

@@ -1,0 +1,178 @@
+"""What a run was given is known by hash: changes are refused, moves are followed, and strangers' code is not run unasked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import fedsim
+from fedsim import record
+from fedsim.backbones import BACKBONES, Row
+from fedsim.backbones.vit import Vit, VitConfig
+from fedsim.config import Config, Speed
+from fedsim.simulation import inputs
+
+pytestmark = pytest.mark.usefixtures("compile_once")
+
+SPEED = Speed(devices=1, lanes=2, checkpoint_every=1, compilation_cache=False)
+X = np.random.default_rng(5).normal(size=(8, 6)).astype(np.float32)
+CODE = """
+import jax.numpy as jnp
+import fedsim
+from fedsim.algorithms.fed_avg import fed_avg
+
+print("executed", __name__)
+
+
+def make():
+    return fedsim.Backbone(lambda p, x: jnp.tanh(x @ p), jnp.eye(6))
+
+
+def mine(task):
+    return fed_avg(task)
+"""
+
+
+def cut_back(folder: Path) -> None:
+    """As after a kill before the last round's checkpoint."""
+    (folder / record.SUMMARY).unlink()
+    newest = max((p for p in (folder / record.CHECKPOINTS).iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    shutil.rmtree(newest)
+
+
+def test_weights_that_change_after_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """r02: neither --resume nor predict goes on with another model; both hashes are said."""
+    config = VitConfig(width=16, depth=2, heads=4, hidden=24, patch=4, image=12)
+    monkeypatch.setitem(BACKBONES, "fv", Row("image", Vit, config, formats=BACKBONES["vit_b16"].formats))
+    fixtures = Path(__file__).parents[1] / "fixtures" / "backbones" / "vit"
+    shutil.copytree(fixtures, tmp_path / "w")
+    x = np.random.default_rng(0).integers(0, 256, (60, 12, 12, 3)).astype(np.uint8)
+    data = fedsim.arrays(x, (x.mean(axis=(1, 2, 3)) > 127.5).astype(int))
+    options = Config(
+        dataset="arrays", backbone="fv", weights="w", peft="bias", rounds=2, clients=3, clients_per_round=2, min_size=1
+    )
+    monkeypatch.chdir(tmp_path)
+    run = fedsim.run(options, SPEED, out=tmp_path / "run", quiet=True, data=data)
+    first = run.predict(x[:4])
+    known = run.about["files"]["weights"]
+    assert known == {"path": str(tmp_path / "w"), "sha256": inputs.file_sha256(tmp_path / "w" / "model.safetensors")}
+
+    monkeypatch.chdir("/")  # found from anywhere
+    assert fedsim.load(tmp_path / "run").predict(x[:4]) == first
+
+    file = tmp_path / "w" / "model.safetensors"
+    save_file({k: v + np.float32(0.3) for k, v in load_file(file).items()}, file)
+    other = inputs.file_sha256(file)
+    words = rf"Expected sha256={other[:16]} of .*w, the weights of .*run, to be {known['sha256'][:16]}, .*bring the old file back"
+    with pytest.raises(ValueError, match=words):
+        fedsim.load(tmp_path / "run").predict(x[:4])
+    cut_back(tmp_path / "run")
+    with pytest.raises(ValueError, match=words):
+        fedsim.run(resume=tmp_path / "run", quiet=True, data=data)
+
+    monkeypatch.chdir(tmp_path)
+    about = json.loads((tmp_path / "run" / record.CONFIG).read_text())  # a record of before: the checkpoint knows too
+    del about["files"], about["checksum"]
+    (tmp_path / "run" / record.CONFIG).write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="to be a checkpoint of this run, but inputs is"):
+        fedsim.run(resume=tmp_path / "run", quiet=True, data=data)
+
+
+@pytest.fixture
+def place(tmp_path: Path, blobs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with data and code, typed as relative paths, and a finished run; it is not the working directory."""
+    home = tmp_path / "home"
+    home.mkdir()
+    blobs(home, rows=90)
+    (home / "mine.py").write_text(CODE)
+    monkeypatch.chdir(home)
+    config = Config(
+        dataset="blobs.npz", backbone="mine.py:make", algorithm="mine.py:mine", peft="head", rounds=2, clients=3,
+        clients_per_round=2, min_size=1,
+    )  # fmt: skip
+    fedsim.run(config, SPEED, out="run", quiet=True)
+    away = tmp_path / "away"
+    away.mkdir()
+    monkeypatch.chdir(away)
+    return home
+
+
+def test_the_record_has_path_and_hash_of_every_file_and_the_config_as_typed(place: Path) -> None:
+    run = fedsim.load(place / "run")
+    assert run.config.backbone == "mine.py:make" and run.about["config_hash"] == run.config.hash()
+    assert {k: v["path"] for k, v in run.about["files"].items() if k != "experiment"} == {
+        "algorithm": str(place / "mine.py"),
+        "backbone": str(place / "mine.py"),
+        "dataset": str(place / "blobs.npz"),
+    }
+
+
+def test_a_run_is_used_from_anywhere(place: Path) -> None:
+    whole = fedsim.load(place / "run")
+    assert len(whole.predict(X)) == 8
+    shutil.copytree(place / "run", place / "stopped")
+    cut_back(place / "stopped")
+    again = fedsim.run(resume=place / "stopped", quiet=True)
+    assert (again.directory / record.TRAINED).read_bytes() == (whole.directory / record.TRAINED).read_bytes()
+    assert again.config.dataset == "blobs.npz", "as it was typed"
+
+
+def test_code_at_another_place_or_changed_is_not_run_unasked(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    away = tmp_path / "away"
+    (place / "mine.py").rename(away / "mine.py")
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=r"Expected trust_code=True .*mine\.py has the run's sha256=.*--trust-code"):
+        fedsim.load(place / "run").predict(X)
+    assert len(fedsim.load(place / "run", trust_code=True).predict(X)) == 8
+    cut_back(place / "run")
+    with pytest.raises(ValueError, match=r"Expected trust_code=True"):
+        fedsim.run(resume=place / "run", quiet=True)
+    assert fedsim.run(resume=place / "run", quiet=True, trust_code=True).summary is not None
+
+    capsys.readouterr()
+    (away / "mine.py").write_text(CODE + "\n# edited\n")
+    with pytest.raises(
+        ValueError, match=r"Expected sha256=\w+ of mine\.py, the algorithm of .* to be \w+, .*trust_code"
+    ):
+        fedsim.load(place / "run").predict(X)
+    assert "executed" not in capsys.readouterr().out
+    assert len(fedsim.load(place / "run", trust_code=True).predict(X)) == 8
+    cut_back(place / "run")
+    with pytest.raises(ValueError, match="bring the old file back, or start a new run"):
+        fedsim.run(resume=place / "run", quiet=True, trust_code=True)
+    (away / "mine.py").unlink()
+    with pytest.raises(ValueError, match=r"to be .*away/mine\.py or .*home/mine\.py, sha256=.*neither is there"):
+        fedsim.run(resume=place / "run", quiet=True)
+
+
+def test_a_record_of_before_asks_before_it_runs_code(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    about = json.loads((place / "run" / record.CONFIG).read_text())
+    for name in ("files", "identity", "data_hash", "checksum"):
+        del about[name]
+    (place / "run" / record.CONFIG).write_text(json.dumps(about))
+    for name in (record.SUMMARY, record.ROUNDS):
+        lines = [json.loads(line) for line in (place / "run" / name).read_text().splitlines()] if name == record.ROUNDS else [
+            json.loads((place / "run" / name).read_text())
+        ]  # fmt: skip
+        old = [{k: v for k, v in line.items() if k not in ("checksum", "identity", "sha256")} for line in lines]
+        (place / "run" / name).write_text("".join(json.dumps(line) + "\n" for line in old))
+    with pytest.raises(ValueError, match="whose record does not know that file by hash"):
+        fedsim.load(place / "run").predict(X)
+    assert len(fedsim.load(place / "run", trust_code=True).predict(X)) == 8
+
+
+def test_changed_data_are_refused_before_the_first_checkpoint_too(place: Path, blobs: Callable[..., Path]) -> None:
+    shutil.rmtree(place / "run" / record.CHECKPOINTS)
+    (place / "run" / record.SUMMARY).unlink()
+    blobs(place, rows=90, seed=4)
+    with pytest.raises(ValueError, match=r"Expected sha256=\w+ of blobs\.npz|of .*blobs\.npz, the dataset of"):
+        fedsim.run(resume=place / "run", quiet=True)
