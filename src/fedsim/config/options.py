@@ -14,7 +14,10 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fedsim.config.checks import PartitionLaw, check, one_of, positive, require_known
+from fedsim.config.checks import PartitionLaw, check
+from fedsim.config.fields import gate
+from fedsim.config.limits import in_range
+from fedsim.config.words import require_known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,12 +265,8 @@ class Speed:
     """Keep compiled programs on disk between runs."""
 
     def __post_init__(self) -> None:
-        positive(lanes=self.lanes, devices=self.devices, segment_steps=self.segment_steps)
-        positive(eval_batch=self.eval_batch, checkpoint_every=self.checkpoint_every, length_buckets=self.length_buckets)
-        one_of(("shard_map", "pmap"), parallel=self.parallel)
-        one_of(("auto", "on", "off"), cache=self.cache, resident=self.resident)
-        one_of(("float32", "bfloat16"), precision=self.precision)
-        one_of(("none", "blocks", "dots"), remat=self.remat)
+        gate(self)
+        in_range(self)
 
 
 GROUPS: tuple[type, ...] = (Data, Model, Training, Network, Evaluation)
