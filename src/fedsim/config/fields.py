@@ -52,7 +52,11 @@ def take_call(make: Callable[..., Any], values: Mapping[str, Any], where: str) -
     """
     try:
         hints = get_type_hints(make)
-    except (NameError, TypeError, AttributeError):  # of a user's own function, with names that are imported for types alone
+    except (
+        NameError,
+        TypeError,
+        AttributeError,
+    ):  # of a user's own function, with names that are imported for types alone
         return dict(values)
     return {name: take(value, hints.get(name, Any), name, where=where) for name, value in values.items()}
 

@@ -14,7 +14,9 @@ class Reader(NamedTuple):
 
     by: str  # the option that decides it
     needs: str  # for people
-    there: Callable[[Config, str | None], bool]  # (config, the backbone's kind: text, image, array or unknown) -> is read
+    there: Callable[
+        [Config, str | None], bool
+    ]  # (config, the backbone's kind: text, image, array or unknown) -> is read
 
 
 def _peft(*kinds: str) -> Reader:

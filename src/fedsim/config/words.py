@@ -29,7 +29,9 @@ def one_of(allowed: Sequence[str], **values: Any) -> None:
     """Raises `ValueError` unless every value is one of `allowed`, naming the nearest."""
     for name, value in values.items():
         if value not in allowed:
-            raise ValueError(f"Expected {name}={shown(value)} to be one of {', '.join(allowed)}{nearest(value, allowed)}.")
+            raise ValueError(
+                f"Expected {name}={shown(value)} to be one of {', '.join(allowed)}{nearest(value, allowed)}."
+            )
 
 
 def nearest(word: object, among: Iterable[str]) -> str:
