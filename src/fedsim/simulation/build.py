@@ -152,6 +152,15 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
     return algorithms.find(config.algorithm)
 
 
+def kind(config: Config) -> str:
+    """What the config's backbone reads: text, image or array.
+
+    Raises:
+        ValueError: an unknown backbone.
+    """
+    return backbone(config.backbone).kind
+
+
 def most_of_cpu() -> int:
     """The most devices into which a CPU is divided: each compiles and holds its own, so more than its cores gain nothing."""
     return max(MOST_OF_CPU, os.cpu_count() or 1)
