@@ -345,7 +345,7 @@ def arities(kind: type[Any]) -> dict[str, int | None]:
 
 
 def check_form(argv: Sequence[str], arity: Mapping[str, int | None]) -> None:
-    """Refuses an option that is given twice, of which the last would win, and several values where one is read.
+    """Refuses an option that is given twice, of which the last would win, and more values than it has.
 
     Raises:
         ValueError: names the option, and what to write instead.
@@ -359,6 +359,10 @@ def check_form(argv: Sequence[str], arity: Mapping[str, int | None]) -> None:
             raise ValueError(f"Expected {flag} once; {remedy}.")
     for flag in flags:
         values = values_of(flag, argv)
+        if arity.get(flag) == 0 and values:
+            raise ValueError(
+                f"Expected {flag} without a value, not {' '.join(values)}; write {flag} or --no-{flag[2:]} alone."
+            )
         if arity.get(flag) == 1 and len(values) > 1:
             raise ValueError(
                 f"Expected {flag} with one value, not {' '.join(values)}; start the command once for each of them."
