@@ -73,6 +73,10 @@ _refuse_namesake()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # here, since it takes 0.05 s
+
+        return version("fedsim-jax")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'fedsim' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULE_OF[name]), name)

@@ -148,7 +148,7 @@ def test_options_of_algorithms_are_checked(tmp_path):
         find("fed_prox(1)")
     (tmp_path / "mine.py").write_text("def fed_mine(task):\n    return task\n")
     assert find(f"{tmp_path}/mine.py:fed_mine")(3) == 3
-    with pytest.raises(ValueError, match=r"to define 'fed_min'; did you mean fed_mine"):
+    with pytest.raises(ValueError, match=r"to define 'fed_min' \(did you mean fed_mine"):
         find(f"{tmp_path}/mine.py:fed_min")
     with pytest.raises(ValueError, match=r"to exist"):
         find("nowhere.py:f")

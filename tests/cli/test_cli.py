@@ -36,6 +36,20 @@ WITH = {
     "deadline": {"compute": "5"},
     "late": {"compute": "5", "deadline": 9.0},
     "personal_epochs": {"local_test": 0.2},
+    "personal_lr": {"personal_epochs": 1, "local_test": 0.2},
+    "eval_clients": {"local_test": 0.2},
+    "epochs": {"steps": None},
+    "adapter": {"peft": "adapter"},
+    "adapter_width": {"peft": "adapter"},
+    "prompt_tokens": {"peft": "prompt"},
+    "prompt_depth": {"peft": "prompt"},
+    "prefix_tokens": {"peft": "prefix"},
+    "bias_patch": {"peft": "bias"},
+    "last_blocks": {"peft": "last_k"},
+    "data_dir": {"dataset": "tfds:mnist"},
+    "domain_column": {"partition": "domain"},
+    "classes_per_client": {"partition": "shards"},
+    "size_law": {"partition": "quantity"},
 }
 
 
@@ -116,12 +130,51 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["run", "none.py"], "Expected experiment file 'none.py' to exist"),
         (
             ["rnu"],
-            "Expected command 'rnu' to be one of run, profile, cost, compare, check, data, list; did you mean run?",
+            "Expected command 'rnu' to be one of run, profile, cost, compare, check, data, list (did you mean run?)",
         ),
         (["list", "pefts"], "did you mean peft"),
         (["data", "lits"], "did you mean list"),
         (["data", "fetch", "minilm"], "minilm"),
         (["compare", "a", "b"], "Expected 'a' to hold a run"),
+        (["compare", "a", "b", "c"], "Expected 'a' to hold a run"),
+        (["compare", "a"], "Expected fedsim compare with two or more folders of runs, not 1"),
+        (["run", "--lr", "0.1", "--rounds", "3", "--lr=0.2"], "Expected --lr once; leave out all but one."),
+        (["run", "--head_rounds", "3", "--head-rounds", "2"], "Expected --head-rounds once"),
+        (["run", "--dora", "--no-dora"], "Expected --dora once"),
+        (["run", "--targets", "a", "--targets", "b"], "Expected --targets once; put all its values behind it, as in"),
+        (["check", "fed_avg", "--x", "1", "--x", "2"], "Expected --x once"),
+        (["data", "fetch", "--accept-licence", "a", "--accept-licence", "b"], "Expected --accept-licence once"),
+        (
+            ["run", "--seed", "0", "1", "2"],
+            "Expected --seed with one value, not 0 1 2; start the command once for each",
+        ),
+        (["run", "--rank", "4", "--peft", "bias"], "Expected rank=4 with peft=lora or ffa_lora: under peft='bias' it"),
+        (["run", "--epochs", "2"], "Expected epochs=2 with steps=None: under steps=4 it means nothing"),
+        (["run", "--alpha", "0.5", "--partition", "iid"], "under partition='iid' it means nothing"),
+        (["run", "--personal-lr", "0.5"], "Expected personal_lr=0.5 with personal_epochs above 0"),
+        (
+            ["run", "--backbone", "mlp", "--peft", "full", "--tokens", "8"],
+            "Expected tokens=8 with a backbone that reads",
+        ),
+        (["cost", "--rank", "4", "--peft", "bias", "head"], "Expected rank=4 with peft=lora or ffa_lora"),
+        (["cost", "--classes", "1000000000"], "Expected classes=1000000000 <= 10000000"),
+        (["cost", "--backbone", "mlp", "--peft", "full", "--input-shape", "0"], "Expected input_shape=0 > 0"),
+        (["run", "--devices", "99"], "Expected devices=99 <= "),
+        (["run", "--lr", "1e400"], "Expected lr=inf to be 0 or a finite number"),
+        (
+            ["run", "--rounds", "1" + "0" * 30],
+            "Expected rounds=1" + "0" * 30 + " to be a whole number that fits an array",
+        ),
+        (["run", "--steps", "2147483648"], "Expected steps=2147483648 <= 10000000"),
+        (["run", "--image-size", "1048576", "--backbone", "vit_b16"], "Expected image_size=1048576 <= 4096"),
+        (
+            ["run", "--lr-schedule", "sgdr_schedule([])"],
+            "Expected lr_schedule='sgdr_schedule([])' to be a call that optax",
+        ),
+        (["run", "--optimizer", "x({[]: 1})"], "Expected optimizer='x({[]: 1})' to be a name or a call"),
+        (["run", "--optimizer", "noisy_sgd"], "Expected optimizer='noisy_sgd' to draw nothing by itself"),
+        (["run", "--dataset", ""], "Expected dataset='' to be a text that is not empty"),
+        (["list", "peft", "data"], "Expected fedsim list with one of"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -141,7 +194,7 @@ def test_nonsense_is_refused_before_any_work(
         (["run", "--partition", "dirichelt"], "dirichlet"),
         (["run", "--rounds", "many"], "--rounds"),
         (["run", "--lr"], "--lr"),
-        (["compare", "a"], "PATH"),
+        (["run", "--lanes", "0"], "Expected lanes=0 > 0"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -222,10 +275,20 @@ def arguments(data: Path, *more: str) -> list[str]:
 
 def test_dry_run_trains_nothing(here: Path, blobs: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     data = blobs(here.parent)
-    assert cli.main(arguments(data, "--dry-run", "--head-rounds", "1")) == 0
+    argv = arguments(data, "--dry-run")
+    argv[argv.index("--head-rounds") + 1] = "1"
+    assert cli.main(argv) == 0
     said = capsys.readouterr().out
     assert list(here.iterdir()) == []
-    for part in ("Nothing was trained", "rounds 1 to 1: head", "rounds 2 to 2: full", "lanes", "time", "memory"):
+    for part in (
+        "Starting from: plain FedAvg (the main job is made for minilm_l6;",
+        "Nothing was trained",
+        "rounds 1 to 1: head",
+        "rounds 2 to 2: full",
+        "lanes",
+        "time",
+        "memory",
+    ):
         assert part in said, part
     # layers 6-128-64 and a head of 3 classes: 9,347 parameters, of them 195 in the head, 3 clients each way
     assert "37,388 B" in said and "780 B" in said

@@ -221,9 +221,9 @@ def test_a_huge_model_is_a_matter_of_seconds(environment: dict[str, str]) -> Non
     [
         ("--backbone vit_b1", "did you mean vit_b16"),
         ("--peft biass", "did you mean bias"),
-        ("--targets querry", "Expected targets='querry' to match a linear layer; did you mean query?"),
+        ("--targets querry", "Expected targets='querry' to match a linear layer (did you mean query?)"),
         ("--backbone resnet18", "no linear layer but the head"),
-        ("--rank 500", "Expected rank=500 <= 384, the rank of blocks/0/attention/query; lower it"),
+        ("--preset plain --rank 500", "Expected rank=500 <= 384, the rank of blocks/0/attention/query; lower it"),
         ("--backbone vit_b16 --image-size 225", "image_size=224, or another multiple of 16"),
         ("--backbone mlp --peft full", "Expected input_shape of backbone='mlp' to be given"),
         ("--backbone resnet18 --peft prompt", "to meet a transformer"),

@@ -79,7 +79,7 @@ def test_clients_and_domains_of_files(tmp_path: Path) -> None:
     arrays(tmp_path, x=x, y=y, writer=[1, 2, 3], client=[7, 7, 9])
     assert read_arrays(tmp_path / "my.npz", Columns(client="writer")).natural["client"].tolist() == [1, 2, 3]
     with pytest.raises(
-        ValueError, match=r"client_column='writers' to be an array of .*my\.npz, .*; did you mean writer"
+        ValueError, match=r"client_column='writers' to be an array of .*my\.npz, .* \(did you mean writer"
     ):
         read_arrays(tmp_path / "my.npz", Columns(client="writers"))
     with pytest.raises(ValueError, match=r"client of .*my\.npz to have a value a row, got shape \(2,\), 3 rows"):
@@ -117,7 +117,7 @@ def test_texts_in_memory() -> None:
         ({"y": [0, -1, 1, 0]}, r"0 <= label=-1 < 2 in row 1 of mine"),
         ({"x": np.array([[0.0], [1.0], [np.nan], [0.0]])}, r"finite values in row 2 of mine \(1 such rows hold NaN"),
         ({"classes": ("a", "b", "a")}, r"each class of mine once, got 'a' twice"),
-        ({"splits": {"training": [0]}}, r"split 'training' to be a known one; did you mean train\?"),
+        ({"splits": {"training": [0]}}, r"split 'training' to be a known one \(did you mean train\?"),
         ({"splits": {"test": [0]}}, "an array `train` beside"),
         ({"client": [1, 2]}, r"client of mine to have a value a row"),
         ({"x": np.zeros((3, 1))}, r"as many rows in x as in y of mine, got 3 and 4"),

@@ -95,7 +95,7 @@ def test_path_says_the_command(index: Path) -> None:
 
 @pytest.mark.parametrize("call", [assets.path, assets.is_fetched, lambda name: assets.fetch([name])])
 def test_an_unknown_name_is_refused(index: Path, call) -> None:
-    with pytest.raises(ValueError, match="'tini' to be a known one; did you mean tiny"):
+    with pytest.raises(ValueError, match=r"'tini' to be a known one \(did you mean tiny"):
         call("tini")
 
 

@@ -120,7 +120,7 @@ def test_load_gives_arrays_and_three_splits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ("20newsgroup", r"Expected dataset='20newsgroup' to be one of .*; did you mean 20newsgroups\?"),
+        ("20newsgroup", r"Expected dataset='20newsgroup' to be one of .* \(did you mean 20newsgroups\?"),
         ("reviews.xlsx", r"a file that ends in \.csv, \.jsonl, \.parquet, \.npz"),
         ("missing.csv", r"Expected dataset='missing.csv' to be an existing file"),
     ],

@@ -66,7 +66,7 @@ def test_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"texts": ["a"], "label": [0]}, r"text_column='text' .* in hf:.*; did you mean texts"),
+        ({"texts": ["a"], "label": [0]}, r"text_column='text' .* in hf:.* \(did you mean texts"),
         ({"text": ["a", None], "label": [0, 1]}, r"an image or a text in column 'text' of row 1 of train of hf:"),
         (
             {"text": ["a", "b"], "label": [0.5, 1.5]},

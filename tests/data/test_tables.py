@@ -89,7 +89,7 @@ def test_bad_tables_are_refused(tmp_path: Path, name: str, content: str | bytes,
 
 def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "reviews.csv").write_text("text,label\n")
-    with pytest.raises(ValueError, match=r"to be an existing file; did you mean reviews\.csv\?"):
+    with pytest.raises(ValueError, match=r"to be an existing file \(did you mean reviews\.csv\?"):
         read_table(tmp_path / "review.csv", Columns())
 
 
@@ -111,7 +111,7 @@ def test_clients_and_domains(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("text,label,autor,year\na,b,c,d\n", r"client_column='author' .*my\.csv line 1.*; did you mean autor"),
+        ("text,label,autor,year\na,b,c,d\n", r"client_column='author' .*my\.csv line 1.* \(did you mean autor"),
         ("text,label,author,year\na,b,c,1\nd,e, ,2\n", r"a client .* in .*my\.csv line 3, got ' '; remove or fill"),
         ("text,label,author,year\na,b,c,1\nd,e,f,\n", r"a domain .* in .*my\.csv line 3, got ''"),
     ],
@@ -143,7 +143,7 @@ def test_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"texts": ["a"], "label": [1]}, r"text_column='text' .* in .*my\.parquet, among .*; did you mean texts"),
+        ({"texts": ["a"], "label": [1]}, r"text_column='text' .* in .*my\.parquet, among .* \(did you mean texts"),
         ({"text": ["a", "b", None], "label": [1, 2, 3]}, r"a text in column 'text' of .*my\.parquet row 2, got None"),
         ({"text": ["a", "b"], "label": [1.0, 2.0]}, r"a label .* of .*my\.parquet row 0, got 1\.0"),
         ({"text": [], "label": []}, "at least one row"),
@@ -160,7 +160,7 @@ def test_what_is_no_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     file.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"Expected .*my\.parquet to be a readable Parquet file"):
         read_table(file, Columns())
-    with pytest.raises(ValueError, match=r"to be an existing file; did you mean my\.parquet\?"):
+    with pytest.raises(ValueError, match=r"to be an existing file \(did you mean my\.parquet\?"):
         read_table(tmp_path / "me.parquet", Columns())
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"pip install -e '\.\[parquet\]', or write \.jsonl"):

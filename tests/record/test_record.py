@@ -368,7 +368,7 @@ def test_load_refuses_what_is_no_run(tmp_path: Path) -> None:
         record.load(tmp_path)
     del about["checksum"]
     path.write_text(json.dumps({**about, "config": {**about["config"], "rnak": 8}}))
-    with pytest.raises(ValueError, match=r"'rnak' to be a known one; did you mean rank"):
+    with pytest.raises(ValueError, match=r"'rnak' to be a known one \(did you mean rank"):
         record.load(tmp_path)
     path.write_text(json.dumps({**about, "schema": 9}))
     with pytest.raises(ValueError, match="schema=9 <= 1"):

@@ -47,7 +47,7 @@ def test_optimizers_are_optax_s(text: str, reference: Callable[[float], optax.Gr
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("adm", "to be an optax optimizer with a learning_rate; did you mean adam"),
+        ("adm", r"to be an optax optimizer with a learning_rate \(did you mean adam"),
         ("chain", "to be an optax optimizer"),
         ("constant_schedule", "to be an optax optimizer"),
         ("sgd(0.1)", "to give options by name"),

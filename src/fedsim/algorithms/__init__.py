@@ -18,7 +18,7 @@ from fedsim.algorithms.lora.ffa_lora import ffa_lora
 from fedsim.algorithms.lora.flex_lora import flex_lora
 from fedsim.algorithms.lora.flora import flora
 from fedsim.algorithms.lora.het_lora import het_lora
-from fedsim.config import nearest, parse_call
+from fedsim.config import nearest, parse_call, take_call
 from fedsim.core import Algorithm, Task
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
@@ -56,4 +56,5 @@ def find(text: str) -> Callable[[Task], Algorithm]:
             f"{nearest(name, ALGORITHMS)}."
         )
     own.require_options(make, options, name, given=1)
-    return lambda task: make(task, **options)
+    taken = take_call(make, options, f"algorithm={text!r}")
+    return lambda task: make(task, **taken)

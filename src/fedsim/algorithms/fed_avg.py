@@ -68,6 +68,6 @@ def descend(optimizer: optax.GradientTransformation, server: Server, change: Par
 
 def fed_prox(task: Task, mu: float = 0.1) -> Algorithm:
     """FedProx (Li et al., arXiv 1812.06127): FedAvg with mu/2 |w - w0|^2 added to every client's loss."""
-    if not isinstance(mu, (int, float)) or not mu >= 0:
+    if isinstance(mu, bool) or not isinstance(mu, (int, float)) or not 0 <= mu < float("inf"):
         raise ValueError(f"Expected mu={mu!r} >= 0; 0 is FedAvg.")
     return fed_avg(task, penalty=proximal(mu))

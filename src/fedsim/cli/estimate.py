@@ -47,11 +47,13 @@ class PhaseEstimate(NamedTuple):
     memory: dict[str, int]  # bytes by part, of each device
 
 
-def dry_run(config: Config, speed: Speed) -> list[PhaseEstimate]:
-    """Estimates every phase and prints plan, bytes, memory and time."""
+def dry_run(config: Config, speed: Speed, start: str = "") -> list[PhaseEstimate]:
+    """Estimates every phase and prints plan, bytes, memory and time; before them `start`, what the options start from."""
     tune_host(speed)
     problem = build.problem(config, speed)
     found = [estimate(problem, phase) for phase in build.phases(config)]
+    if start:
+        print(start)
     print_estimate(problem, found, matmul_speed(speed.precision))
     return found
 

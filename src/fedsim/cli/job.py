@@ -68,8 +68,11 @@ def run_job(
     baselines: bool = False,
     central: bool = False,
     quiet: bool = False,
+    start: str = "",
 ) -> record.Run:
     """Runs `config` (or, if `central`, its centralised form), then what it is compared with; prints the closing table.
+
+    `start` is printed before: what the options start from.
 
     The comparisons are whole runs of their own, in the folder `baselines/` of the run.
     """
@@ -86,6 +89,8 @@ def run_job(
     if central:
         config = centralised(config, len(problem.partition.rows))
         problem = owned_by(problem, config)
+    if start and not quiet and processes.is_first():
+        print(start, flush=True)
     done = simulate.run(config, speed, out=out, quiet=quiet, problem=problem)
     others = {"head to convergence": head_config(config)} if head and config.peft != "head" else {}
     if baselines:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from fedsim.cli.options import CostOptions, ProfileOptions, RunOptions, ShowOptions, documented, parse
-from fedsim.config import nearest, positive
+from fedsim.cli.options import CostOptions, ProfileOptions, RunOptions, ShowOptions, check_form, parse, parse_from
+from fedsim.config import at_most, idle_alone, nearest, positive, refuse_idle
 
 
 def run(argv: Sequence[str]) -> int:
     """Simulate federated fine-tuning."""
-    options = parse(RunOptions, argv, "fedsim run")
+    options, start = parse_from(RunOptions, argv, "fedsim run")
     options.join()
     if options.resume is not None:
         allowed = ("--resume", "--quiet", "--trust-code", "--distributed", "--coordinator", "--process")
@@ -31,6 +32,10 @@ def run(argv: Sequence[str]) -> int:
     from fedsim.cli.job import run_job
     from fedsim.simulation import build, needs
 
+    refuse_idle(config, start.config, build.kind(config))
+    said = "\n".join(
+        [f"Starting from: {start.name}.", *map(unread, idle_alone(start.config, build.kind(start.config)))]
+    )
     if options.dry_run:
         if options.centralized:
             raise ValueError("Expected --dry-run without --centralized; it estimates the federated run.")
@@ -38,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
 
         build.check(config, options.speed)
         needs.fetch_missing(config)
-        dry_run(config, options.speed)
+        dry_run(config, options.speed, said)
         return 0
     run_job(
         config,
@@ -48,8 +53,14 @@ def run(argv: Sequence[str]) -> int:
         baselines=options.baselines,
         central=options.centralized,
         quiet=options.quiet,
+        start=said,
     )
     return 0
+
+
+def unread(sentence: str) -> str:
+    """What is refused of the command line is said of an experiment file, which may set options for several uses."""
+    return f"Not read: {sentence.removeprefix('Expected ')}"
 
 
 def profile(argv: Sequence[str]) -> int:
@@ -57,6 +68,7 @@ def profile(argv: Sequence[str]) -> int:
     options = parse(ProfileOptions, argv, "fedsim profile")
     config = options.config()
     positive(repeats=options.repeats)
+    at_most(10**6, repeats=options.repeats)
     from fedsim.profiling import profile as profiling
 
     profiling.profile(
@@ -73,10 +85,7 @@ def profile(argv: Sequence[str]) -> int:
 
 def cost(argv: Sequence[str]) -> int:
     """Print parameters and bytes of a backbone, a PEFT kind and a number of classes; needs no weights and no data."""
-    for flag in ("--backbone", "--peft", "--classes"):  # the last one would win without a word
-        if sum(a.split("=")[0] == flag for a in argv) > 1:
-            raise ValueError(f"Expected {flag} once; put all its values behind it, as in {flag} A B.")
-    options = tyro.cli(documented(CostOptions), prog="fedsim cost", args=list(argv))
+    options = CostOptions.parsed(argv)
     settings = [(config, classes) for config in options.configs() for classes in options.classes]
     from fedsim.cli import cost as costs
 
@@ -88,20 +97,24 @@ def cost(argv: Sequence[str]) -> int:
 
 
 def compare(argv: Sequence[str]) -> int:
-    """Print what differs between two runs, config first, then results."""
+    """Print what differs between two or more runs, config first, then results."""
 
-    def main(a: Annotated[Path, tyro.conf.Positional], b: Annotated[Path, tyro.conf.Positional]) -> None:
-        """Print what differs between two runs, config first, then results.
+    def main(*runs: Annotated[Path, tyro.conf.Positional]) -> None:
+        """Print what differs between two or more runs, config first, then results.
 
         Args:
-            a: folder of a run.
-            b: folder of another.
+            runs: folders of runs, two or more.
         """
+        if len(runs) < 2:
+            raise ValueError(
+                f"Expected fedsim compare with two or more folders of runs, not {len(runs)}; give them one behind the other."
+            )
         from fedsim import record
         from fedsim.report import tables as report
 
-        report.print_comparison(record.load(a), record.load(b))
+        report.print_comparison(*map(record.load, runs))
 
+    check_form(argv, {})
     tyro.cli(main, prog="fedsim compare", args=list(argv))
     return 0
 
@@ -121,6 +134,7 @@ def check(argv: Sequence[str]) -> int:
 
         return 0 if print_checks(algorithm) else 1
 
+    check_form(argv, {})
     return tyro.cli(main, prog="fedsim check", args=list(argv))
 
 
@@ -137,6 +151,7 @@ def data(argv: Sequence[str]) -> int:
             "fedsim data show [OPTIONS]"
         )
         return 0
+    check_form(argv, {})
     from fedsim.data import show
 
     if argv[0] == "fetch":
@@ -175,12 +190,20 @@ def data(argv: Sequence[str]) -> int:
 
 def list_(argv: Sequence[str]) -> int:
     """List the names that options take: backbones, peft, algorithms, data."""
+    if argv and argv[0] in ("--help", "-h"):
+        print(f"usage: fedsim list [{' | '.join(KINDS)}]\n\n{list_.__doc__}")
+        return 0
+    if len(argv) > 1:
+        raise ValueError(
+            f"Expected fedsim list with one of {', '.join(KINDS)}, not {' '.join(argv)}; or none, for all."
+        )
     from fedsim.cli.job import listing
 
     listing(argv[0] if argv else None)
     return 0
 
 
+KINDS = ("algorithms", "backbones", "peft", "data")  # of `fedsim list`
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": run,
     "profile": profile,
@@ -195,16 +218,18 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit status is 0, 1 for a failed check, 2 for bad input, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: fedsim COMMAND [OPTIONS]\n\nFederated parameter-efficient fine-tuning, every byte counted.\n")
         for name, command in COMMANDS.items():
             print(f"  {name:8} {(command.__doc__ or '').splitlines()[0]}")
-        print("\nfedsim COMMAND --help says more.")
+        print("\nfedsim COMMAND --help says more; --debug shows the traceback of what is refused.")
         return 0
     if argv[0] == "--version":
-        import importlib.metadata
+        import fedsim
 
-        print(f"fedsim-jax {importlib.metadata.version('fedsim-jax')}")
+        print(f"fedsim-jax {fedsim.__version__}")
         return 0
     try:
         if argv[0] not in COMMANDS:
@@ -213,6 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         return COMMANDS[argv[0]](argv[1:]) or 0
     except Exception as error:
+        if debug:
+            traceback.print_exc()
         processes = sys.modules.get("fedsim.engine.processes")  # not imported here: it imports JAX
         if processes and processes.lost(error):
             print(
@@ -222,7 +249,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif isinstance(error, (ValueError, OSError)):
             print(f"fedsim: {error}", file=sys.stderr)
         else:
-            raise
+            print(
+                f"fedsim: internal error: {type(error).__name__}: {str(error).partition(chr(10))[0]}; run with --debug for the "
+                "traceback, and please report it",
+                file=sys.stderr,
+            )
         return processes.failed(2) if processes else 2
     except KeyboardInterrupt as stop:
         print(f"\n{stop}" if str(stop) else "\nStopped.", file=sys.stderr)

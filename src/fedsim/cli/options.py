@@ -8,18 +8,35 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import sys
+import traceback
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import tyro
 
 from fedsim import own
-from fedsim.config import Config, Data, Evaluation, Model, Network, Speed, Training, main_job
+from fedsim.config import (
+    Config,
+    Data,
+    Evaluation,
+    Model,
+    Network,
+    Speed,
+    Training,
+    at_most,
+    idle,
+    main_job,
+    positive,
+    refuse_idle,
+)
+
+MOST_CLASSES, MOST_SIDE = 10**7, 2**16  # that `fedsim cost` prices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +49,9 @@ class Options:
     network: Network = field(default_factory=Network)
     evaluation: Evaluation = field(default_factory=Evaluation)
     speed: Speed = field(default_factory=Speed)
+    preset: Literal["main_job", "plain"] | None = None
+    """What the other options change: the main job, or plain FedAvg, which are `fedsim.main_job()` and `fedsim.Config()`
+    (default: the main job, whose options are made for its backbone; plain for another --backbone)."""
 
     def config(self) -> Config:
         """The flat config; raises `ValueError` for impossible options."""
@@ -68,9 +88,9 @@ class RunOptions(Options):
     coordinator: str | None = None
     """HOST:PORT of process 0, for --distributed (default: from Slurm, Open MPI, Kubernetes or a TPU pod)."""
     processes: int | None = None
-    """How many processes there are, for --distributed (default: as above)."""
+    """How many processes there are, for --distributed (default: found as the coordinator is)."""
     process_id: int | None = None
-    """Number of this process, from 0, for --distributed (default: as above)."""
+    """Number of this process, from 0, for --distributed (default: found as the coordinator is)."""
 
     def join(self) -> None:
         """Meets the other processes, and refuses to go on unless all were given the same; nothing without --distributed.
@@ -151,16 +171,47 @@ class CostOptions(Model):
     """Also say which rule took which leaf."""
     json: bool = False
     """Print JSON: a list with an object for each row."""
+    preset: Literal["main_job", "plain"] | None = None
+    """What the other options change, as for `fedsim run`."""
 
     def configs(self) -> list[Config]:
         """A config for each backbone and PEFT kind; raises `ValueError` for impossible options."""
         for name in ("backbone", "peft", "classes"):
             if not getattr(self, name):
                 raise ValueError(f"Expected {name} to have a value; give one or more.")
+        at_most(MOST_CLASSES, classes=max(self.classes))
+        for side in self.input_shape or ():
+            positive(input_shape=side)
+            at_most(MOST_SIDE, input_shape=side)
         here: dict[str, Any] = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(Config) if hasattr(self, f.name)
         }
         return [Config(**here | {"backbone": b, "peft": p}) for b in self.backbone for p in self.peft]
+
+    @classmethod
+    def parsed(cls, argv: Sequence[str]) -> CostOptions:
+        """From the command line, on top of what `fedsim run` starts from; an option must mean something in some row.
+
+        Raises:
+            ValueError: as `parse_from`.
+        """
+        kind = documented(cls)
+        check_form(argv, arities(kind))
+        start = starting(argv)
+        base = {
+            f.name: getattr(start.config, f.name) for f in dataclasses.fields(kind) if hasattr(start.config, f.name)
+        }
+        _trust_defaults()
+        default = cls(**base | {"backbone": (start.config.backbone,), "peft": (start.config.peft,), "weights": None})
+        options = tyro.cli(kind, prog="fedsim cost", args=list(argv), default=default)
+        rows = [list(idle(config, start.config)) for config in options.configs()]
+        if (
+            rows
+            and all(rows)
+            and (nowhere := [s for s in rows[0] if all(s.split()[1] == r[0].split()[1] for r in rows)])
+        ):
+            raise ValueError(nowhere[0])
+        return options
 
 
 @cache
@@ -214,31 +265,136 @@ def texts_of(module: str) -> dict[str, dict[str, str]]:
     }
 
 
+class Start(NamedTuple):
+    """What the options of the command line change."""
+
+    name: str  # for people
+    config: Config
+    speed: Speed
+
+
 def parse(kind: type[Any], argv: Sequence[str], prog: str) -> Any:
-    """Options from the command line on top of those of an experiment file, if one is named first."""
-    # The main job's choices (layers, rates, head first) are made for its backbone; another one starts from `Config()`.
-    other = any(a.split("=")[0] == "--backbone" for a in argv)
-    default = grouped(kind, Config() if other else main_job(), Speed())
-    if argv and argv[0].endswith(".py"):
-        default = grouped(kind, *from_file(Path(argv[0])))
-        argv = argv[1:]
-    _trust_defaults()
+    """Options from the command line on top of what they start from; `parse_from` says what that is."""
+    return parse_from(kind, argv, prog)[0]
+
+
+def parse_from(kind: type[Any], argv: Sequence[str], prog: str) -> tuple[Any, Start]:
+    """Options from the command line on top of an experiment file, if one is named first, or of a preset.
+
+    Raises:
+        ValueError: an option twice, several values for one, an option that nothing reads under the others; as `Config`.
+    """
+    file = argv[0] if argv and argv[0].endswith(".py") else None
+    argv = list(argv[1:] if file else argv)
     kind = documented(kind)
+    check_form(argv, arities(kind))
+    start = starting(argv, file)
+    _trust_defaults()
     flat = tyro.conf.OmitArgPrefixes[kind]
-    return tyro.cli(flat, prog=prog, args=list(argv), default=default)
+    options = tyro.cli(flat, prog=prog, args=argv, default=grouped(kind, start.config, start.speed))
+    if getattr(options, "resume", None) is None:  # a resumed run has options of its own
+        refuse_idle(options.config(), start.config)
+    return options, start
+
+
+def starting(argv: Sequence[str], file: str | None = None) -> Start:
+    """What the options start from: the file, the preset, or the main job as long as the backbone is its own.
+
+    Raises:
+        ValueError: a preset beside a file; as `from_file`.
+    """
+    preset, usual = values_of("--preset", argv), main_job()
+    if file is not None:
+        if preset:
+            raise ValueError(
+                f"Expected {file} without --preset {preset[0]}; it is what the run starts from: leave one out."
+            )
+        return Start(file, *from_file(Path(file)))
+    others = set(values_of("--backbone", argv)) - {usual.backbone}
+    if preset == ["main_job"] or (not preset and not others):
+        return Start("the main job", usual, Speed())
+    why = (
+        ""
+        if preset
+        else f" (the main job is made for {usual.backbone}; --preset main_job takes its options all the same)"
+    )
+    return Start(f"plain FedAvg{why}", Config(), Speed())
+
+
+def values_of(flag: str, argv: Sequence[str]) -> list[str]:
+    """The values that stand behind an option, up to the next one."""
+    found: list[str] = []
+    for place, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == flag:
+            found += [value] if equals else []
+            found += itertools.takewhile(lambda w: not w.startswith("--"), argv[place + 1 :])
+    return found
+
+
+def arities(kind: type[Any]) -> dict[str, int | None]:
+    """How many values each option takes, by its flag: 0, 1, or None for any number."""
+    found: dict[str, int | None] = {}
+    hints = get_type_hints(kind)
+    for option in dataclasses.fields(kind):
+        group, hint = option.default_factory, hints[option.name]
+        if isinstance(group, type) and dataclasses.is_dataclass(group):
+            found |= arities(group)
+            continue
+        several = any(get_origin(h) is tuple for h in (hint, *get_args(hint)))
+        found["--" + option.name.replace("_", "-")] = 0 if hint is bool else None if several else 1
+    return found
+
+
+def check_form(argv: Sequence[str], arity: Mapping[str, int | None]) -> None:
+    """Refuses an option that is given twice, of which the last would win, and more values than it has.
+
+    Raises:
+        ValueError: names the option, and what to write instead.
+    """
+    words = [word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")]
+    flags = ["--" + f[5:] if f.startswith("--no-") and f not in arity else f for f in words]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            several = arity.get(flag, 1) is None
+            remedy = f"put all its values behind it, as in {flag} A B" if several else "leave out all but one"
+            raise ValueError(f"Expected {flag} once; {remedy}.")
+    for flag in flags:
+        values = values_of(flag, argv)
+        if arity.get(flag) == 0 and values:
+            raise ValueError(
+                f"Expected {flag} without a value, not {' '.join(values)}; write {flag} or --no-{flag[2:]} alone."
+            )
+        if arity.get(flag) == 1 and len(values) > 1:
+            raise ValueError(
+                f"Expected {flag} with one value, not {' '.join(values)}; start the command once for each of them."
+            )
 
 
 def from_file(file: Path) -> tuple[Config, Speed]:
     """An experiment file's `config` and `speed`.
 
     Raises:
-        ValueError: no such file, or it defines no `config`.
+        ValueError: no such file, it does not run, or it defines no `config`.
     """
-    module = own.execute(file, "experiment")
-    config = getattr(module, "config", None)
+    try:
+        module = own.execute(file, "experiment")
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # whatever the user's own code raises
+        lines = [
+            f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == file.resolve()
+        ]
+        line = getattr(error, "lineno", None) or (lines or ["?"])[-1]
+        raise ValueError(
+            f"Expected {file} to run, not to end in line {line} with {type(error).__name__}: {error}; correct it."
+        ) from error
+    config, speed = getattr(module, "config", None), getattr(module, "speed", Speed())
     if not isinstance(config, Config):
         raise ValueError(f"Expected {file} to define config = fedsim.Config(...).")
-    return config, getattr(module, "speed", Speed())
+    if not isinstance(speed, Speed):
+        raise ValueError(f"Expected {file} to define speed = fedsim.Speed(...), or no speed.")
+    return config, speed
 
 
 def grouped(kind: type[Any], config: Config, speed: Speed) -> Any:

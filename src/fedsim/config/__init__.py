@@ -1,24 +1,17 @@
 """What can be set: the options as frozen dataclasses, and all that is refused without data, weights or JAX.
 
-Begin with `options.py`. `checks.py` has the rules, `calls.py` reads values like `"adamw(weight_decay=0.01)"`. How the
-command line reads them is in `cli/options.py`.
+Begin with `options.py`. Every config passes `fields.py` (types), `limits.py` (sizes) and `checks.py` (rules between options);
+`meaning.py` knows which options nothing reads, `calls.py` reads values like `"adamw(weight_decay=0.01)"`, and `words.py` has
+the sentences. How the command line reads them is in `cli/options.py`.
 """
 
 from __future__ import annotations
 
 from fedsim.config.calls import parse_call
-from fedsim.config.checks import (
-    PARTITIONS,
-    SIZE_LAWS,
-    check_model,
-    check_network,
-    invited,
-    nearest,
-    one_of,
-    positive,
-    require_known,
-    size_law,
-)
+from fedsim.config.checks import PARTITIONS, SIZE_LAWS, check_model, check_network, invited, size_law
+from fedsim.config.fields import take_call
+from fedsim.config.limits import at_most, plan_fits
+from fedsim.config.meaning import idle, idle_alone, refuse_idle
 from fedsim.config.options import (
     GROUPS,
     MAIN_JOB,
@@ -33,3 +26,4 @@ from fedsim.config.options import (
     differences,
     main_job,
 )
+from fedsim.config.words import nearest, one_of, positive, require_known, shown

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from fedsim.config.calls import parse_call
+from fedsim.config.fields import gate
+from fedsim.config.limits import in_range, plan_fits
+from fedsim.config.words import one_of
 
 if TYPE_CHECKING:
     from fedsim.config.options import Config, Model
@@ -17,6 +17,7 @@ PartitionLaw = Literal[
     "dirichlet", "dirichlet_balanced", "dirichlet_pfllib", "shards", "quantity", "natural", "domain", "iid"
 ]
 PARTITIONS: tuple[str, ...] = get_args(PartitionLaw)
+SHARDS = 2**27  # 8 bytes each
 SIZE_LAWS = {"lognormal": "sigma", "power": "exponent"}  # of `quantity`: law -> its parameter
 
 
@@ -27,12 +28,8 @@ def check(config: Config) -> None:
         ValueError: names the option, its value, the rule and the remedy.
     """
     c = config
-    check_model(c)
-    positive(tokens=c.tokens, clients=c.clients, alpha=c.alpha)
-    positive(rounds=c.rounds, clients_per_round=c.clients_per_round, epochs=c.epochs, steps=c.steps)
-    positive(batch_size=c.batch_size, eval_every=c.eval_every, patience=c.patience, examples=c.examples)
-    positive(image_store=c.image_store)
-    positive(lr=c.lr, head_lr=c.head_lr, server_lr=c.server_lr, personal_lr=c.personal_lr, eval_clients=c.eval_clients)
+    gate(c)  # types first: what follows computes with the values
+    in_range(c)
     if c.personal_epochs < 0 or (c.personal_epochs and not c.local_test):
         raise ValueError(
             f"Expected personal_epochs={c.personal_epochs} >= 0, and with local_test={c.local_test} > 0 where it is above 0: "
@@ -42,14 +39,6 @@ def check(config: Config) -> None:
         raise ValueError(f"Expected 0 < validation={c.validation} < 1; it is the share held out, e.g. 0.1.")
     if c.target_accuracy is not None and not 0 < c.target_accuracy <= 1:
         raise ValueError(f"Expected 0 < target_accuracy={c.target_accuracy} <= 1; write 62 % as 0.62.")
-    for f in dataclasses.fields(c):
-        value = getattr(c, f.name)
-        if str(f.type) in ("int", "int | None") and value is not None and type(value) is not int:
-            raise ValueError(f"Expected {f.name}={value!r} to be a whole number; leave out the fraction.")
-    if isinstance(c.targets, str):
-        raise ValueError(f"Expected targets={c.targets!r} to be several patterns; write ({c.targets!r},).")
-    if isinstance(c.augment, str):
-        raise ValueError(f"Expected augment={c.augment!r} to be several calls; write ({c.augment!r},).")
     for call in c.augment:
         parse_call(call, "augment")
     if not 0 <= c.seed < 2**32:
@@ -65,14 +54,15 @@ def check(config: Config) -> None:
         raise ValueError(
             f"Expected clients_per_round={c.clients_per_round} <= clients={c.clients}; lower it or add clients."
         )
-    one_of(PARTITIONS, partition=c.partition)
-    positive(classes_per_client=c.classes_per_client)
+    if c.partition == "shards" and c.clients * c.classes_per_client > SHARDS:
+        raise ValueError(
+            f"Expected classes_per_client={c.classes_per_client} x clients={c.clients} <= {SHARDS} shards; lower one of them."
+        )
     size_law(c.size_law)
     if not 0 <= c.local_test < 1:
         raise ValueError(f"Expected 0 <= local_test={c.local_test} < 1; it is the share held out, e.g. 0.2.")
     check_network(c)
-    one_of(("examples", "uniform"), weighting=c.weighting)
-    one_of(("none", "bfloat16", "float16"), codec_up=c.codec_up, codec_down=c.codec_down)
+    plan_fits(invited(c), c.steps or c.epochs, c.batch_size, "steps" if c.steps else "epochs")
     for name in ("algorithm", "optimizer", "lr_schedule", "server_optimizer", "server_lr_schedule"):
         parse_call(getattr(c, name), name)
 
@@ -111,8 +101,6 @@ def check_network(c: Config) -> None:
     Raises:
         ValueError: as `check`.
     """
-    positive(deadline=c.deadline)
-    one_of(("discard", "partial"), late=c.late)
     if not 0 <= c.dropout < 1:
         raise ValueError(f"Expected 0 <= dropout={c.dropout} < 1; it is a probability, write 10 % as 0.1.")
     if not 1 <= c.over_selection < math.inf:
@@ -138,45 +126,11 @@ def check_network(c: Config) -> None:
             parse_call(getattr(c, name), name)
 
 
-def check_model(m: Model) -> None:
-    """Refuses impossible options of the model that show without building it.
+def check_model(options: Model) -> None:
+    """Refuses options of a model that came without a config: types and sizes.
 
     Raises:
         ValueError: as `check`.
     """
-    positive(rank=m.rank, lora_alpha=m.lora_alpha, adapter_width=m.adapter_width, image_size=m.image_size)
-    positive(prompt_tokens=m.prompt_tokens, prefix_tokens=m.prefix_tokens, last_blocks=m.last_blocks)
-    one_of(("single", "houlsby", "parallel"), adapter=m.adapter)
-    one_of(("deep", "shallow"), prompt_depth=m.prompt_depth)
-    one_of(("bilinear", "bicubic"), interpolation=m.interpolation)
-    if m.pool is not None:
-        one_of(("mean", "cls", "pooler"), pool=m.pool)
-
-
-def positive(**values: Any) -> None:
-    """Raises `ValueError` unless every value is above zero; `None` and "auto" mean "not set" and pass."""
-    for name, value in values.items():
-        if value is None or value == "auto":
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0 or value == float("inf"):
-            raise ValueError(f"Expected {name}={value!r} > 0; give a positive number.")
-
-
-def one_of(allowed: Sequence[str], **values: Any) -> None:
-    """Raises `ValueError` unless every value is one of `allowed`, naming the nearest."""
-    for name, value in values.items():
-        if value not in allowed:
-            raise ValueError(f"Expected {name}={value!r} to be one of {', '.join(allowed)}{nearest(value, allowed)}.")
-
-
-def nearest(word: object, among: Iterable[str]) -> str:
-    """`; did you mean ...?` for a misspelt word, or nothing."""
-    close = difflib.get_close_matches(str(word), list(among), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
-
-
-def require_known(names: Iterable[str], known: Sequence[str], what: str) -> None:
-    """Raises `ValueError` for the first name that is not among the known ones."""
-    for name in names:
-        if name not in known:
-            raise ValueError(f"Expected {what} {name!r} to be a known one{nearest(name, known)}.")
+    gate(options)
+    in_range(options)

@@ -14,7 +14,10 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fedsim.config.checks import PartitionLaw, check, one_of, positive, require_known
+from fedsim.config.checks import PartitionLaw, check
+from fedsim.config.fields import gate
+from fedsim.config.limits import in_range
+from fedsim.config.words import require_known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,14 +267,10 @@ class Speed:
     """Keep compiled programs on disk between runs."""
 
     def __post_init__(self) -> None:
-        positive(lanes=self.lanes, devices=self.devices, segment_steps=self.segment_steps)
-        positive(eval_batch=self.eval_batch, checkpoint_every=self.checkpoint_every, length_buckets=self.length_buckets)
-        if self.keep_checkpoints != 0:
-            positive(keep_checkpoints=self.keep_checkpoints)
-        one_of(("shard_map", "pmap"), parallel=self.parallel)
-        one_of(("auto", "on", "off"), cache=self.cache, resident=self.resident)
-        one_of(("float32", "bfloat16"), precision=self.precision)
-        one_of(("none", "blocks", "dots"), remat=self.remat)
+        gate(self)
+        in_range(self)
+        if self.keep_checkpoints is not None and self.keep_checkpoints < 0:
+            raise ValueError(f"Expected keep_checkpoints={self.keep_checkpoints} >= 0; 0 keeps none after the end.")
 
 
 GROUPS: tuple[type, ...] = (Data, Model, Training, Network, Evaluation)

@@ -91,25 +91,56 @@ def choose_widths(sizes: np.ndarray, passes: Passes, multiple: int = 1) -> tuple
     full, short = np.divmod(sizes, size)
     often = np.bincount(short[short > 0], minlength=size + 1)  # (B + 1,): batches of that many rows
     often[size] = full.sum()
-    top = min(-(-int(np.flatnonzero(often)[-1]) // multiple) * multiple, size)
-    upto = np.concatenate([[0], np.cumsum(often)])  # batches of fewer rows
-    # best[w]: fewest rows to compute all batches of up to w rows, if w is a width and k narrower ones are.
-    each = np.arange(size + 1)
-    best = each * upto[1:]
-    chosen = [(int(w),) for w in each]
-    found = (int(best[top]), (top,))
+    rows = np.flatnonzero(often)
+    top = min(-(-int(rows[-1]) // multiple) * multiple, size)
+    # Only what some batch rounds up to can be a width that saves rows; the narrowest one is tried first.
+    widths = np.unique([multiple, *np.minimum(-(-rows // multiple) * multiple, size), top]).tolist()
+    widths = [w for w in widths if w <= top]
+    upto = np.cumsum(often)[widths].tolist()  # batches of at most so many rows
+    # best[i]: fewest rows to compute all batches of up to w = widths[i] rows, if w is a width and k narrower ones are.
+    best = [w * n for w, n in zip(widths, upto, strict=True)]
+    chosen = [(w,) for w in widths]
+    found = (best[-1], (top,))
     for _ in range(MOST_WIDTHS - 1):
-        cost = best[:, None] + each[None] * (upto[1:][None] - upto[1:][:, None])  # (narrower, w)
-        narrower = (each % multiple == 0)[:, None] & (each[:, None] < each[None])
-        cost = np.where(narrower, cost, np.iinfo(np.int64).max)
-        before = cost[1:].argmin(axis=0) + 1
-        before[: multiple + 1] = 0  # there is none narrower
-        chosen = [(*chosen[before[w]], int(w)) if w > multiple else (int(w),) for w in each]
-        best = np.where(each > multiple, cost[before, each], best)
-        if found[0] - best[top] < WORTH * found[0]:
+        before = _narrower(widths, upto, best, multiple)
+        best = [
+            old if at is None else best[at] + w * (n - upto[at])
+            for old, at, w, n in zip(best, before, widths, upto, strict=True)
+        ]
+        chosen = [(w,) if at is None else (*chosen[at], w) for at, w in zip(before, widths, strict=True)]
+        if found[0] - best[-1] < WORTH * found[0]:
             break
-        found = (int(best[top]), chosen[top])
+        found = (best[-1], chosen[-1])
     return (size,) if found[1] == (size,) else (0, *found[1])
+
+
+def _narrower(widths: list[int], upto: list[int], best: list[int], multiple: int) -> list[int | None]:
+    """For each width the next narrower one, as an index, with which batches up to it cost fewest rows; the first of equals.
+
+    Width w after n costs best[n] + w (upto[w] - upto[n]): over w a line for each n, the later the steeper down, so that the
+    lower envelope of the lines is walked once from left to right (the convex hull trick), in time linear in the widths.
+    """
+    lines: list[int] = []  # the envelope so far, from `at` on
+    found: list[int | None] = []
+    at = 0
+
+    def height(i: int, w: int) -> int:
+        return best[i] - w * upto[i]
+
+    def needless(a: int, b: int, c: int) -> bool:
+        """Whether b is nowhere below both: c falls below it before it falls below a."""
+        return (best[c] - best[b]) * (upto[b] - upto[a]) <= (best[b] - best[a]) * (upto[c] - upto[b])
+
+    for i, w in enumerate(widths):
+        while at + 1 < len(lines) and height(lines[at + 1], w) < height(lines[at], w):
+            at += 1
+        found.append(lines[at] if w > multiple and lines else None)
+        if w % multiple:
+            continue
+        while len(lines) > at + 1 and needless(lines[-2], lines[-1], i):
+            lines.pop()
+        lines.append(i)
+    return found
 
 
 def longest_first(steps: np.ndarray, order: np.ndarray, devices: int, lanes: int, slots: int) -> Places:

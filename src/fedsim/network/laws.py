@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from fedsim.config import Network, nearest, parse_call
+from fedsim.config import Network, nearest, parse_call, take_call
 from fedsim.network.traces import read_trace
 from fedsim.randomness import chance
+
+LEAST, MOST = 1e-12, 1e12  # what a client's value is drawn from; beyond, times become zero or infinite
+WIDEST = 10.0  # sigma of a log-normal law: 30 standard deviations are still finite
 
 Law = Callable[[np.ndarray], np.ndarray]  # client ids (K,) -> a value of each, (K,) float64
 
@@ -45,6 +49,8 @@ def uniform(low: float, high: float) -> Callable[[int, str], Law]:
 
 def lognormal(median: float, sigma: float) -> Callable[[int, str], Law]:
     """median exp(sigma z) with z standard normal, by Box and Muller's transform of two uniform numbers (1958)."""
+    if sigma > WIDEST:
+        raise ValueError(f"sigma={sigma} <= {WIDEST} does not hold")
 
     def made(seed: int, purpose: str) -> Law:
         def values(ids: np.ndarray) -> np.ndarray:
@@ -71,7 +77,11 @@ def _called(
     make: Callable[..., Any], name: str, args: list[Any], options: dict[str, Any], text: str, option: str
 ) -> Any:
     try:
-        return make(*args, **options)
+        bound = inspect.signature(make).bind(*args, **options)
+        named = {n: v for n, v in bound.arguments.items() if n != "values"}  # those of `choice` are checked already
+        return (
+            make(*bound.args, **bound.kwargs) if "values" in bound.arguments else make(**take_call(make, named, name))
+        )
     except (TypeError, ValueError) as error:
         reason = str(error).removeprefix(f"{name}() ")
         raise ValueError(f"Expected {option}={text!r} to be a call that {name} takes ({reason}).") from None
@@ -82,6 +92,10 @@ def _require_positive(values: Sequence[Any], text: str, option: str) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(
                 f"Expected the numbers of {option}={text!r} to be > 0, not {value!r}; leave it out for none."
+            )
+        if not LEAST <= value <= MOST:
+            raise ValueError(
+                f"Expected the numbers of {option}={text!r} to be from {LEAST} to {MOST}, not {value!r}; correct it."
             )
 
 
@@ -106,6 +120,8 @@ def availability(
             f"Expected availability={text!r} to be one of {', '.join(known)} or a .csv file{nearest(name, known)}."
         )
     if name == "always":
+        if args or named:
+            raise ValueError(f"Expected availability={text!r} to have no options; write always.")
         return None
     probability = _called(AVAILABILITY[name], name, args, named, text, "availability")
     return lambda ids, round: chance(seed, "available", round, ids) < probability(seed, ids, round)
@@ -124,8 +140,8 @@ def diurnal(
     """A wave over rounds between `low` and `peak`; a client's own phase is uniform over the period."""
     if not (0 <= low <= peak <= 1 and peak > 0):
         raise ValueError(f"0 <= low={low} <= peak={peak} <= 1 with a peak above 0 does not hold")
-    if not 0 < period < math.inf:
-        raise ValueError(f"period={period} > 0 does not hold")
+    if not LEAST <= period <= MOST:
+        raise ValueError(f"period={period} > 0, from {LEAST} to {MOST}, does not hold")
 
     def probability(seed: int, ids: np.ndarray, round: int) -> np.ndarray:
         turns = round / period - chance(seed, "phase", ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from fedsim import algorithms, network, peft, wire
 from fedsim.backbones import Backbone, backbone, load
-from fedsim.config import Config, Speed
+from fedsim.config import Config, Speed, invited, plan_fits
 from fedsim.core import Algorithm, Passes, Task, by_examples, uniform
 from fedsim.data import dataset as data_sets
 from fedsim.data import partition as partitions
@@ -26,11 +27,13 @@ from fedsim.simulation.needs import learned, tokenizer, vocabulary, weights
 from fedsim.training import augment, lengths
 from fedsim.training.features import run_stages, use_cache
 from fedsim.training.lengths import Lengths
-from fedsim.training.optimizers import optimizer, schedule
+from fedsim.training.optimizers import check_optimizer, check_schedule, optimizer, schedule
 
 # Options that no compiled program of a phase depends on.
 FREE = ("lr", "lr_schedule", "head_lr", "head_rounds", "rounds", "clients_per_round", "eval_every", "target_accuracy")
 FREE += ("patience",)
+
+MOST_OF_CPU = 8  # devices that a CPU of fewer cores may still show, to try what several devices do
 
 
 class Phase(NamedTuple):
@@ -112,8 +115,8 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
     Raises:
         ValueError: names the option, its value, the rule and the remedy.
     """
-    if speed is not None:
-        divide_cpu(speed.devices)
+    if speed is not None:  # a CPU is divided into a few devices; of other kinds there are as many as there are
+        divide_cpu(speed.devices if (speed.devices or 1) <= most_of_cpu() else None)
     available = jax.local_device_count()
     if speed is not None and (speed.devices or 1) > available:
         raise ValueError(
@@ -141,12 +144,26 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
         )
     optimizer(config.optimizer, "optimizer")
     optimizer(config.server_optimizer, "server_optimizer")
-    schedule(config.lr_schedule, "lr_schedule", config.lr)
-    schedule(config.server_lr_schedule, "server_lr_schedule", config.server_lr)
+    check_schedule(config.lr_schedule, "lr_schedule", config.lr, config.rounds)
+    check_schedule(config.server_lr_schedule, "server_lr_schedule", config.server_lr, config.rounds)
     if row.kind == "text":
         for phase in phases(config):
             peft.from_config(phase.config, classes=2, input_shape=(config.tokens,))
     return algorithms.find(config.algorithm)
+
+
+def kind(config: Config) -> str:
+    """What the config's backbone reads: text, image or array.
+
+    Raises:
+        ValueError: an unknown backbone.
+    """
+    return backbone(config.backbone).kind
+
+
+def most_of_cpu() -> int:
+    """The most devices into which a CPU is divided: each compiles and holds its own, so more than its cores gain nothing."""
+    return max(MOST_OF_CPU, os.cpu_count() or 1)
 
 
 def problem(config: Config, speed: Speed, given: data_sets.Source | None = None) -> Problem:
@@ -177,15 +194,21 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
             f"Expected dataset={config.dataset!r} to hold images for augment={config.augment}, not {dataset.kind}; leave it "
             "out."
         )
+    trained, local_test = partitions.split_local(partitions.make(config, dataset), config.local_test)
+    if config.steps is None and len(trained.sizes):  # the largest cohort that can be drawn
+        largest = np.partition(trained.sizes, -min(invited(config), trained.clients))[-invited(config) :]
+        most = int(-(-largest // config.batch_size).sum())
+        plan_fits(1, config.epochs * most, config.batch_size, "epochs x batches")
     models = [split_model(phase.config, dataset, speed) for phase in phases(config)]
     for phase, model in zip(phases(config), models, strict=True):  # an algorithm that cannot run refuses here
+        for name in ("optimizer", "server_optimizer"):
+            check_optimizer(getattr(config, name), name, model.trained)
         algorithms.find(config.algorithm)(task(phase.config, model, {}, cached=False))
     cuts = sorted({model.cut for model in models if use_cache(speed, model, dataset.x, config)})
     pad = getattr(row, "pad", None)  # unknown of a user's own backbone
     texts = None
     if dataset.kind == "text" and pad is not None and speed.length_buckets > 1:
         texts = lengths.measure(dataset.x, pad, speed.length_buckets)
-    trained, local_test = partitions.split_local(partitions.make(config, dataset), config.local_test)
     return Problem(config, speed, dataset, trained, tuple(cuts), {}, texts, local_test)
 
 

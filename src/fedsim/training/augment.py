@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from fedsim.config import nearest, parse_call
+from fedsim.config import nearest, parse_call, take_call
 from fedsim.engine.keys import key_for
 
 Augment = Callable[[Array, Array], Array]
@@ -54,6 +54,11 @@ def resized_crop(key: Array, image: Array, *, scale: float = 0.08, ratio: float 
 
 
 KINDS: dict[str, Callable[..., Array]] = {"flip": flip, "crop": crop, "resized_crop": resized_crop}
+RANGES = {  # option -> least, most, in words; zero is none of them
+    "padding": (1, 2**10, "a whole number > 0, at most 1024"),
+    "scale": (0.0, 1.0, "in (0, 1]"),
+    "ratio": (1.0, 1000.0, ">= 1, at most 1000"),
+}
 
 
 def make(calls: Sequence[str]) -> Augment:
@@ -86,13 +91,9 @@ def _one(call: str) -> Callable[[Array, Array], Array]:
     wrong = [option for option in options if option not in known]
     if args or wrong:
         raise ValueError(f"Expected augment={call!r} to give its options by name, of {known or 'none'}; correct them.")
-    rules = {
-        "padding": lambda v: type(v) is int and v > 0,
-        "scale": lambda v: isinstance(v, (int, float)) and 0 < v <= 1,
-        "ratio": lambda v: isinstance(v, (int, float)) and v >= 1,
-    }
-    said = {"padding": "a whole number > 0", "scale": "in (0, 1]", "ratio": ">= 1"}
-    for option, value in options.items():
-        if not rules[option](value):
-            raise ValueError(f"Expected {option}={value!r} of augment={call!r} to be {said[option]}; change it.")
-    return functools.partial(KINDS[name], **options)
+    taken = take_call(KINDS[name], options, f"augment={call!r}")
+    for option, value in taken.items():
+        low, high, said = RANGES[option]
+        if not low <= value <= high or value == 0:
+            raise ValueError(f"Expected {option}={options[option]!r} of augment={call!r} to be {said}; change it.")
+    return functools.partial(KINDS[name], **taken)

@@ -47,7 +47,7 @@ def het_lora(task: Task, ranks: Sequence[int] = (), gamma: float = 1.0, penalty:
         penalty: weight of the tail's norm in the clients' loss.
     """
     factors = adapted(task, "het_lora")
-    if not 0 < gamma <= 1 or penalty < 0 or (penalty > 0 and gamma == 1):
+    if not 0 < gamma <= 1 or not 0 <= penalty < float("inf") or (penalty > 0 and gamma == 1):
         raise ValueError(
             f"Expected 0 < gamma={gamma} <= 1 and penalty={penalty} >= 0, zero without pruning; like gamma=0.5, penalty=0.01."
         )

@@ -1,0 +1,92 @@
+"""Options that something else reads: under which other options each means something, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from fedsim.config.options import MAIN_JOB, Config
+from fedsim.config.words import shown
+
+
+class Reader(NamedTuple):
+    """What reads an option."""
+
+    by: str  # the option that decides it
+    needs: str  # for people
+    there: Callable[
+        [Config, str | None], bool
+    ]  # (config, the backbone's kind: text, image, array or unknown) -> is read
+
+
+def _peft(*kinds: str) -> Reader:
+    return Reader("peft", f"peft={' or '.join(kinds)}", lambda c, _: bool({*kinds} & {*_parts(c.peft)}))
+
+
+def _parts(peft: str) -> list[str]:
+    return [part.strip() for part in peft.split("+")]
+
+
+def _partition(*laws: str) -> Reader:
+    return Reader("partition", f"partition={' or '.join(laws)}", lambda c, _: c.partition in laws)
+
+
+# Which sets have columns, and that texts are no images, is refused where they are read; an .npz would be read all the same.
+_COLUMNS = Reader("dataset", "a set that has columns", lambda c, _: not c.dataset.lower().endswith(".npz"))
+_LORA = _peft("lora", "ffa_lora")
+
+READERS: dict[str, Reader] = {
+    "rank": _LORA,
+    "lora_alpha": _LORA,
+    "targets": _LORA,
+    "rslora": _LORA,
+    "dora": _LORA,
+    "adapter": _peft("adapter"),
+    "adapter_width": _peft("adapter"),
+    "prompt_tokens": _peft("prompt"),
+    "prompt_depth": _peft("prompt"),
+    "prefix_tokens": _peft("prefix"),
+    "bias_patch": _peft("bias"),
+    "last_blocks": _peft("last_k"),
+    "head_rounds": Reader("peft", "another peft than head", lambda c, _: c.peft != "head" or not c.head_rounds),
+    "alpha": _partition("dirichlet", "dirichlet_balanced", "dirichlet_pfllib"),
+    "classes_per_client": _partition("shards"),
+    "size_law": _partition("quantity"),
+    "domain_column": _partition("domain"),
+    "text_column": _COLUMNS,
+    "label_column": _COLUMNS,
+    "data_dir": Reader("dataset", "a set of tfds:", lambda c, _: c.dataset.startswith("tfds:")),
+    "tokens": Reader("backbone", "a backbone that reads texts", lambda c, kind: kind in ("text", None)),
+    "epochs": Reader("steps", "steps=None", lambda c, _: c.steps is None),
+    "personal_lr": Reader("personal_epochs", "personal_epochs above 0", lambda c, _: c.personal_epochs > 0),
+    "eval_clients": Reader("local_test", "local_test above 0", lambda c, _: c.local_test > 0),
+}
+
+
+def idle(config: Config, base: Config, kind: str | None = None) -> Iterator[str]:
+    """A sentence for each option that differs from `base` and that nothing reads.
+
+    Args:
+        base: what the run starts from; what is as there was not asked for.
+        kind: what the backbone reads: text, image or array; None where it is unknown.
+    """
+    for name, reader in READERS.items():
+        value = getattr(config, name)
+        if value != getattr(base, name) and not reader.there(config, kind):
+            yield (
+                f"Expected {name}={shown(value)} with {reader.needs}: under {reader.by}={shown(getattr(config, reader.by))} "
+                f"it means nothing; leave it out, or change {reader.by}."
+            )
+
+
+def refuse_idle(config: Config, base: Config, kind: str | None = None) -> None:
+    """Raises `ValueError` for the first option that differs from `base` and that nothing reads."""
+    for sentence in idle(config, base, kind):
+        raise ValueError(sentence)
+
+
+def idle_alone(config: Config, kind: str | None = None) -> list[str]:
+    """`idle` of a config that came as a whole, from a file or from Python: what the main job sets was not asked for."""
+    plain = Config()
+    usual = {name: MAIN_JOB[name] for name in READERS if MAIN_JOB.get(name, plain) == getattr(config, name)}
+    return list(idle(config, plain.replace(**({"rounds": config.rounds} | usual)), kind))
