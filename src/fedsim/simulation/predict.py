@@ -62,5 +62,11 @@ def predict(run: Run, inputs: Any) -> list[str]:
     answers = []
     for first in range(0, len(x), BATCH):
         rows = np.minimum(np.arange(first, first + BATCH), len(x) - 1)  # one shape: the last batch repeats a row
-        answers.append(np.asarray(apply(trained, frozen, x[rows])).argmax(axis=1))
+        logits = np.asarray(apply(trained, frozen, x[rows]))
+        if not np.isfinite(logits).all():
+            raise ValueError(
+                f"Expected the outputs of the model of {run.directory} to be finite; it has diverged, or the inputs are not "
+                "finite: lower --lr and run anew, or look at the inputs."
+            )
+        answers.append(logits.argmax(axis=1))
     return [classes[i] for i in np.concatenate(answers)[: len(x)]]
