@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -172,7 +173,7 @@ def simulate(
         return earlier + time.perf_counter() - began
 
     # --- the rounds
-    way_on = f"go on with: fedsim run --resume {directory}"
+    way_on = f"go on with: fedsim run --resume {shlex.quote(str(directory))}"
     with interruptible(way_on) as interrupted:
         while stand.round < config.rounds and stand.stopped == "rounds":
             stand = stand._replace(round=stand.round + 1)
