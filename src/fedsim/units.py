@@ -47,7 +47,9 @@ def duration(seconds: float) -> str:
 
 def short(seconds: float) -> str:
     """Time with three digits however little it is: `12.3 µs`, `4.56 ms`, and from a second on as `duration`."""
-    if seconds >= 1 or seconds <= 0:
+    if seconds <= 0:
+        return "0 s"
+    if seconds >= 0.9995:
         return duration(seconds)
     return f"{seconds * 1e6:.3g} µs" if seconds < 0.9995e-3 else f"{seconds * 1e3:.3g} ms"
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedsim import peft
 from fedsim.backbones.own import identity
-from fedsim.config import one_of
+from fedsim.config import Config, one_of
 from fedsim.simulation import build, needs
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def predict(run: Run, inputs: Any) -> list[str]:
             raise ValueError(f"Expected inputs of shape (N, *{run.about['input_shape']}), got {x.shape}.")
     if len(x) == 0:
         return []
-    model, frozen = final_model(run, x.shape[1:], x.dtype)
+    model, frozen = final_model(run, run.config, x.shape[1:], x.dtype)
     apply = jax.jit(model.apply)
     trained, frozen = jax.device_put((run.parameters, frozen))
     answers = []
@@ -71,12 +71,14 @@ def predict(run: Run, inputs: Any) -> list[str]:
     return [classes[i] for i in np.concatenate(answers)[: len(x)]]
 
 
-def final_model(run: Run, shape: tuple[int, ...], dtype: Any) -> tuple[peft.Model, dict[str, np.ndarray]]:
+def final_model(
+    run: Run, config: Config, shape: tuple[int, ...], dtype: Any
+) -> tuple[peft.Model, dict[str, np.ndarray]]:
     """The model that the run ended with, and its frozen part, for inputs of a shape."""
     # A target may be reached while the head still trains alone.
-    ended = next(p for p in build.phases(run.config) if p.first <= len(run.rounds) <= p.last)
+    ended = next(p for p in build.phases(config) if p.first <= len(run.rounds) <= p.last)
     model = peft.from_config(ended.config, len(run.about["classes"]), shape, dtype)
-    return model, peft.start(model, needs.weights(run.config), run.config.seed)[1]
+    return model, peft.start(model, needs.weights(config), config.seed)[1]
 
 
 def export(run: Run, kind: str, folder: Path) -> Path:
@@ -92,7 +94,7 @@ def export(run: Run, kind: str, folder: Path) -> Path:
         raise ValueError(f"Expected {run.directory} to hold a finished run; go on with it by --resume.")
     refuse_other_backbone(run)
     text = needs.tokenizer(run.config) is not None
-    model, frozen = final_model(run, tuple(run.about["input_shape"]), np.int32 if text else np.float32)
+    model, frozen = final_model(run, run.config, tuple(run.about["input_shape"]), np.int32 if text else np.float32)
     if kind == "peft":
         return export_lora(folder, model, run.parameters, frozen, base=run.config.weights)
     return export_backbone(folder, model, run.parameters, frozen, needs.weights(run.config))
