@@ -57,6 +57,7 @@ def rows(result: Mapping[str, Any], name: str = "this run", *, is_full: bool = F
     return found if is_full else [*found, Row(FULL, None, None, count, whole["up"], whole["down"])]
 
 
+NAME, NARROW = 17, 12  # letters of a name before it is folded: as wide as can be, and on a narrow terminal
 LESS = ("fewer", "rounds", "valid.")  # columns that a narrow terminal does without, the first ones first
 
 
@@ -74,24 +75,41 @@ def table(lines: Sequence[Row], title: str = "", reference: str | None = None, w
 
     made = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     made.collapse_padding = True
-    made.add_column("", overflow="fold", min_width=12 if without else 17)
+    made.add_column("", overflow="fold", min_width=NARROW if without else NAME)
     base = next((row for row in lines if row.name == reference and total(row)), None)
     columns = [c for c in ("valid.", "test", "rounds", "up", "down", "time", "fewer") if c not in without]
     columns = [c for c in columns if base is not None or c != "fewer"]
     for column in columns:
         made.add_column(column, justify="right", no_wrap=True)
     for row in lines:
-        cells = {
-            "valid.": share(row.validation),
-            "test": share(row.test),
-            "rounds": "–" if row.rounds is None else str(row.rounds),
-            "up": "–" if row.up is None else size(row.up),
-            "down": "–" if row.down is None else size(row.down),
-            "time": "–" if row.seconds is None else duration(row.seconds),
-            "fewer": times(fewer(row, base)),
-        }
+        cells = written(row, base)
         made.add_row(plain_text(row.name), *(cells[column] for column in columns))
     return made
+
+
+def written(row: Row, base: Row | None) -> dict[str, str]:
+    """The cells of a line by column, but for its name; `base` is the line of the reference."""
+    return {
+        "valid.": share(row.validation),
+        "test": share(row.test),
+        "rounds": "–" if row.rounds is None else str(row.rounds),
+        "up": "–" if row.up is None else size(row.up),
+        "down": "–" if row.down is None else size(row.down),
+        "time": "–" if row.seconds is None else duration(row.seconds),
+        "fewer": times(fewer(row, base)),
+    }
+
+
+def fitting(lines: Sequence[Row], width: int, reference: str) -> tuple[str, ...]:
+    """The columns to leave out of a table so that it fits into a width, its names folded to `NARROW` at least."""
+    base = next((row for row in lines if row.name == reference and total(row)), None)
+    cells = [written(row, base) for row in lines]
+    most = {name: max(len(name), *(len(each[name]) for each in cells)) for name in cells[0]}
+    for count in range(len(LESS) + 1):
+        kept = [n for name, n in most.items() if name not in LESS[:count] and (base is not None or name != "fewer")]
+        if sum(kept) + (NARROW if count else NAME) + 2 * (len(kept) + 1) <= width:
+            return LESS[:count]
+    return LESS
 
 
 def fewer(row: Row, base: Row | None) -> float | None:
@@ -129,9 +147,7 @@ def print_summary(
     start, *own = rows(result, name, is_full=is_full)
     out = console or _console()
     lines = [start, *more, *own]
-    without: tuple[str, ...] = ()
-    while out.measure(table(lines, reference=FULL, without=without)).minimum > out.width and len(without) < len(LESS):
-        without = LESS[: len(without) + 1]
+    without = fitting(lines, out.width, FULL)
     out.print(table(lines, reference=FULL, without=without))
     for text in said_of(result, is_full=is_full, without=without):
         out.print(plain_text(text), soft_wrap=out.width >= 80)  # a narrow terminal gets folded lines
