@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fedsim.report import plots
+from fedsim.units import share
 
 
 def at_bytes(curve: Sequence[Sequence[Any]], budget: int) -> float | None:
@@ -18,13 +20,14 @@ def at_bytes(curve: Sequence[Sequence[Any]], budget: int) -> float | None:
     Args:
         curve: (round, bytes sent so far, accuracy), in the order of rounds.
     """
-    within = [accuracy for _, total, accuracy in curve if total <= budget]
+    within = [accuracy for _, total, accuracy in curve if total <= budget]  # None where the model had diverged
     return within[-1] if within else None
 
 
 def bytes_to(curve: Sequence[Sequence[Any]], target: float | None) -> int | None:
     """Bytes sent at the first evaluation with at least this accuracy; None where there is none."""
-    reached = [total for _, total, accuracy in curve if target is not None and accuracy >= target]
+    known = [(total, accuracy) for _, total, accuracy in curve if accuracy is not None]
+    reached = [total for total, accuracy in known if target is not None and accuracy >= target]
     return reached[0] if reached else None
 
 
@@ -106,7 +109,7 @@ def table(result: dict[str, Any]) -> str:
     rates = [f"{rate:g}" for rate in result["grid"]]
     lines += ["", *header(["validation accuracy at rate", *rates, "seconds"])]
     for name, r in result["rates"].items():
-        found = [f"{r['validation_by_rate'][rate]:.3f}" if rate in r["validation_by_rate"] else "" for rate in rates]
+        found = [share(r["validation_by_rate"][rate]) if rate in r["validation_by_rate"] else "" for rate in rates]
         lines.append(f"| {name} | {' | '.join(found)} | {sum(r['seconds_by_rate'].values()):.0f} |")
     return "\n".join(lines)
 
@@ -126,7 +129,7 @@ def draw(result: dict[str, Any], path: Path) -> Path:
     for i, name in enumerate(result["rates"]):
         of = {r["cell"]: r["test"] for r in result["rows"] if r["method"] == name}
         at = [k + (i - (len(result["rates"]) - 1) / 2) * 0.04 for k, cell in enumerate(cells) if cell in of]
-        high = [of[cell]["mean"] for cell in cells if cell in of]
+        high = [math.nan if of[cell]["mean"] is None else of[cell]["mean"] for cell in cells if cell in of]
         errors = [of[cell]["sd"] or 0.0 for cell in cells if cell in of]
         color = plots.COLORS[i % len(plots.COLORS)]
         axes.errorbar(at, high, errors, color=color, marker="o", markersize=5, linewidth=1.6, capsize=3, label=name)

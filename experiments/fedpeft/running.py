@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from fedsim.engine.host import tune_host
 from fedsim.randomness import stream
 from fedsim.simulation import build, current, needs
 from fedsim.simulation.build import Problem
+from fedsim.units import share
 
 
 class Experiment(NamedTuple):
@@ -152,8 +154,8 @@ def choose_rate(experiment: Experiment, method: str, config: Config, folder: Pat
         summary = finished(tried, e.speed, folder / name_of(tried), unseen).summary or {}
         seconds[f"{rate:g}"] = round(summary["seconds"], 1)
         accuracy = summary["final"]["validation"]["accuracy"]
-        print(f"{config.dataset}, {method}, rate {rate:g}: validation {accuracy:.3f}", flush=True)
-        return accuracy
+        print(f"{config.dataset}, {method}, rate {rate:g}: validation {share(accuracy)}", flush=True)
+        return -math.inf if accuracy is None else accuracy  # a model that diverged is worse than any other
 
     rows = unseen.dataset.validation
     tried = upwards(score, e.grid, float(np.bincount(unseen.dataset.y[rows]).max() / len(rows)))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,7 @@ from fedsim.engine.host import tune_host
 from fedsim.evaluation.evaluate import evaluator
 from fedsim.simulation import build, current, needs
 from fedsim.simulation.build import Problem
+from fedsim.units import share
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -79,8 +81,8 @@ def row(name: str, config: Config, speed: Speed, problem: Problem, folder: Path)
     def score(rate: float) -> float:
         runs[rate] = finished(config.replace(lr=rate), speed, folder / f"{rate:g}", blind)
         found = (runs[rate].summary or {})["final"]["validation"]["accuracy"]
-        print(f"{config.dataset}, {name}, rate {rate:g}: validation {found:.4f}", flush=True)
-        return found
+        print(f"{config.dataset}, {name}, rate {rate:g}: validation {share(found, 4)}", flush=True)
+        return -math.inf if found is None else found  # a model that diverged is worse than any other
 
     tried, best = search(score, RATES)
     chosen = runs[best]
@@ -128,11 +130,11 @@ def table(result: dict[str, Any]) -> str:
         counts = (r["parameters"]["trained"], sent["client_up"], sent["up"] + sent["down"], sent["setup"])
         scores = [r["validation"], r["test"]["accuracy"], *(r["test_by_domain"][d]["accuracy"] for d in domains)]
         cells = [name, *(f"{n:,}" for n in counts), f"{r['rate']:g}{' (edge)' if r['at_the_edge'] else ''}"]
-        lines.append(f"| {' | '.join([*cells, *(f'{accuracy:.3f}' for accuracy in scores)])} |")
+        lines.append(f"| {' | '.join([*cells, *(share(accuracy) for accuracy in scores)])} |")
     rates = [f"{rate:g}" for rate in RATES]
     lines += ["", *header(["validation accuracy at rate", *rates, "seconds"])]
     for name, r in rows.items():
-        found = [f"{r['validation_by_rate'][rate]:.3f}" if rate in r["validation_by_rate"] else "" for rate in rates]
+        found = [share(r["validation_by_rate"][rate]) if rate in r["validation_by_rate"] else "" for rate in rates]
         lines.append(f"| {name} | {' | '.join(found)} | {sum(r['seconds_by_rate'].values()):.0f} |")
     return "\n".join(lines)
 

@@ -1,6 +1,9 @@
-"""How numbers are written for people: bytes, times, shares, factors."""
+"""How numbers and names are written for people: bytes, times, shares, factors; words that nobody reads as commands."""
 
 from __future__ import annotations
+
+import math
+import unicodedata
 
 
 def size(n: int) -> str:
@@ -16,8 +19,18 @@ def size(n: int) -> str:
 
 
 def exact_size(n: int) -> str:
-    """Bytes exactly, and in MiB: `1,234,567 B (1.18 MiB)`."""
-    return f"{n:,} B" if abs(n) < 1024 else f"{n:,} B ({n / 2**20:,.2f} MiB)"
+    """Bytes exactly, and in MiB, from 1 GiB on in larger units: `1,234,567 B (1.18 MiB)`."""
+    return f"{n:,} B" if abs(n) < 1024 else f"{n:,} B ({mebibytes(n)})"
+
+
+def mebibytes(n: int, digits: int = 2) -> str:
+    """Bytes in MiB with digits behind the point, from 1 GiB on in GiB, TiB or PiB: `105.34 MiB`, `63.98 GiB`."""
+    value, unit = n / 2**20, "MiB"
+    for larger in ("GiB", "TiB", "PiB"):
+        if abs(value) < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:,.{digits}f} {unit}"
 
 
 def duration(seconds: float) -> str:
@@ -32,11 +45,38 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d} h"
 
 
+def short(seconds: float) -> str:
+    """Time with three digits however little it is: `12.3 µs`, `4.56 ms`, and from a second on as `duration`."""
+    if seconds <= 0:
+        return "0 s"
+    if seconds >= 0.9995:
+        return duration(seconds)
+    return f"{seconds * 1e6:.3g} µs" if seconds < 0.9995e-3 else f"{seconds * 1e3:.3g} ms"
+
+
 def share(x: float | None, digits: int = 3) -> str:
     """An accuracy or a loss: three digits, or a dash where there is none."""
-    return "–" if x is None else f"{x:.{digits}f}"
+    return "–" if x is None or math.isnan(x) else f"{x:.{digits}f}"
 
 
 def times(ratio: float | None) -> str:
     """How many times more something costs: `312x`, `4.1x`, or a dash."""
     return "–" if ratio is None else f"{ratio:,.0f}x" if ratio >= 99.5 else f"{ratio:.1f}x"
+
+
+TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # marks that turn the direction of what follows
+
+
+def words(text: object) -> str:
+    """A name from data, folders or options as plain words: control characters, which a terminal would obey, as `\\x1b`."""
+
+    def shown(c: str) -> str:
+        return ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") or c in TURNS else c
+
+    return "".join(map(shown, str(text)))
+
+
+def drawn(text: object) -> str:
+    """A name as matplotlib draws it: `words`, without the `$` of formulas, and seen in a legend if it begins with `_`."""
+    plain = words(text).replace("$", r"\$")
+    return f" {plain}" if plain.startswith("_") else plain

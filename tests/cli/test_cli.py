@@ -344,3 +344,42 @@ def test_without_a_command_the_commands_are_shown(capsys: pytest.CaptureFixture[
     assert cli.main([]) == 0
     said = capsys.readouterr().out
     assert all(f"  {name} " in said for name in cli.COMMANDS)
+
+
+def test_a_resumed_run_is_compared_as_it_was_asked(
+    here: Path, blobs: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--no-head-baseline is kept in the record; a comparison that was stopped is gone on with."""
+    from fedsim.cli import job
+    from fedsim.simulation import ending
+
+    data = blobs(here.parent)
+    monkeypatch.setattr(job, "HEAD_ROUNDS", 3)
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    finish = ending.record.finish
+    for out, more in (("a", []), ("b", ["--no-head-baseline"])):
+        monkeypatch.setattr(ending.record, "finish", stop)
+        assert cli.main(arguments(data, "--out", out, *more)) == 130
+        monkeypatch.setattr(ending.record, "finish", finish)
+        assert cli.main(["run", "--resume", out]) == 0
+        assert (here / out / "baselines").exists() == (out == "a")
+    (here / "a" / "baselines" / "head-to-convergence" / "summary.json").unlink()
+    capsys.readouterr()
+    assert cli.main(["run", "--resume", "a"]) == 0
+    said = capsys.readouterr().out
+    assert (here / "a" / "baselines" / "head-to-convergence" / "summary.json").is_file()
+    assert "minus head, test accuracy" in said and "against 3 rounds and" in said
+
+
+def test_a_verdict_is_of_equal_budgets() -> None:
+    from fedsim.cli.job import beside_head
+    from fedsim.report.tables import Row
+
+    own = Row("lora", 0.5, 0.5, 5, 0, 1000)
+    longer = beside_head("lora", own, Row("head", 0.6, 0.6, 500, 2000, 1500))
+    assert "wins" not in longer and "after 5 rounds and 1000 B against 500 rounds and 3.42 KiB" in longer
+    assert "The head alone wins, with no larger budget." in beside_head("lora", own, Row("head", 0.6, 0.6, 5, 0, 900))
+    assert beside_head("lora", own._replace(test=None), own) == ""

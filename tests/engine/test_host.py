@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -158,3 +159,66 @@ def test_the_garbage_collectors_thresholds_are_raised_but_where_somebody_chose_t
             assert gc.get_threshold() == found
     finally:
         gc.set_threshold(*before)
+
+
+ROUNDS = """
+import sys
+import numpy as np
+import fedsim
+
+x = np.random.default_rng(0).normal(size=(400, 6)).astype("float32")
+config = fedsim.Config(dataset="arrays", backbone="linear", peft="head", clients=10, clients_per_round=5, rounds=10**6, min_size=1)
+try:
+    fedsim.run(config, fedsim.Speed(devices=1, lanes=2), out="run a", data=fedsim.arrays(x, (x[:, 0] > 0).astype(int)))
+except KeyboardInterrupt as stop:
+    print(stop, flush=True)
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_stops_a_run_after_its_round_and_says_the_way_on(
+    tmp_path: Path, environment: dict[str, str], number: signal.Signals, times: int
+) -> None:
+    """A real process; a second signal ends it at once, without a traceback."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ROUNDS], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        for row in process.stdout:
+            if row.strip().startswith("3/"):
+                break
+        for _ in range(times):
+            process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err, err
+    assert "go on with: fedsim run --resume 'run a'" in out
+    if times == 1:
+        assert "Stopping after this round" in err and "Stopped after round" in out
+        kept = [int(folder.name) for folder in (tmp_path / "run a" / "checkpoints").iterdir() if folder.name.isdigit()]
+        assert f"Stopped after round {max(kept)};" in out
+
+
+def test_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with host.interruptible("go on") as asked:
+        assert not asked()
+        signal.raise_signal(signal.SIGTERM)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt, match="Stopped at once; go on"):
+            signal.raise_signal(signal.SIGTERM)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_who_watches_is_told_how_far_something_is() -> None:
+    told: list[tuple[str, int, int]] = []
+    host.went("nobody watches", 1, 2)
+    with host.watched(lambda *far: told.append(far)):
+        host.went("features", 64, 128)
+    host.went("nobody watches", 2, 2)
+    assert told == [("features", 64, 128)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsim.evaluation import metrics
+from fedsim.evaluation.evaluate import Counts, counted, masked_sums
 
 
 def loops(y: list[int], answer: list[int], classes: int) -> dict[str, float]:
@@ -58,3 +60,46 @@ def test_spread_leaves_out_clients_without_tests() -> None:
 
 def test_auroc_of_scores_that_are_no_numbers_is_none() -> None:
     assert np.isnan(metrics.auroc(np.array([0.1, np.nan, 0.3]), np.array([False, True, True])))
+
+
+def of_logits(logits: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """All scores of these outputs, by the formulas and sums that an evaluation uses."""
+    sums = masked_sums(jnp.asarray(logits), jnp.asarray(y), jnp.ones(len(y)))
+    classes = logits.shape[1]
+    zero = Counts(jnp.zeros((classes, classes), jnp.int32), jnp.zeros((), jnp.int32))
+    counts = counted(zero, jnp.asarray(logits), jnp.asarray(y), jnp.ones(len(y)))
+    with np.errstate(invalid="ignore"):
+        margins = logits[:, 1] - logits[:, 0]
+    return metrics.scores(
+        np.asarray(counts.confusion), float(sums["loss"]), float(sums["correct"]), int(counts.top), margins, y == 1
+    )
+
+
+@pytest.mark.parametrize("classes", [2, 3, 8])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["one output", "a row", "everything"])
+def test_no_metric_scores_outputs_that_are_not_finite(classes: int, bad: float, where: str) -> None:
+    """NaN names class 0 by argmax, which would be its share of the data, and a top-5 of 1."""
+    rng = np.random.default_rng(0)
+    logits, y = rng.normal(size=(12, classes)).astype(np.float32), np.arange(12) % classes
+    finite = of_logits(logits, y)
+    assert all(np.isfinite(value) for value in finite.values())
+    places = {"one output": (3, 1), "a row": (3, slice(None)), "everything": (slice(None), slice(None))}
+    logits[places[where]] = bad
+    broken = of_logits(logits, y)
+    assert list(broken) == list(finite) and all(np.isnan(value) for value in broken.values())
+
+
+@pytest.mark.parametrize("classes", [2, 3, 8])
+def test_no_metric_scores_an_empty_set(classes: int) -> None:
+    empty = np.zeros((0, classes), np.float32)
+    assert all(np.isnan(value) for value in of_logits(empty, np.zeros(0, np.int32)).values())
+    assert all(np.isnan(value) for value in metrics.from_counts(np.zeros((classes, classes))).values())
+    assert np.isnan(metrics.auroc(np.zeros(0), np.zeros(0, bool)))
+    assert metrics.spread(np.zeros(0), np.zeros(0)) == {"clients": 0}
+
+
+def test_spread_counts_values_that_are_not_finite() -> None:
+    found = metrics.spread(np.array([0.5, np.nan, 1.0]), np.array([2, 2, 2]))
+    assert (found["clients"], found["nonfinite"], found["mean"], found["worst"]) == (2, 1, 0.75, 0.5)
+    assert metrics.spread(np.array([np.nan]), np.array([1])) == {"clients": 0, "nonfinite": 1}

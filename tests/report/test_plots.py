@@ -68,7 +68,7 @@ def test_several_runs_are_not_crowded_by_training_curves() -> None:
     labels = [t.get_text() for t in axes_of([rounds(), rounds()], "rounds").get_legend().get_texts()]
     assert labels == ["run 0", "run 1", "PEFT joins the head"]
     labels = [t.get_text() for t in axes_of([rounds(head=0)], "rounds").get_legend().get_texts()]
-    assert labels == ["run 0", "on its training batches"]
+    assert labels == ["run 0, on the validation set", "on its training batches"]
 
 
 def test_training_values_that_were_not_finite_are_left_out() -> None:
@@ -131,3 +131,31 @@ def test_lines_are_told_apart_without_colour() -> None:
 def test_more_runs_than_colors_are_told_apart() -> None:
     curves = axes_of([rounds(head=0)] * 9, "rounds").get_lines()[:9]
     assert len({(c.get_color(), c.get_linestyle()) for c in curves}) == 9
+
+
+def test_runs_of_one_method_share_a_colour_where_there_are_more_than_colours() -> None:
+    runs = [run(peft=kind, seed=seed) for kind in ("lora", "bias", "full") for seed in range(3)]
+    numbers = plots.methods(runs)
+    assert numbers == [0, 0, 0, 1, 1, 1, 2, 2, 2] and plots.methods(runs[:7]) is None
+    axes = Figure().add_subplot()
+    plots.draw(axes, [rounds(head=0)] * 9, [f"run {i}" for i in range(9)], "rounds", numbers)
+    curves = axes.get_lines()[:9]
+    assert len({curve.get_color() for curve in curves}) == 3
+    assert len({(c.get_color(), c.get_linestyle()) for c in curves}) == 9
+
+
+def test_an_overview_takes_a_string_and_its_names_lie_below_the_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    write = plots.write
+    monkeypatch.setattr(plots, "write", lambda figure, path: (figures.append(figure), write(figure, path))[1])
+    made = plots.overview(
+        [run(peft=k) for k in ("lora", "bias", "full")], str(tmp_path / "network.png"), ["$a_$", "_b", "c"]
+    )
+    assert made == tmp_path / "network.png" and made.is_file()
+    (figure,) = figures
+    assert all(axes.get_legend() is None for axes in figure.axes)
+    legend = figure.legends[0].get_window_extent()
+    assert all(legend.y1 <= axes.get_window_extent().y0 for axes in figure.axes)
+    assert len(figure.legends[0].get_texts()) == 4

@@ -101,7 +101,7 @@ def test_printed_summary_fits_80_columns_and_holds_exact_bytes() -> None:
     shown = text(c)
     rows = [x.split() for x in shown.splitlines()]
     assert ["start", "0.050", "–", "0", "0", "B", "0", "B", "–", "–"] in rows
-    assert ["head", "alone", "0.300", "0.310", "30", "2.00", "GiB", "8.00", "GiB", "1:01", "min", "0.0x"] in rows
+    assert ["head", "alone", "0.300", "0.310", "30", "2.00", "GiB", "8.00", "GiB", "1:01", "min", "–"] in rows
     assert ["this", "run", "0.400", "0.410", "4", "400", "B", "800", "B", "12.5", "s", "96.7x"] in rows
     assert ["full", "fine-tuning*", "–", "–", "4", "35.2", "KiB", "78.1", "KiB", "–", "–"] in rows
     assert "Exact bytes: up 400, down 800, set-up 5,000." in shown
@@ -134,6 +134,28 @@ def test_exact_size() -> None:
     assert units.exact_size(2**70 + 1).startswith(f"{2**70 + 1:,} B (")
     assert units.exact_size(5) == "5 B"
     assert units.exact_size(1_234_567) == "1,234,567 B (1.18 MiB)"
+    assert units.exact_size(65_517 * 2**20) == f"{65_517 * 2**20:,} B (63.98 GiB)"
+    assert units.mebibytes(2**20 * 1023, 3) == "1,023.000 MiB"
+
+
+def test_short_times_keep_their_digits() -> None:
+    found = [units.short(x) for x in (0.0, 1.23e-5, 0.000999, 0.0042, 0.99, 1.0, 75.0)]
+    assert found == ["0 s", "12.3 µs", "999 µs", "4.2 ms", "990 ms", "1.0 s", "1:15 min"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "drawn"),
+    [
+        ("plain", "plain", "plain"),
+        ("$x_$", "$x_$", r"\$x_\$"),
+        ("cls[/b]", "cls[/b]", "cls[/b]"),
+        ("\x1b[31mred\n\u202e", r"\x1b[31mred\n\u202e", r"\x1b[31mred\n\u202e"),
+        ("_hidden", "_hidden", " _hidden"),
+        ("Équipe 東京 क्‍ष", "Équipe 東京 क्‍ष", "Équipe 東京 क्‍ष"),
+    ],
+)
+def test_names_are_plain_words(name: str, words: str, drawn: str) -> None:
+    assert (units.words(name), units.drawn(name)) == (words, drawn)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +198,7 @@ def test_compare_names_differences_first_and_then_results() -> None:
     assert results["rounds"] == (2, 2)
     assert results["ended"] == ("not yet", "rounds")
     c = console()
-    assert report.print_comparison(a, b, c) == found
+    assert report.print_comparison(a, b, console=c) == found
     shown = text(c)
     assert shown.index("config") < shown.index("rank") < shown.index("lanes") < shown.index("results")
     assert ["validation", "accuracy", "0.6000", "0.4000", "-0.2000"] in [x.split() for x in shown.splitlines()]
@@ -185,7 +207,7 @@ def test_compare_names_differences_first_and_then_results() -> None:
 
 def test_compare_of_equal_configs_says_so() -> None:
     c = console()
-    found = report.print_comparison(run("a"), run("b"), c)
+    found = report.print_comparison(run("a"), run("b"), console=c)
     assert found["config"] == {}
     assert "The two runs have the same config." in text(c)
 
@@ -193,3 +215,48 @@ def test_compare_of_equal_configs_says_so() -> None:
 def test_compare_of_a_run_without_rounds() -> None:
     found = report.compare(run("a")._replace(rounds=[]), run("b"))
     assert found["results"]["validation accuracy"] == (None, 0.6)
+
+
+def test_a_narrow_table_keeps_accuracy_bytes_and_time_and_says_what_it_left_out() -> None:
+    for width, without in ((80, ()), (60, ("fewer", "rounds")), (52, ("fewer", "rounds", "valid."))):
+        c = console(width)
+        report.print_summary(summary(), name="lora (this run)", console=c)
+        shown = text(c)
+        assert width == 80 or all(len(row) <= width for row in shown.splitlines()), "folded, not cut"
+        row = next(row for row in shown.splitlines() if row.startswith("lora"))
+        assert all(part in row for part in ("0.410", "400 B", "800 B", "12.5 s")) and "…" not in shown
+        assert (f"Too narrow for {', '.join(without)}" in shown) == bool(without)
+
+
+def test_bytes_are_compared_over_equal_rounds_only() -> None:
+    full = report.Row(report.FULL, None, None, 4, 1000, 1000)
+    assert report.fewer(report.Row("same", rounds=4, up=10, down=10), full) == 100
+    assert report.fewer(report.Row("longer", rounds=500, up=10, down=10), full) is None
+    assert report.fewer(full, full) is None
+
+
+def test_full_fine_tuning_is_not_compared_with_itself() -> None:
+    c = console()
+    report.print_summary(summary(), name="full (this run)", is_full=True, console=c)
+    assert "not run" not in text(c) and "fewer" not in text(c) and "full (this run)" in text(c)
+
+
+def test_a_summary_without_scores_is_printed() -> None:
+    nothing = {"loss": None, "accuracy": None}
+    broken = summary() | {
+        "final": {"validation": nothing, "test": nothing, "clients": {"global": {"clients": 0, "nonfinite": 7}}}
+    }
+    c = console()
+    report.print_summary(broken, console=c)
+    assert "not finite on the test set" in text(c) and "7 more without finite outputs" in text(c)
+
+
+def test_compare_leaves_out_options_that_mean_nothing_for_the_kind() -> None:
+    a, b = run("a", peft="full", rank=4, targets=("*",)), run("b", peft="full", rank=8)
+    assert report.compare(a, b)["config"] == {}
+    c = run("c", peft="lora", rank=8, targets=("[!0]*",))
+    shown, out = report.compare(a, b, c), console(120)
+    assert shown["config"]["rank"] == (None, None, 8) and shown["config"]["peft"] == ("full", "full", "lora")
+    assert "bias_patch" not in shown["config"] and len(shown["results"]["rounds"]) == 3
+    assert report.print_comparison(a, b, c, console=out) == shown
+    assert "[!0]*" in text(out)

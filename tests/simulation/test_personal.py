@@ -99,12 +99,13 @@ def test_what_a_client_keeps_is_tested_and_left_alone(config: Config, tmp_path: 
     assert np.flatnonzero(differ).tolist() == [1, 4, 6]
 
 
-def test_a_client_that_diverges_answers_nothing_right(config: Config) -> None:
-    """Its accuracy is 0 and it has no loss, instead of the loss 0 of an empty reply."""
+def test_a_client_that_diverges_has_no_scores(config: Config) -> None:
+    """Neither accuracy nor loss, instead of the zeros of an empty reply; the summary counts such clients."""
     problem, now = ready(config.replace(optimizer="sgd", personal_lr=1e30))
     found = personal.local_scores(problem, now.trainer, now.server, now.memory)
     assert found is not None and np.isfinite(found.loss["global"]).all()
-    assert np.isnan(found.loss["tuned"]).all() and not found.accuracy["tuned"].any()
+    assert np.isnan(found.loss["tuned"]).all() and np.isnan(found.accuracy["tuned"]).all()
+    assert found.summary()["tuned"] == {"clients": 0, "nonfinite": 7}
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(None, 34), (4, 40)])

@@ -17,6 +17,7 @@ import fedsim
 from fedsim import peft
 from fedsim.config import Config, Speed
 from fedsim.record import Run
+from fedsim.report import plots, tables
 from fedsim.simulation import build, simulate
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -382,3 +383,81 @@ def test_a_run_uses_all_six_core_dependencies(tmp_path: Path, environment: dict[
     ):
         assert calls[package].get(function), f"{package}: {calls[package]}"
     assert fedsim.load(tmp_path / "run").summary["rounds"] == 2
+
+
+def diverging(**changes: Any) -> tuple[Config, Any]:
+    """Softmax regression with a server's rate beyond float32: its parameters are NaN or infinite after round 1."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(400, 6)).astype(np.float32), (np.arange(400) % 10 >= 9).astype(int)  # 90 % class 0
+    options: dict[str, Any] = {
+        "dataset": "arrays", "backbone": "linear", "peft": "head", "clients": 10, "clients_per_round": 5, "rounds": 3,
+        "lr": 0.01, "min_size": 1, "server_lr": 1e39,
+    }  # fmt: skip
+    return Config(**{**options, **changes}), fedsim.arrays(x, y)
+
+
+def test_a_model_that_is_no_number_has_no_scores_and_reaches_no_target(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, data = diverging(target_accuracy=0.8)
+    run = fedsim.run(config, out=tmp_path / "run", data=data)
+    summary = run.summary or {}
+    assert summary["stopped"] == "rounds" and len(run.rounds) == 3 and summary["best"] is None
+    assert set(summary["final"]["test"].values()) == {None}, "null by every metric"
+    assert [set(line["validation"].values()) for line in run.rounds] == [{None}] * 3
+    said = capsys.readouterr().out
+    assert said.count("the model's outputs are not finite") == 1, "said while it runs, once"
+    assert "could not be drawn" in said and "Traceback" not in said
+    with pytest.raises(ValueError, match=r"Expected the outputs of the model of .* to be finite"):
+        run.predict(np.zeros((2, 6), np.float32))
+
+
+def test_a_round_without_a_finite_example_has_no_training_loss(tmp_path: Path) -> None:
+    """Where nothing counted there is no mean, instead of 0."""
+    config, data = diverging()
+    run = fedsim.run(config, out=tmp_path / "run", data=data, quiet=True)
+    assert run.rounds[0]["loss"] is not None, "the first round starts from finite parameters"
+    assert [line["loss"] for line in run.rounds[1:]] == [None, None]
+    assert [line["accuracy"] for line in run.rounds[1:]] == [None, None]
+
+
+def test_a_picture_that_cannot_be_drawn_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fedsim.simulation import ending
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("no font\nat all")
+
+    monkeypatch.setattr(ending.plots, "save", broken)
+    monkeypatch.setattr(ending, "draw_partition", broken)
+    config, data = diverging(server_lr=1.0)
+    run = fedsim.run(config, out=tmp_path / "run", data=data)
+    assert run.summary is not None and run.parameters
+    said = capsys.readouterr().out
+    assert "the picture of the accuracy could not be drawn (no font)" in said and "of the partition" in said
+
+
+def test_names_are_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Formulas, markup and escape codes in class names and folders end neither a run nor its table."""
+    config, _ = diverging(server_lr=1.0)
+    rng = np.random.default_rng(0)
+    names = ["$x_$", "cls[/b]", "\x1b[31mred"]
+    y = [names[i % 3] for i in range(300)]
+    data = fedsim.arrays(rng.normal(size=(300, 6)).astype(np.float32), np.array(y))
+    run = fedsim.run(config, out=tmp_path / "_$a_$[b]", data=data)
+    assert {"accuracy_rounds.png", "accuracy_bytes.png"} <= {path.name for path in run.directory.glob("*.png")}
+    other = run._replace(directory=tmp_path / "x[bold]")
+    tables.print_comparison(run, other)
+    said = capsys.readouterr().out
+    assert "x[bold]" in said and "\x1b" not in said
+    assert plots.overview([run, other], str(tmp_path / "both.png")).is_file()
+
+
+def test_a_run_draws_and_exports_itself(tmp_path: Path) -> None:
+    config, data = diverging(server_lr=1.0)
+    run = fedsim.run(config, out=tmp_path / "run", data=data, quiet=True)
+    assert [path.parent for path in run.plots(str(tmp_path / "pictures"))] == [tmp_path / "pictures"] * 2
+    with pytest.raises(ValueError, match="Expected kind='lora' to be"):
+        run.export("lora", tmp_path / "lora")  # type: ignore[arg-type] # what is refused
+    assert fedsim.compare(str(run.directory), run.directory, run)["config"] == {}

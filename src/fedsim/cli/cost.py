@@ -22,7 +22,7 @@ from rich.table import Table
 from fedsim import peft, wire
 from fedsim.config import Config, one_of
 from fedsim.simulation import build
-from fedsim.units import times
+from fedsim.units import mebibytes, times
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -237,5 +237,5 @@ def both(up: int, down: int) -> str:
 
 
 def exact(n: int) -> str:
-    """Bytes, and MiB to three digits on a line of its own."""
-    return f"{n:,} B\n{n / 2**20:,.3f} MiB"
+    """Bytes, and MiB to three digits, from 1 GiB on GiB, on a line of its own."""
+    return f"{n:,} B\n{mebibytes(n, 3)}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,13 @@ from fedsim import record
 from fedsim.config import RELIABLE, Config, Speed, nearest
 from fedsim.engine import processes
 from fedsim.report import tables as report
+from fedsim.units import size, words
 
+HEAD, BASELINES = (
+    "head to convergence",
+    ("bias", "lora", "full", "centralised"),
+)  # names of comparisons, and of their folders
+COMPARISONS = "comparisons"  # field of config.json: what the run is compared with, so that a resumed one is too
 HEAD_ROUNDS, HEAD_PATIENCE = 500, 100  # the head run ends when its validation accuracy stands still
 FULL_LR = 1e-4  # of full fine-tuning in --baselines: a LoRA's rate destroys a pre-trained encoder
 CENTRAL_LR = 4e-3  # of the centralised run there, which lacks the mean over a cohort that bears a higher one
@@ -91,41 +99,56 @@ def run_job(
         problem = owned_by(problem, config)
     if start and not quiet and processes.is_first():
         print(start, flush=True)
-    done = simulate.run(config, speed, out=out, quiet=quiet, problem=problem)
-    others = {"head to convergence": head_config(config)} if head and config.peft != "head" else {}
-    if baselines:
-        others |= baseline_configs(config, len(problem.partition.rows))
+    names = [HEAD] * (head and config.peft != "head") + [*BASELINES] * baselines
+    done = simulate.run(config, speed, out=out, quiet=quiet, problem=problem, about={COMPARISONS: names})
+    _compared(done, config, problem, speed, names, quiet)
+    return done
+
+
+def _compared(done: record.Run, config: Config, problem: Any, speed: Speed, names: Sequence[str], quiet: bool) -> None:
+    """Makes the runs that a finished one is compared with, or what is missing of them, and prints the closing table."""
+    configs = {HEAD: head_config(config), **baseline_configs(config, len(problem.partition.rows))}
     rows: list[report.Row] = []
     try:
-        for name, other in others.items():
-            rows += _comparison(problem, speed, done.directory, name, other, quiet)
+        for name in names:
+            rows += _comparison(problem, speed, done.directory, name, configs[name], quiet)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"Stopped in what the run is compared with; go on with: fedsim run --resume {shlex.quote(str(done.directory))}"
+        ) from None
     finally:  # the run itself is done: its table is due, whatever happens to what it is compared with
         close(done, rows)
-    return done
 
 
 def _comparison(
     problem: Any, speed: Speed, directory: Path, name: str, config: Config, quiet: bool
 ) -> list[report.Row]:
-    """One run for the closing table on the same data and features; nothing if it fails, which is said."""
+    """One run for the closing table on the same data and features, made, gone on with, or read; nothing if it fails."""
     from fedsim.simulation import simulate
 
-    if not quiet and processes.is_first():
-        print(f"for comparison: {name}", flush=True)
-    shared = owned_by(problem, config)  # the centralised run's client owns everything
     folder = directory / "baselines" / name.replace(" ", "-")
+
+    def found() -> tuple[bool, bool]:
+        return (folder / record.CONFIG).is_file(), (folder / record.SUMMARY).is_file()
+
     try:
-        ran = simulate.run(config, speed, out=folder, quiet=quiet or name.startswith("head"), problem=shared)
+        begun, ended = processes.by_first(found)
+        if ended:
+            return [_row(name, processes.by_first(lambda: record.load(folder)))]
+        if not quiet and processes.is_first():
+            print(f"for comparison: {name}", flush=True)
+        shared = owned_by(problem, config)  # the centralised run's client owns everything
+        asked: dict[str, Any] = {"resume": folder} if begun else {"config": config, "speed": speed, "out": folder}
+        return [_row(name, simulate.run(**asked, quiet=quiet or name == HEAD, problem=shared))]
     except Exception as error:
         if processes.several():
             raise  # it may have failed here alone, and the others wait
-        print(f"The comparison {name} failed and is left out: {error}", file=sys.stderr)
+        print(f"The comparison {name} failed and is left out: {words(error)}", file=sys.stderr)
         return []
-    return [_row(name, ran)]
 
 
 def resume_job(directory: Path, *, quiet: bool = False, trust_code: bool = False) -> record.Run:
-    """Goes on with a stopped run and prints its closing table; the head's run is made if it is missing."""
+    """Goes on with a stopped run and prints its closing table; comparisons that were asked for and are missing are made."""
     from fedsim.engine.host import divide_cpu
     from fedsim.simulation import build, inputs, needs, simulate
 
@@ -136,15 +159,14 @@ def resume_job(directory: Path, *, quiet: bool = False, trust_code: bool = False
     problem = processes.each(lambda: build.problem(config, stopped.speed))
     done = simulate.run(resume=directory, quiet=quiet, problem=problem, trust_code=trust_code)
 
-    def compared() -> tuple[list[report.Row], bool]:
-        others = sorted(p for p in (directory / "baselines").glob("*") if (p / record.SUMMARY).is_file())
-        rows = [_row(p.name.replace("-", " "), record.load(p)) for p in others]
-        return rows, (directory / "baselines" / "head-to-convergence").exists()
+    def planned() -> list[str]:
+        """What the run's record says; for one made without this command, the head and what is there."""
+        there = [name for name in BASELINES if (directory / "baselines" / name / record.SUMMARY).is_file()]
+        return stopped.about.get(COMPARISONS, [HEAD] * (stopped.config.peft != "head") + there)
 
-    rows, has_head = processes.by_first(compared)
-    if done.config.peft != "head" and not has_head:
-        rows += _comparison(problem, done.speed, directory, "head to convergence", head_config(config), quiet)
-    close(done, rows)
+    known = (HEAD, *BASELINES)
+    names = [name for name in processes.by_first(planned) if name in known]
+    _compared(done, config, problem, done.speed, names, quiet)
     return done
 
 
@@ -163,18 +185,39 @@ def close(run: record.Run, rows: list[report.Row]) -> None:
         return
     if run.summary is None:
         raise ValueError(f"Expected {run.directory} to hold a finished run; go on with it by --resume.")
-    report.print_summary(run.summary, more=rows, name=f"{run.config.peft} (this run)")
-    head = next((row for row in rows if row.name.startswith("head")), None)
-    final = run.summary["final"]["test"]["accuracy"]
-    if head is not None and head.test is not None:
-        gap = final - head.test
-        verdict = " The head alone wins on this task at this budget." if gap < 0 else ""
-        print(f"{run.config.peft} minus head, test accuracy: {gap:+.4f}.{verdict}")
+    name = f"{run.config.peft} (this run)"
+    codecs = run.config.codec_up, run.config.codec_down
+    is_full = run.config.peft == "full" and codecs == ("none", "none")
+    try:
+        report.print_summary(run.summary, more=rows, name=name, is_full=is_full)
+    except Exception as error:  # a table that cannot be shown takes nothing from the run
+        why = words(str(error).partition("\n")[0])
+        print(
+            f"The table could not be shown ({why}); {run.directory / record.SUMMARY} holds all of it.", file=sys.stderr
+        )
+    head = next((row for row in rows if row.name == HEAD), None)
+    own = next(row for row in report.rows(run.summary, name, is_full=True) if row.name == name)
+    if head is not None and (said := beside_head(run.config.peft, own, head)):
+        print(said)
     if run.config.clients == 1:
         print(
             "One client holds everything: the bytes are what it exchanges with the server; training in one place sends none."
         )
-    print(f"Folder: {run.directory}")
+    print(f"Folder: {words(run.directory)}")
+
+
+def beside_head(peft: str, own: report.Row, head: report.Row) -> str:
+    """The gap of the run to the head alone, and both budgets; a verdict only where the head wins with no larger one."""
+    if own.test is None or head.test is None:
+        return ""
+    sent, of_head = report.total(own) or 0, report.total(head) or 0
+    gap = own.test - head.test
+    wins = gap < 0 and (head.rounds or 0) <= (own.rounds or 0) and of_head <= sent
+    verdict = " The head alone wins, with no larger budget." if wins else ""
+    return (
+        f"{peft} minus head, test accuracy: {gap:+.4f}, after {own.rounds} rounds and {size(sent)} against {head.rounds} rounds "
+        f"and {size(of_head)}.{verdict}"
+    )
 
 
 def listing(what: str | None) -> None:

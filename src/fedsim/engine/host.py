@@ -1,4 +1,4 @@
-"""The process that a run lives in: its CPU as devices, allocator, compilation cache, clock of compilation, Ctrl-C."""
+"""The process that a run lives in: its CPU as devices, allocator, compilation cache, clock of compilation, signals, how far."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import math
 import os
 import platform
 import signal
-import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 
 from fedsim.config import Speed
 from fedsim.data.assets import cache_dir
+from fedsim.engine import processes
 
 CPU_DEVICES = 2  # measured on two cores (docs/lanes.md); they share backbone and examples
 ALIGNMENT, LARGE = 64, 2**16  # bytes
@@ -128,27 +128,65 @@ def compile_clock() -> CompileClock:
     return CompileClock()
 
 
+STOPS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}  # the second one is what clusters send
+
+
 @contextmanager
-def interruptible() -> Iterator[Any]:
-    """Ctrl-C asks for a stop after the round; a second one stops at once. Yields a function: was it asked?"""
+def interruptible(way_on: str = "") -> Iterator[Any]:
+    """Ctrl-C or SIGTERM asks for a stop after the round; a second one stops at once. Yields a function: was it asked?
+
+    Args:
+        way_on: how to go on later, which the second one says: "go on with: ...".
+    """
     asked = False
 
     def ask(number: int, frame: Any) -> None:
         nonlocal asked
         if asked:
-            raise KeyboardInterrupt
+            # With several processes words mark a stop that all of them share (`cli.main`); this one is of one alone.
+            raise KeyboardInterrupt(f"Stopped at once; {way_on}" if way_on and not processes.several() else "")
         asked = True
-        print("\nStopping after this round; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
+        # Not by print: a signal may come while the same buffer is written to, which Python refuses.
+        said = (
+            f"\nStopping after this round ({STOPS[signal.Signals(number)]}); another Ctrl-C or SIGTERM stops at once.\n"
+        )
+        with suppress(OSError):
+            os.write(2, said.encode())
 
+    before: dict[signal.Signals, Any] = {}
     try:
-        before = signal.signal(signal.SIGINT, ask)
+        for number in STOPS:
+            before[number] = signal.signal(number, ask)
     except ValueError:  # not in the main thread, as in some notebooks: Ctrl-C then stops at once
         yield lambda: False
         return
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
+
+
+# --- how far something long is
+
+Far = Callable[[str, int, int], None]  # (what is done, how many of it, of how many)
+_watchers: list[Far] = []  # of this process; a display watches while it is shown
+
+
+def went(what: str, done: int, of: int) -> None:
+    """Tells whoever watches how far something long is; costs nothing where nobody does."""
+    for watcher in _watchers:
+        watcher(what, done, of)
+
+
+@contextmanager
+def watched(by: Far) -> Iterator[None]:
+    """While it is open, `by` is told what `went` is told."""
+    _watchers.append(by)
+    try:
+        yield
+    finally:
+        _watchers.remove(by)
 
 
 def warn_idle_accelerator() -> None:

@@ -219,7 +219,8 @@ def end(parts: Parts, state: State, member: Array, args: Tree, key: Array) -> tu
     for name, m in ordered.items():
         of_step = name in state.sums
         share = jnp.where(jnp.isfinite(m), rows if of_step else 1.0, 0.0)
-        metrics[name] = (jnp.where(share > 0, m, 0.0) * share).sum() / jnp.maximum(share.sum(), 1.0)
+        mean = (jnp.where(share > 0, m, 0.0) * share).sum() / jnp.maximum(share.sum(), 1.0)
+        metrics[name] = jnp.where(share.sum() > 0, mean, jnp.nan)  # where nothing counted, there is no mean
     counted = state.counted.sum(axis=0)
     info = Info(metrics, ordered, state.weight.sum(), counted[0], counted[1])
     return parts.reduce.done(total, args, key), info

@@ -15,6 +15,7 @@ from jax import Array
 from fedsim.core import Batch, Metrics, Params, Tree
 from fedsim.engine import processes
 from fedsim.engine.device_memory import ExhaustedError, all_fit, all_know
+from fedsim.engine.host import went
 from fedsim.engine.lanes import Lanes
 from fedsim.evaluation import metrics
 from fedsim.training import lengths
@@ -45,9 +46,13 @@ def classification_loss(
 
 
 def masked_sums(logits: Array, y: Array, mask: Array) -> dict[str, Array]:
-    """Sums over the real rows of a batch: loss (nats), correct answers, rows. logits (B, C), y (B,), mask (B,)."""
+    """Sums over the real rows of a batch: loss (nats), correct answers, rows. logits (B, C), y (B,), mask (B,).
+
+    Outputs that are not finite answer nothing, though argmax names a class: `correct` is NaN where a real row has some.
+    """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), y)
     right = (logits.argmax(axis=-1) == y).astype(jnp.float32)
+    right = jnp.where(jnp.isfinite(logits).all(axis=-1), right, jnp.nan)
     real = mask > 0
     return {
         "loss": jnp.where(real, losses, 0.0).sum(),
@@ -79,7 +84,8 @@ def evaluator(
     """A function server -> metrics over these rows of the engine's examples (docs/evaluation.md defines them).
 
     Where a device's memory runs out, it warns and halves the batch until it fits; nothing of the server is lost by that.
-    `loss`, `accuracy`, `balanced_accuracy`, `macro_f1`, and `top5` of more than five classes or `auroc` of two. One
+    `loss`, `accuracy`, `balanced_accuracy`, `macro_f1`, and `top5` of more than five classes or `auroc` of two; all NaN
+    where the model's outputs for a row are not finite. One
     compiled step over batches of equal shape; each batch is split over the devices. Sums of losses are float32 per batch and
     device, and added on the host in float64; counts are whole numbers.
 
@@ -165,22 +171,16 @@ def one_pass(
                 x, y = engine.gather(rows)
                 counts, sums = steps[length](engine.held, server, counts, x, y, mask)
                 parts.append(sums)
+                went("evaluating", len(parts), len(batches))
             return counts, parts
 
         split, host = processes.fetch(all_fit(answered))
         confusion, top = split.confusion.sum(axis=0), split.top.sum(axis=0)
-        total = sum(len(part) for part, _ in batches)
-        scores = {
-            "loss": float(np.sum([p["loss"] for p in host], dtype=np.float64)) / total,
-            "accuracy": int(np.trace(confusion)) / total,
-            **metrics.from_counts(confusion),
-        }
-        if len(confusion) > metrics.TOP:
-            scores[f"top{metrics.TOP}"] = int(top) / total
-        if len(confusion) == 2:
-            margins = [p["margin"].reshape(-1)[: len(part)] for p, (part, _) in zip(host, batches, strict=True)]
-            labels = np.asarray(engine.y)[np.concatenate([part for part, _ in batches])]
-            scores["auroc"] = metrics.auroc(np.concatenate(margins), labels == 1)
-        return scores
+        loss, correct = (float(np.sum([p[name] for p in host], dtype=np.float64)) for name in ("loss", "correct"))
+        margins, labels = np.zeros(0), np.zeros(0)
+        if len(confusion) == 2 and host:
+            parts = [p["margin"].reshape(-1)[: len(part)] for p, (part, _) in zip(host, batches, strict=True)]
+            margins, labels = np.concatenate(parts), np.asarray(engine.y)[np.concatenate([p for p, _ in batches])]
+        return metrics.scores(confusion, loss, correct, top, margins, labels == 1)
 
     return evaluate

@@ -9,6 +9,33 @@ import numpy as np
 TOP = 5  # `top5`, where there are more classes than that
 
 
+def scores(
+    confusion: np.ndarray, loss: float, correct: float, top: int, margins: np.ndarray, positive: np.ndarray
+) -> dict[str, float]:
+    """All that is said of a classifier on a split; every value is NaN where an answer was no number, or nothing was asked.
+
+    Args:
+        confusion: (C, C), true classes down, answers across.
+        loss: sum over the rows, nats.
+        correct: sum over the rows, NaN where the model's outputs for one of them were not finite.
+        top: rows whose class is among the `TOP` best.
+        margins: (N,) output of class 1 minus that of class 0; of two classes.
+        positive: (N,) bool, whether a row is of class 1; of two classes.
+    """
+    rows, classes = int(np.sum(confusion)), len(confusion)
+    answered = rows > 0 and bool(np.isfinite(correct))
+    found = {
+        "loss": loss / max(rows, 1),
+        "accuracy": int(np.trace(confusion)) / max(rows, 1),
+        **from_counts(confusion),
+    }
+    if classes > TOP:
+        found[f"top{TOP}"] = int(top) / max(rows, 1)
+    if classes == 2:
+        found["auroc"] = auroc(margins, positive)
+    return found if answered else dict.fromkeys(found, float("nan"))
+
+
 def from_counts(confusion: np.ndarray) -> dict[str, float]:
     """Balanced accuracy and macro-F1 of confusion counts (C, C), true classes down, answers across.
 
@@ -45,14 +72,18 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
 def spread(values: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
     """How a value is spread over clients: mean, mean by `weights`, worst, best, the nine deciles; (K,) each.
 
-    Clients of weight zero, which have no value, are left out.
+    Clients of weight zero, which have no value, are left out. Where a client's value is not finite, as of a model that
+    diverged, `nonfinite` counts them, and the other numbers are those of the rest.
     """
-    kept = weights > 0
+    asked = np.asarray(weights) > 0
+    kept = asked & np.isfinite(values)
+    broken = {"nonfinite": int((asked & ~kept).sum())} if (asked & ~kept).any() else {}
     values, weights = np.asarray(values, np.float64)[kept], np.asarray(weights, np.float64)[kept]
     if not len(values):
-        return {"clients": 0}
+        return {"clients": 0, **broken}
     return {
         "clients": len(values),
+        **broken,
         "mean": float(values.mean()),
         "weighted_mean": float(np.average(values, weights=weights)),
         "worst": float(values.min()),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.report.progress import speed
-from fedsim.units import duration, size
+from fedsim.units import drawn, duration, short, size, words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,22 +43,29 @@ def show(result: Result, out: Path) -> None:
     """Prints where time and memory go, the sweep, and the recommended `Speed`."""
     from rich.console import Console
 
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     base, peak = result["base"], result["peak"]
     console.print(
-        f"{result['config']['peft']} on {result['config']['backbone']}: {base['lanes']} lanes on {base['devices']} "
-        f"device{'s' if base['devices'] > 1 else ''}, {speed(base['clients_per_second'])} clients/s, "
+        f"{result['config']['peft']} on {result['config']['backbone']}: {base['lanes']} lane{'s' * (base['lanes'] > 1)} "
+        f"on {base['devices']} device{'s' if base['devices'] > 1 else ''}, {speed(base['clients_per_second'])} clients/s, "
         f"{speed(base['examples_per_second'])} examples/s"
     )
     counted = result["flops"]
+    each = ", ".join(
+        f"{name} {speed(counted[key] / 1e6)}"
+        for name, key in (
+            ("forward", "forward"),
+            ("gradients of activations", "activations"),
+            ("of weights", "weights"),
+        )
+    )
+    console.print(f"{speed(sum(counted.values()) / 1e6)} MFLOP an example: {each}")
     console.print(
-        f"{sum(counted.values()) / 1e6:,.1f} MFLOP an example (forward {counted['forward'] / 1e6:,.1f}, activations' "
-        f"gradients {counted['activations'] / 1e6:,.1f}, weights' {counted['weights'] / 1e6:,.1f}); "
         f"{speed(base['flops_per_second'] / 1e9)} GFLOP/s, {base['mfu']:.1%} of {peak['name']} ({peak['source']})\n"
     )
     for part in (time_table(result), apart_table(result), memory_table(result), sweep_table(result)):
         console.print(part)
-    for note in result["tiles"]:
+    for note in result["tiles"] if result["device"]["platform"] != "cpu" else ():  # of no use on a CPU
         console.print(f"on a TPU: {note}")
     options = ", ".join(f"{name}={value!r}" for name, value in result["recommended"].items())
     found = "what was measured here" if options else "no setting was clearly faster than what is set"
@@ -80,14 +87,14 @@ def time_table(result: Result) -> Table:
     """A round whose every piece is waited for; beside it, the round as it runs."""
     seconds = result["seconds"]
     whole = sum(seconds[name] for name in ROUND)
-    table = plain_table("a round, piece by piece", "", "seconds", "share", "")
+    table = plain_table("a round, piece by piece", "", "time", "share", "")
     for name in ROUND:
-        table.add_row(name, f"{seconds[name]:.4f}", f"{seconds[name] / whole:.1%}", ABOUT[name])
+        table.add_row(name, short(seconds[name]), f"{seconds[name] / whole:.1%}", ABOUT[name])
     table.columns[-1].justify = "left"
     base = result["base"]
     free, waiting = statistics.median(base["seconds"]), statistics.median(base["waiting"])
-    table.add_row("sum", f"{whole:.4f}", "", "each piece waited for")
-    table.add_row("as it runs", f"{free:.4f}", f"{free / whole:.1%}", f"the host waits {waiting / free:.0%} of it")
+    table.add_row("sum", short(whole), "", "each piece waited for")
+    table.add_row("as it runs", short(free), f"{free / whole:.1%}", f"the host waits {waiting / free:.0%} of it")
     return table
 
 
@@ -96,7 +103,7 @@ def apart_table(result: Result) -> Table:
     table = plain_table("\nbeside the rounds", "", "")
     table.add_row("compiling", duration(result["base"]["compile_seconds"]))
     for name, value in result["apart"].items():
-        table.add_row(name, duration(value))
+        table.add_row(name, short(value))
     return table
 
 
@@ -125,7 +132,7 @@ def sweep_table(result: Result) -> Table:
     for row in rows:
         name = ", ".join(f"{k}={v}" for k, v in row["changes"].items()) or "as set"
         if "error" in row:
-            table.add_row(name, row["error"])
+            table.add_row(words(name), words(row["error"]))
             continue
         table.add_row(
             name,
@@ -150,7 +157,7 @@ def draw(result: Result, out: Path) -> list[Path]:
     lanes, times, parts = figure.subplots(1, 3, width_ratios=(1, 1.1, 1.1))
     draw_sweep(lanes, result)
     pieces = {name: result["seconds"][name] for name in ROUND}
-    draw_bars(times, pieces, "seconds of a round", [f"{v:.3f}" for v in pieces.values()])
+    draw_bars(times, pieces, "time of a round", [short(v) for v in pieces.values()])
     memory = {name: value for name, value in result["memory"].items() if not name.startswith("host")}
     draw_bars(parts, {k: v / 2**20 for k, v in memory.items()}, "MiB of a device", [size(v) for v in memory.values()])
     roof = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -237,5 +244,5 @@ def draw_roofline(axes: Axes, result: Result) -> None:
     axes.set_xlabel("FLOPs a byte of memory traffic (as compiled)", color=INK)
     axes.set_ylabel("GFLOP/s", color=INK)
     work = f"{result['config']['peft']} on {result['config']['backbone']}"
-    axes.set_title(f"{work}, {peak['name']}", fontsize=11, color=INK, loc="left")
+    axes.set_title(drawn(f"{work}, {peak['name']}"), fontsize=11, color=INK, loc="left")
     axes.legend(fontsize=9, loc="lower right", edgecolor="none", framealpha=0.9, labelcolor=INK)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from fedsim.record import Round, Run
+from fedsim.report.summaries import is_number, scored
+from fedsim.report.tables import matters
+from fedsim.units import drawn, words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +28,7 @@ INK, GRID = "#333333", "#E3E3E3"
 LOG_FROM = 20  # bytes are drawn on a log axis where the dearest run sends this many times more than the cheapest
 
 
-def save(runs: Sequence[Run], directory: Path, labels: Sequence[str] | None = None) -> list[Path]:
+def save(runs: Sequence[Run], directory: str | PathLike[str], labels: Sequence[str] | None = None) -> list[Path]:
     """Draws `accuracy_rounds.png`, `accuracy_bytes.png` and, of runs on a simulated clock, `accuracy_time.png` into a folder.
 
     Where the first run's clients have tests of their own, `accuracy_clients.png` too.
@@ -31,11 +36,11 @@ def save(runs: Sequence[Run], directory: Path, labels: Sequence[str] | None = No
     Raises:
         ValueError: no run has an evaluated round.
     """
-    lines, names = [run.rounds for run in runs], list(labels or label(runs))
+    lines, names, directory = [run.rounds for run in runs], list(labels or label(runs)), Path(directory)
     written = []
     for against in ("rounds", "bytes", "time") if timed(lines) else ("rounds", "bytes"):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-        draw(figure.add_subplot(), lines, names, against)
+        draw(figure.add_subplot(), lines, names, against, methods(runs))
         written.append(write(figure, directory / f"accuracy_{against}.png"))
     if tests := runs[0].clients():
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -55,7 +60,9 @@ def draw_clients(axes: Axes, tests: Sequence[Mapping[str, Any]]) -> None:
     """
     tested = [row["accuracy"] for row in tests if row["test"]]
     for i, kind in enumerate(tested[0] if tested else {}):
-        values = sorted(accuracy[kind] for accuracy in tested)
+        values = sorted(accuracy[kind] for accuracy in tested if is_number(accuracy[kind]))
+        if not values:
+            continue
         shares = [(k + 1) / len(values) for k in range(len(values))]
         mean = sum(values) / len(values)
         axes.step([values[0], *values], [0, *shares], where="post", color=COLORS[i], linewidth=2.0, zorder=3,
@@ -71,22 +78,53 @@ def draw_clients(axes: Axes, tests: Sequence[Mapping[str, Any]]) -> None:
         axes.legend(frameon=False, fontsize=9, loc="upper left")
 
 
-def overview(runs: Sequence[Run], path: Path, labels: Sequence[str] | None = None, title: str = "") -> Path:
-    """Draws runs as one picture, accuracy against rounds, against bytes and, if they have it, against simulated time."""
+def overview(
+    runs: Sequence[Run], path: str | PathLike[str], labels: Sequence[str] | None = None, title: str = ""
+) -> Path:
+    """Draws runs as one picture, accuracy against rounds, against bytes and, if they have it, against simulated time.
+
+    The names stand below the panels. More runs than there are colours share one where they share a PEFT kind.
+    """
     lines, names = [run.rounds for run in runs], list(labels or label(runs))
     panels = ("rounds", "bytes", "time") if timed(lines) else ("rounds", "bytes")
-    figure = Figure(figsize=(5.3 * len(panels), 4.2), layout="constrained")
+    columns = min(len(runs), 4)
+    figure = Figure(figsize=(5.3 * len(panels), 4.2 + 0.25 * -(-(len(runs) + 1) // columns)), layout="constrained")
     if title:
-        figure.suptitle(title, fontsize=13, fontweight="bold", color=INK, x=0.01, ha="left")
+        figure.suptitle(drawn(title), fontsize=13, fontweight="bold", color=INK, x=0.01, ha="left")
     for axes, against in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
-        draw(axes, lines, names, against)
+        draw(axes, lines, names, against, methods(runs))
+        axes.get_legend().remove()
         if against != "rounds":  # once is enough
             axes.set_ylabel("")
-            axes.get_legend().remove()
-    return write(figure, path)
+    lines_drawn, texts = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        lines_drawn,
+        texts,
+        loc="outside lower left",
+        ncols=columns,
+        fontsize=9,
+        labelcolor=INK,
+        handlelength=3.0,
+        frameon=False,
+    )
+    return write(figure, Path(path))
 
 
-def draw(axes: Axes, runs: Sequence[Sequence[Round]], names: Sequence[str], against: str) -> None:
+def methods(runs: Sequence[Run]) -> list[int] | None:
+    """A number for each run, the same for those of one PEFT kind, where there are more runs than colours; else None."""
+    if len(runs) <= len(COLORS):
+        return None
+    kinds = list(dict.fromkeys(run.config.peft for run in runs))
+    return [kinds.index(run.config.peft) for run in runs]
+
+
+def draw(
+    axes: Axes,
+    runs: Sequence[Sequence[Round]],
+    names: Sequence[str],
+    against: str,
+    colors: Sequence[int] | None = None,
+) -> None:
     """Draws the validation accuracy of each run on one axes; a single run shows its training accuracy too.
 
     A hollow point is the last round of the head alone, before the PEFT part joins.
@@ -96,21 +134,27 @@ def draw(axes: Axes, runs: Sequence[Sequence[Round]], names: Sequence[str], agai
         runs: the rounds of each run.
         names: one for each run.
         against: "rounds"; "bytes": MiB sent both ways so far, without the one-off set-up; or "time": simulated seconds.
+        colors: a number for each run; runs of one number share a colour. Left out, each has its own.
 
     Raises:
         ValueError: no run has an evaluated round.
     """
     if not any(seen(lines) for lines in runs):
-        raise ValueError(f"Expected a validation accuracy in the rounds of {', '.join(names)}; run at least one round.")
+        raise ValueError(
+            f"Expected a validation accuracy in the rounds of {', '.join(map(words, names))}; run at least one round, "
+            "with a rate at which the model stays finite."
+        )
     place = {"rounds": _number, "bytes": sent, "time": clock}[against]
     joined = False
     for i, (lines, name) in enumerate(zip(runs, names, strict=True)):
-        color, style_of = COLORS[i % len(COLORS)], {"marker": MARKERS[i % len(MARKERS)], "markersize": 5.5}
+        color = COLORS[(i if colors is None else colors[i]) % len(COLORS)]
+        style_of = {"marker": MARKERS[i % len(MARKERS)], "markersize": 5.5}
         x, y = [place(line) for line in seen(lines)], [line["validation"]["accuracy"] for line in seen(lines)]
-        axes.plot(x, y, color=color, linestyle=DASHES[i % len(DASHES)], linewidth=1.8, label=name, zorder=3,
+        called = drawn(name) if len(runs) > 1 else f"{drawn(name)}, on the validation set"
+        axes.plot(x, y, color=color, linestyle=DASHES[i % len(DASHES)], linewidth=1.8, label=called, zorder=3,
                   markevery=marked(len(x), i, len(runs)), **style_of)  # fmt: skip
         if len(runs) == 1:
-            train = [line for line in lines if line["accuracy"] is not None]
+            train = [line for line in lines if is_number(line["accuracy"])]
             axes.plot(
                 [place(line) for line in train],
                 [line["accuracy"] for line in train],
@@ -151,7 +195,7 @@ def marked(points: int, line: int, lines: int) -> list[int]:
 
 def seen(lines: Sequence[Round]) -> list[Round]:
     """The evaluated rounds."""
-    return [line for line in lines if line["validation"] and line["validation"]["accuracy"] is not None]
+    return scored(lines)
 
 
 def joins(lines: Sequence[Round], place: Callable[[Round], float]) -> list[tuple[float, float]]:
@@ -198,7 +242,7 @@ def label(runs: Sequence[Run]) -> list[str]:
         return [configs[0]["peft"]]
     differing = [k for k in configs[0] if any(c[k] != configs[0][k] for c in configs)]
     differing.sort(key=lambda k: (k != "peft", k == "seed"))
-    names = [", ".join(_option(k, c[k]) for k in differing if _matters(k, c)) for c in configs]
+    names = [", ".join(_option(k, c[k]) for k in differing if matters(k, c["peft"])) for c in configs]
     if len(set(names)) < len(names) or "" in names:
         folders = [run.directory.resolve().name for run in runs]
         names = [f"{n} ({f})" if n else f for n, f in zip(names, folders, strict=True)]
@@ -209,11 +253,6 @@ def _option(name: str, value: Any) -> str:
     if name in ("peft", "algorithm", "dataset", "backbone"):
         return str(value)
     return f"{name}={'+'.join(value) if isinstance(value, (tuple, list)) else value}"
-
-
-def _matters(name: str, config: dict[str, Any]) -> bool:
-    """LoRA's options say nothing about a run without LoRA."""
-    return name not in ("rank", "lora_alpha", "targets") or config["peft"] == "lora"
 
 
 def sent(line: Round) -> float:
@@ -238,5 +277,9 @@ def _number(line: Round) -> float:
 def write(figure: Figure, path: Path) -> Path:
     """Writes a PNG of twice the screen's density, the same bytes for the same figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160, facecolor="white", metadata={"Software": "fedsim"})
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing from"
+        )  # a name in a script that the font lacks: boxes
+        figure.savefig(path, dpi=160, facecolor="white", metadata={"Software": "fedsim"})
     return path

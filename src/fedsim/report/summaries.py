@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,8 +37,7 @@ def summary(
         full["bytes_down"] * _sum(lines, "clients"),
         full.get("setup_bytes", 0),
     )
-    seen = [line for line in lines if line["validation"] and line["validation"]["accuracy"] is not None]
-    best = max(seen, key=lambda line: line["validation"]["accuracy"], default=None)  # the first of equals
+    best = max(scored(lines), key=lambda line: line["validation"]["accuracy"], default=None)  # the first of equals
     steady = _sum(lines, "seconds") - _sum(lines, "compile_seconds")
     return plain(
         {
@@ -63,6 +63,16 @@ def summary(
             "examples_per_second": _sum(lines, "examples") / steady if steady > 0 else None,
         }
     )
+
+
+def scored(lines: Sequence[Round]) -> list[Round]:
+    """The rounds with a validation accuracy: evaluated, by a model whose outputs were finite."""
+    return [line for line in lines if line["validation"] and is_number(line["validation"]["accuracy"])]
+
+
+def is_number(x: float | None) -> bool:
+    """Whether a score is one: neither None, as the record has what was no number, nor NaN."""
+    return x is not None and math.isfinite(x)
 
 
 def simulated(lines: Sequence[Round]) -> dict[str, Any] | None:

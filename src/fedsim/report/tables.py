@@ -6,18 +6,23 @@ No JAX here, and rich only where something is printed.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedsim.config import differences
-from fedsim.record import Run
+from fedsim.config import Config
+from fedsim.record import Run, load
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-from fedsim.report.summaries import _sum
-from fedsim.units import duration, exact_size, share, size, times
+from fedsim.report.summaries import _sum, scored
+from fedsim.units import duration, exact_size, share, size, times, words
+
+Compared = dict[str, dict[str, tuple[Any, ...]]]  # part -> name -> the value of each run
 
 # --- closing table
 
@@ -37,54 +42,88 @@ class Row(NamedTuple):
     seconds: float | None = None
 
 
-def rows(result: Mapping[str, Any], name: str = "this run") -> list[Row]:
-    """Three lines from a summary: the start, the run itself, and the bytes of full fine-tuning."""
+def rows(result: Mapping[str, Any], name: str = "this run", *, is_full: bool = False) -> list[Row]:
+    """Lines from a summary: the start, the run itself, and the bytes of full fine-tuning unless the run `is_full`."""
 
     def accuracy(when: str, split: str) -> float | None:
         return (result[when][split] or {}).get("accuracy")
 
     sent, whole, count = result["bytes"], result["full_fine_tuning_bytes"], result["rounds"]
     reached = accuracy("final", "validation"), accuracy("final", "test")
-    return [
+    found = [
         Row("start", accuracy("start", "validation"), accuracy("start", "test"), 0, 0, 0),
         Row(name, *reached, count, sent["up"], sent["down"], result["seconds"]),
-        Row(FULL, None, None, count, whole["up"], whole["down"]),
     ]
+    return found if is_full else [*found, Row(FULL, None, None, count, whole["up"], whole["down"])]
 
 
-def table(lines: Sequence[Row], title: str = "", reference: str | None = None) -> Table:
+NAME, NARROW = 17, 12  # letters of a name before it is folded: as wide as can be, and on a narrow terminal
+LESS = ("fewer", "rounds", "valid.")  # columns that a narrow terminal does without, the first ones first
+
+
+def table(lines: Sequence[Row], title: str = "", reference: str | None = None, without: Sequence[str] = ()) -> Table:
     """The closing table, 80 columns wide for names of up to 18 letters.
 
     Args:
         lines: from top to bottom.
         title: above the table.
-        reference: name of the line whose bytes the last column divides by each line's bytes.
+        reference: name of the line whose bytes the last column divides by those of each line of as many rounds.
+        without: columns that are left out.
     """
     from rich import box
     from rich.table import Table
 
     made = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     made.collapse_padding = True
-    made.add_column("", overflow="fold", min_width=17)
-    for column in ("valid.", "test", "rounds", "up", "down", "time"):
+    made.add_column("", overflow="fold", min_width=NARROW if without else NAME)
+    base = next((row for row in lines if row.name == reference and total(row)), None)
+    columns = [c for c in ("valid.", "test", "rounds", "up", "down", "time", "fewer") if c not in without]
+    columns = [c for c in columns if base is not None or c != "fewer"]
+    for column in columns:
         made.add_column(column, justify="right", no_wrap=True)
-    base = next((total(row) for row in lines if row.name == reference), None)
-    if base:
-        made.add_column("fewer", justify="right", no_wrap=True)
     for row in lines:
-        sent = total(row)
-        cells = [
-            share(row.validation),
-            share(row.test),
-            "–" if row.rounds is None else str(row.rounds),
-            "–" if row.up is None else size(row.up),
-            "–" if row.down is None else size(row.down),
-            "–" if row.seconds is None else duration(row.seconds),
-        ]
-        if base:
-            cells.append("–" if not sent or row.name == reference else times(base / sent))
-        made.add_row(row.name, *cells)
+        cells = written(row, base)
+        made.add_row(plain_text(row.name), *(cells[column] for column in columns))
     return made
+
+
+def written(row: Row, base: Row | None) -> dict[str, str]:
+    """The cells of a line by column, but for its name; `base` is the line of the reference."""
+    return {
+        "valid.": share(row.validation),
+        "test": share(row.test),
+        "rounds": "–" if row.rounds is None else str(row.rounds),
+        "up": "–" if row.up is None else size(row.up),
+        "down": "–" if row.down is None else size(row.down),
+        "time": "–" if row.seconds is None else duration(row.seconds),
+        "fewer": times(fewer(row, base)),
+    }
+
+
+def fitting(lines: Sequence[Row], width: int, reference: str) -> tuple[str, ...]:
+    """The columns to leave out of a table so that it fits into a width, its names folded to `NARROW` at least."""
+    base = next((row for row in lines if row.name == reference and total(row)), None)
+    cells = [written(row, base) for row in lines]
+    most = {name: max(len(name), *(len(each[name]) for each in cells)) for name in cells[0]}
+    for count in range(len(LESS) + 1):
+        kept = [n for name, n in most.items() if name not in LESS[:count] and (base is not None or name != "fewer")]
+        if sum(kept) + (NARROW if count else NAME) + 2 * (len(kept) + 1) <= width:
+            return LESS[:count]
+    return LESS
+
+
+def fewer(row: Row, base: Row | None) -> float | None:
+    """How many times the bytes of a line those of another are; None where their rounds, or what is known, differ."""
+    if base is None or base is row or row.rounds != base.rounds or not total(row):
+        return None
+    return (total(base) or 0) / (total(row) or 1)
+
+
+def plain_text(name: object) -> Text:
+    """A name for rich, which neither it nor the terminal reads as a command."""
+    from rich.text import Text
+
+    return Text(words(name))
 
 
 def total(row: Row) -> int | None:
@@ -93,49 +132,123 @@ def total(row: Row) -> int | None:
 
 
 def print_summary(
-    result: Mapping[str, Any], *, more: Sequence[Row] = (), name: str = "this run", console: Console | None = None
+    result: Mapping[str, Any],
+    *,
+    more: Sequence[Row] = (),
+    name: str = "this run",
+    is_full: bool = False,
+    console: Console | None = None,
 ) -> None:
-    """Prints the closing table of a run with the exact bytes below; `more` rows go between the start and the run."""
-    start, this, whole = rows(result, name)
+    """Prints the closing table of a run with the exact bytes below; `more` rows go between the start and the run.
+
+    Args:
+        is_full: the run is full fine-tuning itself, with which there is nothing to compare it.
+    """
+    start, *own = rows(result, name, is_full=is_full)
     out = console or _console()
-    out.print(table([start, *more, this, whole], reference=whole.name))
+    lines = [start, *more, *own]
+    without = fitting(lines, out.width, FULL)
+    out.print(table(lines, reference=FULL, without=without))
+    for text in said_of(result, is_full=is_full, without=without):
+        out.print(plain_text(text), soft_wrap=out.width >= 80)  # a narrow terminal gets folded lines
+
+
+def said_of(result: Mapping[str, Any], *, is_full: bool, without: Sequence[str]) -> list[str]:
+    """The lines below the closing table."""
     sent, full = result["bytes"], result["full_fine_tuning_bytes"]
-    said = (
-        f"* not run: what it would send in the same rounds to and from the same clients, {exact_size(full['total'])}",
-        f"  against {exact_size(sent['total'])} here: {times(result['ratio'])}. The one-off set-up of the clients,",
-        f"  {exact_size(sent['setup'])}, counted as well: {times(result['ratio_with_setup'])}.",
+    said = []
+    if without:
+        said.append(f"Too narrow for {', '.join(without)}: 80 columns show all.")
+    if not is_full:
+        said += [
+            f"* not run: what it would send in the same rounds to and from the same clients, {exact_size(full['total'])}",
+            f"  against {exact_size(sent['total'])} here: {times(result['ratio'])}. The one-off set-up of the clients,",
+            f"  {exact_size(sent['setup'])}, counted as well: {times(result['ratio_with_setup'])}.",
+        ]
+    said += [
         f"Exact bytes: up {sent['up']:,}, down {sent['down']:,}, set-up {sent['setup']:,}.",
         f"Time: {duration(result['seconds'])}, of which {duration(result['compile_seconds'])} went into compiling and "
         f"{duration(result['seconds_in_rounds'] - result['compile_seconds'])} into rounds.",
-    )
-    for text in said:
-        out.print(text, soft_wrap=True)
-    for kind, found in (result["final"].get("clients") or {}).items():
-        if found["clients"]:
-            said_of = f"mean {found['mean']:.3f}, lowest tenth {found['deciles'][0]:.3f}, worst {found['worst']:.3f}"
-            clients = f"{found['clients']} client{'s' if found['clients'] > 1 else ''}"
-            out.print(f"Own tests of {clients}, {kind} model: {said_of}.", soft_wrap=True)
+    ]
+    said += [of_clients(kind, found) for kind, found in (result["final"].get("clients") or {}).items()]
     if (seen := result.get("simulated")) is not None:
         took = "" if seen["seconds"] is None else f" Simulated time: {duration(seen['seconds'])}."
         lost = ", ".join(f"{seen[name]} {name}" for name in ("unavailable", "dropped", "late", "surplus"))
-        out.print(f"Clients: {lost}; {seen['empty_rounds']} rounds without a reply.{took}", soft_wrap=True)
+        said.append(f"Clients: {lost}; {seen['empty_rounds']} rounds without a reply.{took}")
     if result["nonfinite"]:
-        out.print(f"[yellow]{result['nonfinite']} replies were left out because they were not finite.[/yellow]")
+        said.append(f"{result['nonfinite']} replies were left out because they were not finite.")
+    for split in ("validation", "test"):
+        final = result["final"].get(split)
+        if final and final["accuracy"] is None:
+            said.append(f"The final model's outputs are not finite on the {split} set, so it has no scores there.")
+    return [line for line in said if line]
+
+
+def of_clients(kind: str, found: Mapping[str, Any]) -> str:
+    """A line on clients' own tests; nothing where none has one."""
+    broken, count = found.get("nonfinite", 0), found["clients"]
+    left_out = f"; {broken} more without finite outputs" if broken else ""
+    clients = f"{count} client{'' if count == 1 else 's'}"
+    if not count:
+        return f"Own tests of {clients}, {kind} model{left_out}." if broken else ""
+    spread = f"mean {found['mean']:.3f}, lowest tenth {found['deciles'][0]:.3f}, worst {found['worst']:.3f}"
+    return f"Own tests of {clients}, {kind} model: {spread}{left_out}."
 
 
 # --- two runs side by side
 
 
-def compare(a: Run, b: Run) -> dict[str, dict[str, tuple[Any, Any]]]:
-    """Two runs side by side: `config`, `speed` and `machine` hold what differs, `results` holds every result."""
-    speeds = [f.name for f in dataclasses.fields(a.speed)]
-    facts = [_facts(run.about) for run in (a, b)]
+def compare(a: Run | str | PathLike[str], b: Run | str | PathLike[str], *more: Run | str | PathLike[str]) -> Compared:
+    """Runs, or their folders, side by side: `config`, `speed` and `machine` hold what differs, `results` every result.
+
+    Options that mean nothing for a run's PEFT kind are None there, and left out where they mean nothing for any.
+    """
+    runs = [opened(run) for run in (a, b, *more)]
+    configs = [meant(run.config) for run in runs]
+    facts = [_facts(run.about) for run in runs]
     return {
-        "config": differences(a.config, b.config),
-        "speed": {k: (getattr(a.speed, k), getattr(b.speed, k)) for k in speeds if _differ(a.speed, b.speed, k)},
-        "machine": {k: (facts[0].get(k), facts[1].get(k)) for k in facts[0] | facts[1] if _other(facts, k)},
-        "results": {k: (x, y) for (k, x), y in zip(results(a).items(), results(b).values(), strict=True)},
+        "config": different(configs),
+        "speed": different([dataclasses.asdict(run.speed) for run in runs]),
+        "machine": different(facts),
+        "results": {name: tuple(each[name] for each in map(results, runs)) for name in results(runs[0])},
     }
+
+
+def opened(run: Run | str | PathLike[str]) -> Run:
+    """The run, read where it is given by its folder."""
+    return load(os.fspath(run)) if isinstance(run, (str, PathLike)) else run
+
+
+def different(facts: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
+    """What differs: name -> the value of each, None where one has none."""
+    names = dict.fromkeys(name for each in facts for name in each)
+    values = {name: tuple(each.get(name) for each in facts) for name in names}
+    return {name: of for name, of in values.items() if any(value != of[0] for value in of)}
+
+
+# Options that only these PEFT kinds read; the others would say that runs differ where they do not.
+READ_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("rank", "lora_alpha", "rslora", "dora"), ("lora", "ffa_lora")),
+    "targets": ("lora", "ffa_lora"),
+    "bias_patch": ("bias",),
+    **dict.fromkeys(("adapter", "adapter_width"), ("adapter",)),
+    **dict.fromkeys(("prompt_tokens", "prompt_depth"), ("prompt",)),
+    "prefix_tokens": ("prefix",),
+    "last_blocks": ("last_k",),
+}
+
+
+def meant(config: Config) -> dict[str, Any]:
+    """The options of a config that say something about its PEFT kind."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if matters(name, config.peft)}
+
+
+def matters(name: str, peft: str) -> bool:
+    """Whether an option says something about a PEFT kind, or several joined by `+`."""
+    kinds = [part.strip() for part in peft.split("+")]
+    if name in ("head_lr", "head_rounds"):  # rounds of the head alone come before another kind
+        return kinds != ["head"]
+    return name not in READ_BY or any(kind in READ_BY[name] for kind in kinds)
 
 
 def results(run: Run) -> dict[str, Any]:
@@ -149,7 +262,7 @@ def results(run: Run) -> dict[str, Any]:
     return {
         "rounds": len(lines),
         "validation accuracy": (final.get("validation") or (seen[-1] if seen else {})).get("accuracy"),
-        "best validation accuracy": max((v["accuracy"] for v in seen if v["accuracy"] is not None), default=None),
+        "best validation accuracy": max((line["validation"]["accuracy"] for line in scored(lines)), default=None),
         "test accuracy": (final.get("test") or {}).get("accuracy"),
         "bytes up": up,
         "bytes down": down,
@@ -168,37 +281,35 @@ def _facts(about: Mapping[str, Any]) -> dict[str, Any]:
     return about.get("versions", {}) | device | rest
 
 
-def _differ(a: object, b: object, name: str) -> bool:
-    return getattr(a, name) != getattr(b, name)
-
-
-def _other(pair: Sequence[Mapping[str, Any]], name: str) -> bool:
-    return pair[0].get(name) != pair[1].get(name)
-
-
-def print_comparison(a: Run, b: Run, console: Console | None = None) -> dict[str, dict[str, tuple[Any, Any]]]:
-    """Prints what differs between two runs, config first, then their results; gives what `compare` gives."""
+def print_comparison(
+    a: Run | str | PathLike[str],
+    b: Run | str | PathLike[str],
+    *more: Run | str | PathLike[str],
+    console: Console | None = None,
+) -> Compared:
+    """Prints what differs between runs, config first, then their results; gives what `compare` gives."""
     from rich import box
     from rich.table import Table
 
     out = console or _console()
-    found = compare(a, b)
-    names = [run.directory.resolve().name for run in (a, b)]
+    runs = [opened(run) for run in (a, b, *more)]
+    found = compare(*runs)
     for title, part in found.items():
         if not part and title != "config":
             continue
         if not part:
-            out.print("The two runs have the same config.")
+            out.print("The two runs have the same config." if len(runs) == 2 else "The runs have the same config.")
             continue
         made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-        made.add_column("")
-        for name in names:
-            made.add_column(name, justify="right", overflow="fold")
-        if title == "results":
+        made.add_column("", overflow="fold")
+        for run in runs:
+            made.add_column(plain_text(run.directory.resolve().name), justify="right", overflow="fold")
+        change = title == "results" and len(runs) == 2
+        if change:
             made.add_column("difference", justify="right")
-        for key, (x, y) in part.items():
-            extra = [_change(key, x, y)] if title == "results" else []
-            made.add_row(key, _cell(key, x), _cell(key, y), *extra)
+        for key, values in part.items():
+            extra = [_change(key, *values)] if change else []
+            made.add_row(key, *(plain_text(_cell(key, value)) for value in values), *extra)
         out.print(made)
     return found
 
@@ -225,4 +336,4 @@ def _change(name: str, x: Any, y: Any) -> str:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False, emoji=False)

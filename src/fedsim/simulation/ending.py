@@ -16,6 +16,7 @@ from fedsim.simulation import build, personal
 from fedsim.simulation.build import Problem
 from fedsim.simulation.current import Current
 from fedsim.simulation.rounds import Standing
+from fedsim.units import words
 
 
 def finish(
@@ -27,13 +28,16 @@ def finish(
     stand: Standing,
     now: Current,
     seconds: Callable[[], float],
-) -> None:
+) -> list[str]:
     """Scores the final model, waits for the last checkpoint, and writes what a finished run leaves behind.
 
     Args:
         lines: of all rounds.
         stand: after the last round.
         seconds: the run's wall time so far, earlier processes included.
+
+    Returns:
+        What could not be drawn, and why, a line each: a picture never ends a run.
     """
     trainer = now.trainer
     final = {
@@ -59,9 +63,24 @@ def finish(
     checkpoints.wait()
     trained, rows = now.parameters(), None if clients is None else clients.rows()
 
-    def written() -> None:
+    def written() -> list[str]:
         record.finish(directory, summary, trained, rows)
-        plots.save([record.load(directory)], directory)
-        draw_partition(config, problem.dataset, problem.partition, directory / "partition.png")
+        pictures: dict[str, Callable[[], object]] = {
+            "accuracy": lambda: plots.save([record.load(directory)], directory),
+            "partition": lambda: draw_partition(
+                config, problem.dataset, problem.partition, directory / "partition.png"
+            ),
+        }
+        return [said for name, draw in pictures.items() if (said := undrawn(name, draw))]
 
-    processes.by_first(written)
+    return processes.by_first(written)
+
+
+def undrawn(name: str, draw: Callable[[], object]) -> str:
+    """Draws a picture; what went wrong in one line, or nothing."""
+    try:
+        draw()
+    except Exception as error:
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        return f"the picture of the {name} could not be drawn ({words(why)}); the run's numbers are complete without it"
+    return ""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedsim import record
 
@@ -22,6 +23,29 @@ class Run(record.Run):
         from fedsim.simulation.predict import predict  # JAX and the backbones, for those who ask
 
         return predict(self, inputs)
+
+    def plots(self, folder: str | PathLike[str] | None = None) -> list[Path]:
+        """Draws the run's pictures into a folder (default: its own) and gives their files.
+
+        Raises:
+            ValueError: no round was evaluated.
+        """
+        from fedsim.report import plots
+
+        return plots.save([self], self.directory if folder is None else folder)
+
+    def export(self, kind: Literal["peft", "merged"], folder: str | PathLike[str]) -> Path:
+        """Writes the final model for others, and gives its file: a LoRA as Hugging Face `peft` saves one, or one backbone.
+
+        Args:
+            kind: "peft", or "merged": all that was trained folded into the backbone, our head beside it.
+
+        Raises:
+            ValueError: the run is not over, or its model has no such form.
+        """
+        from fedsim.simulation.predict import export
+
+        return export(self, kind, Path(folder))
 
 
 def load(directory: str | Path, *, trust_code: bool = False) -> Run:

@@ -35,7 +35,9 @@ class Scores(NamedTuple):
     ids: np.ndarray  # (K,) int64, ascending
     train: np.ndarray  # (K,) int64 examples that each trains on
     test: np.ndarray  # (K,) int64 examples of its own test
-    accuracy: dict[str, np.ndarray]  # of KINDS, those that there are: (K,), NaN without test examples
+    accuracy: dict[
+        str, np.ndarray
+    ]  # of KINDS, those that there are: (K,), NaN without test examples, or finite outputs
     loss: dict[str, np.ndarray]
 
     def summary(self) -> dict[str, Any]:
@@ -104,8 +106,8 @@ def run(
     cohort = Cohort(engine, ids, 1, memory)
     replies, _ = cohort.exchange(message, local, stack(lambda client, reply: jnp.ones(client.n.shape)))
     found = cohort.fetch(replies)
-    # A reply that is not finite arrives as zeros of weight 0: the client answered nothing right, and has no loss.
-    return Tally(np.where(found.weight > 0, found.replies.loss, np.nan), found.replies.correct)
+    # A reply that is not finite arrives as zeros of weight 0: such a model answers nothing, so it has no score.
+    return Tally(*(np.where(found.weight > 0, sums, np.nan) for sums in found.replies))
 
 
 def of(memory: Memory, ids: np.ndarray, trainer: Trainer) -> Memory:

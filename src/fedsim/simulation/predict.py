@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 
 from fedsim import peft
 from fedsim.backbones.own import identity
-from fedsim.config import Config
+from fedsim.config import Config, one_of
 from fedsim.simulation import build, needs
 from fedsim.simulation.inputs import located
 
@@ -60,14 +61,47 @@ def predict(run: Run, inputs: Any) -> list[str]:
             raise ValueError(f"Expected token ids from 0 to {limit - 1}, got {x.min()} to {x.max()}; correct them.")
     if len(x) == 0:
         return []
-    # A target may be reached while the head still trains alone.
-    ended = next(p for p in build.phases(config) if p.first <= len(run.rounds) <= p.last)
-    model = peft.from_config(ended.config, len(classes), x.shape[1:], x.dtype)
-    _, frozen = peft.start(model, needs.weights(config), config.seed)
+    model, frozen = final_model(run, config, x.shape[1:], x.dtype)
     apply = jax.jit(model.apply)
     trained, frozen = jax.device_put((run.parameters, frozen))
     answers = []
     for first in range(0, len(x), BATCH):
         rows = np.minimum(np.arange(first, first + BATCH), len(x) - 1)  # one shape: the last batch repeats a row
-        answers.append(np.asarray(apply(trained, frozen, x[rows])).argmax(axis=1))
+        logits = np.asarray(apply(trained, frozen, x[rows]))
+        if not np.isfinite(logits).all():
+            raise ValueError(
+                f"Expected the outputs of the model of {run.directory} to be finite; it has diverged, or the inputs are not "
+                "finite: lower --lr and run anew, or look at the inputs."
+            )
+        answers.append(logits.argmax(axis=1))
     return [classes[i] for i in np.concatenate(answers)[: len(x)]]
+
+
+def final_model(
+    run: Run, config: Config, shape: tuple[int, ...], dtype: Any
+) -> tuple[peft.Model, dict[str, np.ndarray]]:
+    """The model that the run ended with, and its frozen part, for inputs of a shape."""
+    # A target may be reached while the head still trains alone.
+    ended = next(p for p in build.phases(config) if p.first <= len(run.rounds) <= p.last)
+    model = peft.from_config(ended.config, len(run.about["classes"]), shape, dtype)
+    return model, peft.start(model, needs.weights(config), config.seed)[1]
+
+
+def export(run: Run, kind: str, folder: Path) -> Path:
+    """Writes the final model for others; see `Run.export`.
+
+    Raises:
+        ValueError: an unknown kind, a run that is not over, or a model that has no such form.
+    """
+    from fedsim.peft.export import export_backbone, export_lora
+
+    one_of(("peft", "merged"), kind=kind)
+    if not run.parameters:
+        raise ValueError(f"Expected {run.directory} to hold a finished run; go on with it by --resume.")
+    config = located(run)
+    refuse_other_backbone(run, config)
+    text = needs.tokenizer(config, run.directory) is not None
+    model, frozen = final_model(run, config, tuple(run.about["input_shape"]), np.int32 if text else np.float32)
+    if kind == "peft":
+        return export_lora(folder, model, run.parameters, frozen, base=run.config.weights)
+    return export_backbone(folder, model, run.parameters, frozen, needs.weights(config))

@@ -108,10 +108,8 @@ def judged(config: Evaluation, stand: Standing, scores: Mapping[str, float], *, 
         patient: patience counts here; it does in the last phase only.
     """
     accuracy = scores["accuracy"]
-    stand = stand._replace(
-        stale=0 if accuracy > stand.best else stand.stale + 1,
-        best=max(stand.best, accuracy),
-    )
+    better = accuracy > stand.best  # never where it is NaN, as of a model that has diverged
+    stand = stand._replace(stale=0 if better else stand.stale + 1, best=accuracy if better else stand.best)
     if config.target_accuracy is not None and accuracy >= config.target_accuracy:
         return stand._replace(stopped="target")
     if patient and config.patience is not None and stand.stale >= config.patience:

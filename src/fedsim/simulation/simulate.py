@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,15 @@ from fedsim.data.dataset import Source
 from fedsim.engine import processes
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.device_memory import OutOfMemoryError, most_memory, out_of_memory
-from fedsim.engine.host import CompileClock, compile_clock, divide_cpu, interruptible, tune_host, warn_idle_accelerator
+from fedsim.engine.host import (
+    CompileClock,
+    compile_clock,
+    divide_cpu,
+    interruptible,
+    tune_host,
+    warn_idle_accelerator,
+    watched,
+)
 from fedsim.engine.keys import key_for
 from fedsim.randomness import stream
 from fedsim.record.shared_checkpoints import SharedCheckpoints
@@ -47,6 +56,7 @@ def run(
     problem: Problem | None = None,
     data: Source | None = None,
     trust_code: bool = False,
+    about: Mapping[str, Any] | None = None,
 ) -> Run:
     """Simulates `config` (default: the main job) and gives the finished run as its folder tells it.
 
@@ -57,6 +67,7 @@ def run(
         problem: `build.problem` of a config with the same data and backbone, to share data and cached features.
         data: `fedsim.arrays(x, y)` for `dataset="arrays"`; on resuming the same again.
         trust_code: on resuming, the user's Python files may run though they are not where the run had them.
+        about: further facts that `config.json` is to keep of a new run.
 
     Raises:
         ValueError: an impossible option, data or weights that cannot be used, a folder that holds another run.
@@ -88,8 +99,11 @@ def run(
     with ExitStack() as stack:
         quiet = quiet or not processes.is_first()
         progress = stack.enter_context(
-            Progress(config.rounds, head_rounds=config.head_rounds * (config.peft != "head"), quiet=quiet)
+            Progress(
+                config.rounds, head_rounds=config.head_rounds * (config.peft != "head"), kind=config.peft, quiet=quiet
+            )
         )
+        stack.enter_context(watched(progress.far))
         if problem is None:
             progress.message("reading the data")
             problem = processes.each(lambda: build.problem(found, speed, data))
@@ -106,8 +120,9 @@ def run(
                 problem, fresh = release(problem, speed), False
             try:
                 simulate(
-                    config, speed, problem, directory, checkpoints, progress, fresh=fresh, reduced=fewer is not None
-                )
+                    config, speed, problem, directory, checkpoints, progress, about,
+                    fresh=fresh, reduced=fewer is not None,
+                )  # fmt: skip
                 break
             except OutOfMemoryError as error:
                 fewer = error.lanes // 2
@@ -130,6 +145,7 @@ def simulate(
     directory: Path,
     checkpoints: SharedCheckpoints,
     progress: Progress,
+    about: Mapping[str, Any] | None = None,
     *,
     fresh: bool,
     reduced: bool = False,
@@ -137,6 +153,7 @@ def simulate(
     """The loop over rounds. Everything random derives from (seed, round), so a resumed run repeats what was lost.
 
     Args:
+        about: of `run`.
         fresh: start anew; else go on from the last checkpoint, or from round 0 where there is none.
         reduced: memory ran out, and `speed` has fewer lanes than the checkpoint.
 
@@ -146,7 +163,8 @@ def simulate(
     began, clock = time.perf_counter(), compile_clock()
     identity = resuming.fingerprint(problem.config, problem)
     if fresh:
-        processes.by_first(lambda: record.start(directory, config, speed, facts(config, speed, problem, identity)))
+        told = facts(config, speed, problem, identity) | dict(about or {})
+        processes.by_first(lambda: record.start(directory, config, speed, told))
         processes.by_first(lambda: needs.keep_tokenizer(directory, problem.dataset.tokenizer))
     processes.agree("the data", identity)
     fleet = build.fleet(problem.config)
@@ -164,12 +182,15 @@ def simulate(
         stand, now = found
     lines = [] if fresh else processes.by_first(functools.partial(record.truncate, directory, stand.round))
     earlier = stand.elapsed
+    if lines:
+        progress.resume(lines)
 
     def seconds() -> float:
         return earlier + time.perf_counter() - began
 
     # --- the rounds
-    with interruptible() as interrupted:
+    way_on = f"go on with: fedsim run --resume {shlex.quote(str(directory))}"
+    with interruptible(way_on) as interrupted:
         while stand.round < config.rounds and stand.stopped == "rounds":
             stand = stand._replace(round=stand.round + 1)
             if (
@@ -195,10 +216,11 @@ def simulate(
                 stand = judged(config, stand, scores, patient=phase.last == config.rounds)
             now = now._replace(server=server)
 
-            line = round_line(
+            # As the record has it, so that a score that is no number is None here and after a resume alike.
+            line = record.plain(round_line(
                 stand, did, times[0], now.cost, phase=phase.name, metrics=metrics, scores=scores,
                 simulates=not config.reliable, most_memory=most_memory(trainer.engine.own[0]),
-            )  # fmt: skip
+            ))  # fmt: skip
             processes.by_first(functools.partial(record.append, directory, line))
             lines.append(line)
             tell(progress, line, changes_empty=trainer.algorithm.runs_empty)
@@ -210,15 +232,14 @@ def simulate(
                 checkpoints.save(stand.round, *resuming.checkpoint(config, speed, identity, kept, now))
             if asked:
                 checkpoints.wait()
-                raise KeyboardInterrupt(
-                    f"Stopped after round {stand.round}; go on with: fedsim run --resume {directory}"
-                )
+                raise KeyboardInterrupt(f"Stopped after round {stand.round}; {way_on}")
 
     # --- the end
     if now is None:
         raise ValueError(f"Expected rounds={config.rounds} > 0; raise --rounds.")
     progress.message("reading the test set")
-    finish(config, problem, directory, checkpoints, lines, stand, now, seconds)
+    for note in finish(config, problem, directory, checkpoints, lines, stand, now, seconds):
+        progress.note(note)
     progress.message("done")
 
 
@@ -281,11 +302,18 @@ def timed(clock: CompileClock) -> Iterator[list[Times]]:
 def tell(progress: Progress, line: record.Round, *, changes_empty: bool) -> None:
     """Shows a round, and says what is unusual about it."""
     progress.update(line)
+    seen, number = line["validation"], line["round"]
     if line["compile_seconds"] > 0.1 * line["seconds"]:
-        progress.message(f"round {line['round']}: {units.duration(line['compile_seconds'])} of it compiling")
+        progress.message(f"round {number}: {units.duration(line['compile_seconds'])} of it compiling")
     if not line["reported"]:
         kept = "" if changes_empty else "; the server stays as it was"
-        progress.message(f"round {line['round']}: nobody reported{kept}")
+        progress.message(f"round {number}: nobody reported{kept}")
+    if line["nonfinite"]:
+        left_out = f"{line['nonfinite']} of {line['reported']} replies left out, as they were not finite"
+        progress.note(f"round {number}: {left_out}; a lower --lr may keep them so", once="replies")
+    if seen is not None and seen["accuracy"] is None:
+        said = "the model's outputs are not finite, so it has no scores; it has diverged, a lower --lr may help"
+        progress.note(f"round {number}: {said}", once="outputs")
 
 
 def release(problem: Problem, speed: Speed) -> Problem:

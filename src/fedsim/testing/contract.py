@@ -54,6 +54,14 @@ def check_structure(make: Make) -> None:
         compiled.clear()
     after = jax.tree.map(lambda a: (a.shape, a.dtype), server)
     assert before == after, f"the server's state changed its structure: {before} became {after}"
+    broken = not_finite(algorithm.params(server))
+    assert not broken, f"the parameters are not finite in {', '.join(broken)}"
+
+
+def not_finite(tree: Tree) -> list[str]:
+    """Names of the floating-point leaves that hold a NaN or an infinity, which every comparison would call equal."""
+    leaves = [(name, leaf) for name, leaf in wire.named_leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return [name for name, leaf in leaves if not np.isfinite(np.asarray(leaf)).all()]
 
 
 def packed(name: str, packet: wire.Packet) -> int:
@@ -206,6 +214,7 @@ def check_functions(make: Make) -> None:
     kept = jax.tree.map(lambda rows: rows[0], memory.state()[0])
     logits = algorithm.predict(held, server, kept, jnp.asarray(problem.x[:4]))
     assert logits.shape == (4, CLASSES), f"predict gave shape {logits.shape}, not (4, {CLASSES})"
+    assert np.isfinite(logits).all(), "predict gave outputs that are not finite"
     assert algorithm.params(server), "params gave no parameters to export"
 
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from fedsim import peft, wire
 from fedsim.config import Speed, Training
 from fedsim.engine import processes
-from fedsim.engine.host import aligned, zeros
+from fedsim.engine.host import aligned, went, zeros
 from fedsim.training import lengths
 from fedsim.training.lengths import Lengths
 
@@ -47,14 +47,18 @@ def run_stages(
     size = -(-FEATURE_BATCH // len(split.addressable_devices)) * many
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((many, *a.shape[1:]), a.dtype), x)
     out = jax.tree.map(lambda a: zeros((count, *a.shape[1:]), a.dtype), jax.eval_shape(run, held, one))
+    received = 0
     waiting: deque[tuple[np.ndarray, Any]] = deque()  # so that the host fetches one batch while the next is computed,
     ahead = 1 if split.is_fully_addressable else 0  # but where processes gather it, which waits for all devices
 
     def receive() -> None:
+        nonlocal received
         rows, part = waiting.popleft()
         jax.block_until_ready(part)  # gathering, host devices may block threads that another one still needs
         for whole, new in zip(jax.tree.leaves(out), jax.tree.leaves(processes.fetch(part)), strict=True):
             whole[(rows, *(slice(n) for n in new.shape[1:]))] = new[: len(rows)]
+        received += len(rows)
+        went("computing the frozen features of each example once", received, count)
 
     for rows, length in lengths.batches(np.arange(count), size, texts):
         batch = np.pad(rows, (0, size - len(rows)), mode="edge")  # one shape: the last batch repeats a row
