@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from fedsim import data
 from fedsim.config import Config
+from fedsim.data import hugging_face
 from fedsim.data.dataset import Columns
 from fedsim.data.hugging_face import read_hugging_face
 
@@ -67,7 +69,7 @@ def test_images(tmp_path: Path) -> None:
     ("columns", "message"),
     [
         ({"texts": ["a"], "label": [0]}, r"text_column='text' .* in hf:.* \(did you mean texts"),
-        ({"text": ["a", None], "label": [0, 1]}, r"an image or a text in column 'text' of row 1 of train of hf:"),
+        ({"text": ["a", None], "label": [0, 1]}, r"a text in column 'text' of row 1 of train of hf:"),
         (
             {"text": ["a", "b"], "label": [0.5, 1.5]},
             r"a label .* in column 'label' of row 0 of train of hf:.*, got 0\.5",
@@ -85,7 +87,7 @@ def test_an_unlabelled_test_split_is_refused(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason=REASON)
     parts = {"train": {"text": ["a", "b"], "label": [0, 1]}, "test": {"text": ["c"], "label": [-1]}}
     folder = saved(tmp_path, parts, label=datasets.ClassLabel(names=["no", "yes"]))
-    with pytest.raises(ValueError, match=r"0 <= label=-1 < 2 in row 2 of hf:"):
+    with pytest.raises(ValueError, match=r"0 <= label=-1 < 2 in column 'label' of row 0 of test of hf:"):
         data.read(Config(dataset=f"hf:{folder}"))
 
 
@@ -99,3 +101,38 @@ def test_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"Expected `datasets` to be installed .*pip install -e '\.\[hf\]'"):
         data.read(Config(dataset="hf:someone/some_set"))
+
+
+class Part:
+    """What `read_hugging_face` takes of a split, where `datasets` is not installed."""
+
+    info = SimpleNamespace(license="none")
+
+    def __init__(self, columns: dict[str, list[Any]], names: list[str] | None) -> None:
+        self.columns = columns
+        self.features = {name: SimpleNamespace(names=names if name == "label" else None) for name in columns}
+
+    def __len__(self) -> int:
+        return len(self.columns["label"])
+
+    def __getitem__(self, name: str) -> list[Any]:
+        return self.columns[name]
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "message"),
+    [
+        (["a", "w\ud83d"], [0, 1], "Unicode text in column 'text' of row 1 of train of hf:set"),
+        (["a", " "], [0, 1], "a text in column 'text' of row 1 of train of hf:set"),
+        (["a", "b"], [0, -1], r"0 <= label=-1 < 2 in column 'label' of row 1 of train of hf:set"),
+        (["a", "b"], [0, 2**32 + 1], r"0 <= label=4294967297 < 2 in column 'label' of row 1"),
+        (["a", "b"], [0, float("nan")], "a label .* of row 1 of train of hf:set, got nan"),
+    ],
+)
+def test_the_rules_of_every_source(
+    texts: list[str], labels: list[Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"train": Part({"text": texts, "label": labels}, ["no", "yes"])}
+    monkeypatch.setattr(hugging_face, "_loaded", lambda name: parts)
+    with pytest.raises(ValueError, match=message):
+        read_hugging_face("set", Columns())
