@@ -292,7 +292,7 @@ def trained(directory: Path, summary: Mapping[str, Any]) -> dict[str, np.ndarray
         ValueError: the file is missing, damaged, or not the one that the summary knows.
     """
     from safetensors import SafetensorError
-    from safetensors.numpy import load as parse
+    from safetensors.numpy import load_file
 
     file, remedy = directory / TRAINED, again(directory)
     data = read_bytes(file, remedy)
@@ -300,7 +300,7 @@ def trained(directory: Path, summary: Mapping[str, Any]) -> dict[str, np.ndarray
     if known is not None:
         require_digest(file, data, known, remedy)
     try:
-        return parse(data)
+        return load_file(file)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"Expected {file} to be whole safetensors ({reason(error)}); {remedy}.") from None
 
