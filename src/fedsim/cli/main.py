@@ -11,7 +11,8 @@ from typing import Annotated
 
 import tyro
 
-from fedsim.cli.options import CostOptions, ProfileOptions, RunOptions, ShowOptions, check_form, parse, parse_from
+from fedsim.cli.forms import check_form
+from fedsim.cli.options import CostOptions, ProfileOptions, RunOptions, ShowOptions, parse, parse_from
 from fedsim.config import at_most, idle_alone, nearest, positive, refuse_idle
 
 
