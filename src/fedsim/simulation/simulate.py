@@ -16,7 +16,7 @@ import numpy as np
 
 from fedsim import network, record, units
 from fedsim.backbones.own import identity
-from fedsim.config import Config, Speed, invited, main_job
+from fedsim.config import Config, Speed, idle_alone, invited, main_job
 from fedsim.core import Algorithm, Population
 from fedsim.data import require_given
 from fedsim.data.dataset import Source
@@ -85,6 +85,8 @@ def run(
             Progress(config.rounds, head_rounds=config.head_rounds * (config.peft != "head"), quiet=quiet)
         )
         if problem is None:
+            for line in idle_alone(config, build.kind(config)) if resume is None else ():
+                progress.message(line)
             progress.message("reading the data")
             problem = processes.each(lambda: build.problem(config, speed, data))
         problem = problem._replace(speed=speed)  # a shared one may have been made for another
