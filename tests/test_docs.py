@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tyro
 
 import fedsim
 from fedsim import algorithms, data
@@ -76,7 +75,7 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         options.config()
         profile.parse_sweep(options.sweep)
     elif command == "cost":
-        tyro.cli(cli.documented(cli.CostOptions), args=argv).configs()
+        cli.CostOptions.parsed(argv).configs()
     elif command == "check" and argv:
         algorithms.find(argv[0])
     elif command == "list":
@@ -119,7 +118,7 @@ def test_options_exist(document: Path) -> None:
     with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
         cli.parse(cli.RunOptions, ["--help"], "fedsim run")
     with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
-        tyro.cli(cli.documented(cli.CostOptions), args=["--help"])
+        cli.CostOptions.parsed(["--help"])
     with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
         cli.parse(cli.ProfileOptions, ["--help"], "fedsim profile")
     known = set(re.findall(r"--[a-z][a-z-]*", help_text.getvalue()))

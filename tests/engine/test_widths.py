@@ -129,3 +129,47 @@ def test_random_changes_of_an_example_do_not_depend_on_the_width():
     for draw in (jax.random.split, lambda k, n: jax.random.normal(k, (n, 5)), lambda k, n: jax.random.uniform(k, (n,))):
         a, b = draw(key, 8)[:3], draw(key, 3)
         assert bool((a == b).all())
+
+
+def every_width_tried(sizes: np.ndarray, passes: Passes, multiple: int) -> tuple[int, ...]:
+    """`packing.choose_widths` with all (B + 1)^2 pairs of widths compared: what it was before it became linear."""
+    size, sizes = passes.batch_size, sizes[sizes > 0]
+    if not len(sizes):
+        return (size,)
+    full, short = np.divmod(sizes, size)
+    often = np.bincount(short[short > 0], minlength=size + 1)
+    often[size] = full.sum()
+    top = min(-(-int(np.flatnonzero(often)[-1]) // multiple) * multiple, size)
+    upto, each = np.concatenate([[0], np.cumsum(often)]), np.arange(size + 1)
+    best, chosen = each * upto[1:], [(int(w),) for w in each]
+    found = (int(best[top]), (top,))
+    for _ in range(packing.MOST_WIDTHS - 1):
+        cost = best[:, None] + each[None] * (upto[1:][None] - upto[1:][:, None])
+        narrower = (each % multiple == 0)[:, None] & (each[:, None] < each[None])
+        before = np.where(narrower, cost, np.iinfo(np.int64).max)[1:].argmin(axis=0) + 1
+        before[: multiple + 1] = 0
+        chosen = [(*chosen[before[w]], int(w)) if w > multiple else (int(w),) for w in each]
+        best = np.where(each > multiple, cost[before, each], best)
+        if found[0] - best[top] < packing.WORTH * found[0]:
+            break
+        found = (int(best[top]), chosen[top])
+    return (size,) if found[1] == (size,) else (0, *found[1])
+
+
+def test_widths_are_those_of_all_pairs_compared():
+    rng = np.random.default_rng(0)
+    for _ in range(600):
+        batch, multiple, clients = int(rng.integers(1, 200)), int(rng.choice([1, 2, 4, 8])), int(rng.integers(1, 80))
+        for sizes in (
+            rng.integers(0, 3 * batch + 2, clients),
+            rng.integers(0, 5, clients) * max(batch // 2, 1),
+            np.minimum(rng.geometric(0.05, clients), 10**4),
+        ):
+            passes = Passes(1, None, batch)
+            assert packing.choose_widths(sizes, passes, multiple) == every_width_tried(sizes, passes, multiple)
+
+
+def test_the_widths_of_a_huge_batch_are_found_at_once():
+    sizes = np.random.default_rng(0).integers(0, 2 * 10**5, 10**4)
+    widths = packing.choose_widths(sizes, Passes(1, None, 2**16))
+    assert len(widths) == 1 + packing.MOST_WIDTHS and widths[-1] == 2**16

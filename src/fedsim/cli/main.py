@@ -11,7 +11,8 @@ from typing import Annotated
 
 import tyro
 
-from fedsim.cli.options import CostOptions, ProfileOptions, RunOptions, ShowOptions, check_form, parse, parse_from
+from fedsim.cli.forms import check_form
+from fedsim.cli.options import CostOptions, ProfileOptions, RunOptions, ShowOptions, parse, parse_from
 from fedsim.config import at_most, idle_alone, nearest, positive, refuse_idle
 
 
@@ -33,9 +34,7 @@ def run(argv: Sequence[str]) -> int:
     from fedsim.simulation import build, needs
 
     refuse_idle(config, start.config, build.kind(config))
-    said = "\n".join(
-        [f"Starting from: {start.name}.", *map(unread, idle_alone(start.config, build.kind(start.config)))]
-    )
+    said = "\n".join([f"Starting from: {start.name}.", *idle_alone(start.config, build.kind(start.config))])
     if options.dry_run:
         if options.centralized:
             raise ValueError("Expected --dry-run without --centralized; it estimates the federated run.")
@@ -56,11 +55,6 @@ def run(argv: Sequence[str]) -> int:
         start=said,
     )
     return 0
-
-
-def unread(sentence: str) -> str:
-    """What is refused of the command line is said of an experiment file, which may set options for several uses."""
-    return f"Not read: {sentence.removeprefix('Expected ')}"
 
 
 def profile(argv: Sequence[str]) -> int:

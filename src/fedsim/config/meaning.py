@@ -86,7 +86,11 @@ def refuse_idle(config: Config, base: Config, kind: str | None = None) -> None:
 
 
 def idle_alone(config: Config, kind: str | None = None) -> list[str]:
-    """`idle` of a config that came as a whole, from a file or from Python: what the main job sets was not asked for."""
+    """Lines about a config that came as a whole, from a file or from Python, and may serve several runs: what is not read.
+
+    What the main job sets was not asked for.
+    """
     plain = Config()
     usual = {name: MAIN_JOB[name] for name in READERS if MAIN_JOB.get(name, plain) == getattr(config, name)}
-    return list(idle(config, plain.replace(**({"rounds": config.rounds} | usual)), kind))
+    base = plain.replace(**({"rounds": config.rounds} | usual))
+    return [f"Not read: {sentence.removeprefix('Expected ')}" for sentence in idle(config, base, kind)]

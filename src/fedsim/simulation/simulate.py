@@ -17,7 +17,7 @@ import numpy as np
 
 from fedsim import network, record, units
 from fedsim.backbones.own import identity as backbone_hash
-from fedsim.config import Config, Speed, invited, main_job
+from fedsim.config import Config, Speed, idle_alone, invited, main_job
 from fedsim.core import Algorithm, Population
 from fedsim.data import require_given
 from fedsim.data.dataset import Source
@@ -105,6 +105,8 @@ def run(
         )
         stack.enter_context(watched(progress.far))
         if problem is None:
+            for line in idle_alone(config, build.kind(config)) if resume is None else ():
+                progress.message(line)
             progress.message("reading the data")
             problem = processes.each(lambda: build.problem(found, speed, data))
         problem = problem._replace(speed=speed, config=found)  # a shared one may have been made for another
