@@ -16,7 +16,6 @@ import jax
 import numpy as np
 
 from fedsim import network, record, units
-from fedsim.backbones.own import identity as backbone_hash
 from fedsim.config import Config, Speed, idle_alone, invited, main_job
 from fedsim.core import Algorithm, Population
 from fedsim.data import require_given
@@ -38,6 +37,7 @@ from fedsim.randomness import stream
 from fedsim.record.shared_checkpoints import SharedCheckpoints
 from fedsim.report.progress import Progress
 from fedsim.simulation import build, inputs, needs, resuming
+from fedsim.simulation.beginning import begin
 from fedsim.simulation.build import Problem
 from fedsim.simulation.current import Current, prepare
 from fedsim.simulation.ending import finish
@@ -165,9 +165,7 @@ def simulate(
     began, clock = time.perf_counter(), compile_clock()
     identity = resuming.fingerprint(problem.config, problem)
     if fresh:
-        told = facts(config, speed, problem, identity) | dict(about or {})
-        processes.by_first(lambda: record.start(directory, config, speed, told))
-        processes.by_first(lambda: needs.keep_tokenizer(directory, problem.dataset.tokenizer))
+        begin(directory, config, speed, problem, identity, about or {})
     processes.agree("the data", identity)
     fleet = build.fleet(problem.config)
 
@@ -177,11 +175,9 @@ def simulate(
 
     # --- where to start: round 0, or after the last good checkpoint
     stand, now = Standing(np.zeros(problem.partition.clients, np.int32), bitwise=not reduced), None
-    if (
-        not fresh
-        and (found := resuming.restore(checkpoints, config, speed, identity, ready, reduced=reduced)) is not None
-    ):
-        stand, now = found
+    if not fresh:
+        found = resuming.restore(checkpoints, config, speed, identity, ready, reduced=reduced)
+        stand, now = found or (stand, now)
     lines = [] if fresh else processes.by_first(functools.partial(record.truncate, directory, stand.round))
     earlier = stand.elapsed
     if lines:
@@ -195,9 +191,8 @@ def simulate(
     with interruptible(way_on) as interrupted:
         while stand.round < config.rounds and stand.stopped == "rounds":
             stand = stand._replace(round=stand.round + 1)
-            if (
-                now is None or stand.round > now.phase.last
-            ):  # the next phase starts from what the one before has trained
+            if now is None or stand.round > now.phase.last:
+                # The next phase starts from what the one before has trained.
                 now = ready(stand.round, None if now is None else now.parameters())
                 start = stand.start or {"validation": now.trainer.validate(now.server)}
                 stand = stand._replace(start=start, stale=0)  # patience is with this phase
@@ -243,24 +238,6 @@ def simulate(
     for note in finish(config, problem, directory, checkpoints, lines, stand, now, seconds):
         progress.note(note)
     progress.message("done")
-
-
-def facts(config: Config, speed: Speed, problem: Problem, read: str) -> dict[str, Any]:
-    """What `config.json` keeps of the data, of all files that were read, and of a user's own backbone.
-
-    Args:
-        read: a hash of all that was read (`resuming.fingerprint`).
-    """
-    shape = list(jax.tree.leaves(problem.dataset.x)[0].shape[1:])
-    own = backbone_hash(config.backbone)
-    return {
-        "classes": list(problem.dataset.classes),
-        "input_shape": shape,
-        "data_hash": read.partition("-")[0],
-        "identity": record.checksum([config.hash(), dataclasses.asdict(speed), read]),
-        "files": inputs.files(config),
-        **({"backbone_hash": own} if own else {}),
-    }
 
 
 def select(config: Config, fleet: network.Fleet, now: Current, stand: Standing) -> Cohort:
