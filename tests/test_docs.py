@@ -353,6 +353,20 @@ def test_arrays_of_the_data_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert names["run"].summary["final"]["test"]["accuracy"] > 0.8
 
 
+def test_the_network_page_runs_to_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of docs/network.md as written, on toy data, in a few rounds."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    y = np.arange(600) % 3
+    np.savez("toy.npz", x=(rng.normal(size=(600, 6)) + 2 * np.eye(6)[y]).astype(np.float32), y=y)
+    body = next(b for b in blocks(ROOT / "docs" / "network.md", "python") if "plots.overview" in b)
+    smaller = re.sub(r'dataset="[^"]*"', 'dataset="toy.npz"', body)
+    for name, value in {"clients": 40, "rounds": 3}.items():
+        smaller = re.sub(rf"\b{name}=\d+", f"{name}={value}", smaller)
+    exec(compile(smaller, "network.md", "exec"), {})
+    assert (tmp_path / "network.png").is_file()
+
+
 @pytest.mark.slow
 def test_own_model_of_its_page_runs(
     tmp_path: Path, blobs: Callable[..., Path], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch

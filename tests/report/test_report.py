@@ -138,6 +138,11 @@ def test_exact_size() -> None:
     assert units.mebibytes(2**20 * 1023, 3) == "1,023.000 MiB"
 
 
+def test_scores_of_a_run_that_diverges_stay_short() -> None:
+    found = [units.share(x) for x in (None, float("nan"), 0.12345, 12.5, 1234.56, 1.04e29, float("inf"))]
+    assert found == ["–", "–", "0.123", "12.500", "1234.6", "1e+29", "inf"]
+
+
 def test_short_times_keep_their_digits() -> None:
     found = [units.short(x) for x in (0.0, 1.23e-5, 0.000999, 0.0042, 0.99, 1.0, 75.0)]
     assert found == ["0 s", "12.3 µs", "999 µs", "4.2 ms", "990 ms", "1.0 s", "1:15 min"]
@@ -223,7 +228,7 @@ def test_a_narrow_table_keeps_accuracy_bytes_and_time_and_says_what_it_left_out(
         report.print_summary(summary(), name="lora (this run)", console=c)
         shown = text(c)
         assert width == 80 or all(len(row) <= width for row in shown.splitlines()), "folded, not cut"
-        row = next(row for row in shown.splitlines() if row.startswith("lora"))
+        row = next(row for row in shown.splitlines() if row.lstrip().startswith("lora"))
         assert all(part in row for part in ("0.410", "400 B", "800 B", "12.5 s")) and "…" not in shown
         assert (f"Too narrow for {', '.join(without)}" in shown) == bool(without)
 

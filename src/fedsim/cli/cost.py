@@ -191,7 +191,7 @@ def print_costs(costs: Sequence[Cost], leaves: Sequence[list[LeafCost]] = (), *,
         print(json.dumps([c._asdict() | more for c, more in zip(costs, extra, strict=True)], indent=1))
         return
     # Not to a terminal (a file, a pipe) there is no width to keep to.
-    out = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    out = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140)
     out.print(table(costs))
     for c, each in zip(costs, leaves, strict=False):
         out.print(rules_table(c, each))

@@ -116,7 +116,9 @@ class Progress:
         self._far = f"{what}: {done:,} of {of:,}" if done < of else ""
 
     def resume(self, lines: Sequence[Round]) -> None:
-        """Goes on after these rounds, whose pace is known; says from where."""
+        """Goes on after these rounds, if there are any, whose pace is known; says from where."""
+        if not lines:
+            return
         last = lines[-1]
         self._line = last
         self._validation = next((line["validation"] for line in reversed(lines) if line["validation"]), None)

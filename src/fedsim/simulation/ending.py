@@ -28,16 +28,15 @@ def finish(
     stand: Standing,
     now: Current,
     seconds: Callable[[], float],
-) -> list[str]:
+    note: Callable[[str], None],
+) -> None:
     """Scores the final model, waits for the last checkpoint, and writes what a finished run leaves behind.
 
     Args:
         lines: of all rounds.
         stand: after the last round.
         seconds: the run's wall time so far, earlier processes included.
-
-    Returns:
-        What could not be drawn, and why, a line each: a picture never ends a run.
+        note: says what could not be drawn, and why, a line each: a picture never ends a run.
     """
     trainer = now.trainer
     final = {
@@ -73,7 +72,8 @@ def finish(
         }
         return [said for name, draw in pictures.items() if (said := undrawn(name, draw))]
 
-    return processes.by_first(written)
+    for said in processes.by_first(written):
+        note(said)
 
 
 def undrawn(name: str, draw: Callable[[], object]) -> str:

@@ -180,8 +180,7 @@ def simulate(
         stand, now = found or (stand, now)
     lines = [] if fresh else processes.by_first(functools.partial(record.truncate, directory, stand.round))
     earlier = stand.elapsed
-    if lines:
-        progress.resume(lines)
+    progress.resume(lines)
 
     def seconds() -> float:
         return earlier + time.perf_counter() - began
@@ -235,8 +234,7 @@ def simulate(
     if now is None:
         raise ValueError(f"Expected rounds={config.rounds} > 0; raise --rounds.")
     progress.message("reading the test set")
-    for note in finish(config, problem, directory, checkpoints, lines, stand, now, seconds):
-        progress.note(note)
+    finish(config, problem, directory, checkpoints, lines, stand, now, seconds, progress.note)
     progress.message("done")
 
 
