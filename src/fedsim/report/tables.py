@@ -199,7 +199,7 @@ def of_clients(kind: str, found: Mapping[str, Any]) -> str:
 
 
 def compare(a: Run | str | PathLike[str], b: Run | str | PathLike[str], *more: Run | str | PathLike[str]) -> Compared:
-    """Runs, or their folders, side by side: `config`, `speed` and `machine` hold what differs, `results` every result.
+    """Runs, or their folders, side by side: `config`, `inputs`, `speed` and `machine` hold what differs, `results` every result.
 
     Options that mean nothing for a run's PEFT kind are None there, and left out where they mean nothing for any.
     """
@@ -208,6 +208,7 @@ def compare(a: Run | str | PathLike[str], b: Run | str | PathLike[str], *more: R
     facts = [_facts(run.about) for run in runs]
     return {
         "config": different(configs),
+        "inputs": different([_inputs(run.about) for run in runs]),
         "speed": different([dataclasses.asdict(run.speed) for run in runs]),
         "machine": different(facts),
         "results": {name: tuple(each[name] for each in map(results, runs)) for name in results(runs[0])},
@@ -279,6 +280,12 @@ def _facts(about: Mapping[str, Any]) -> dict[str, Any]:
     device = {f"device {k}": v for k, v in about.get("device", {}).items()}
     rest = {k: about.get(k) for k in ("python", "platform")} | {"commit": (about.get("git") or {}).get("commit")}
     return about.get("versions", {}) | device | rest
+
+
+def _inputs(about: Mapping[str, Any]) -> dict[str, str]:
+    """First digits of the hashes of what a run was given: its data, and files that it read."""
+    files = {name: file.get("sha256", "") for name, file in about.get("files", {}).items()}
+    return {name: digest[:12] for name, digest in {"data": about.get("data_hash", ""), **files}.items() if digest}
 
 
 def print_comparison(
