@@ -15,10 +15,12 @@ import pytest
 
 import fedsim
 from fedsim import peft
+from fedsim.algorithms.fed_avg import fed_avg
 from fedsim.config import Config, Speed
 from fedsim.record import Run
 from fedsim.report import plots, tables
 from fedsim.simulation import build, simulate
+from fedsim.testing import contract
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -476,3 +478,14 @@ def test_a_run_of_a_text_backbone_exports_its_lora_and_the_merged_backbone(tmp_p
     assert run.export("peft", str(tmp_path / "lora")).name == "adapter_model.safetensors"
     assert run.export("merged", tmp_path / "merged").name == "model.safetensors"
     assert {"adapter_config.json", "head.safetensors"} & {path.name for path in (tmp_path / "lora").iterdir()}
+
+
+def test_a_check_refuses_an_algorithm_whose_parameters_are_no_numbers() -> None:
+    """Every comparison calls NaN equal to NaN."""
+
+    def broken(task: Any) -> Any:
+        made = fed_avg(task)
+        return made._replace(params=lambda server: {k: v * np.nan for k, v in made.params(server).items()})
+
+    with pytest.raises(AssertionError, match="the parameters are not finite in"):
+        contract.check_structure(broken)
