@@ -15,10 +15,12 @@ import pytest
 
 import fedsim
 from fedsim import peft
+from fedsim.algorithms.fed_avg import fed_avg
 from fedsim.config import Config, Speed
 from fedsim.record import Run
 from fedsim.report import plots, tables
 from fedsim.simulation import build, simulate
+from fedsim.testing import contract
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -461,3 +463,29 @@ def test_a_run_draws_and_exports_itself(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected kind='lora' to be"):
         run.export("lora", tmp_path / "lora")  # type: ignore[arg-type] # what is refused
     assert fedsim.compare(str(run.directory), run.directory, run)["config"] == {}
+
+
+@pytest.mark.slow
+def test_a_run_of_a_text_backbone_exports_its_lora_and_the_merged_backbone(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 200)
+    ids = rng.integers(1000, 2000, (200, 8)).astype(np.int32)
+    config = Config(
+        dataset="arrays", backbone="bert_tiny", weights="random", tokens=8, peft="lora", rank=2, clients=4,
+        clients_per_round=2, rounds=1, steps=1, min_size=2,
+    )  # fmt: skip
+    run = fedsim.run(config, SPEED, out=tmp_path / "run", quiet=True, data=fedsim.arrays(ids, y))
+    assert run.export("peft", str(tmp_path / "lora")).name == "adapter_model.safetensors"
+    assert run.export("merged", tmp_path / "merged").name == "model.safetensors"
+    assert {"adapter_config.json", "head.safetensors"} & {path.name for path in (tmp_path / "lora").iterdir()}
+
+
+def test_a_check_refuses_an_algorithm_whose_parameters_are_no_numbers() -> None:
+    """Every comparison calls NaN equal to NaN."""
+
+    def broken(task: Any) -> Any:
+        made = fed_avg(task)
+        return made._replace(params=lambda server: {k: v * np.nan for k, v in made.params(server).items()})
+
+    with pytest.raises(AssertionError, match="the parameters are not finite in"):
+        contract.check_structure(broken)

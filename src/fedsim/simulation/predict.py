@@ -78,7 +78,7 @@ def predict(run: Run, inputs: Any) -> list[str]:
 
 
 def final_model(
-    run: Run, config: Config, shape: tuple[int, ...], dtype: Any
+    run: Run, config: Config, shape: tuple[int, ...], dtype: Any = None
 ) -> tuple[peft.Model, dict[str, np.ndarray]]:
     """The model that the run ended with, and its frozen part, for inputs of a shape."""
     # A target may be reached while the head still trains alone.
@@ -100,8 +100,7 @@ def export(run: Run, kind: str, folder: Path) -> Path:
         raise ValueError(f"Expected {run.directory} to hold a finished run; go on with it by --resume.")
     config = located(run)
     refuse_other_backbone(run, config)
-    text = needs.tokenizer(config, run.directory) is not None
-    model, frozen = final_model(run, config, tuple(run.about["input_shape"]), np.int32 if text else np.float32)
+    model, frozen = final_model(run, config, tuple(run.about["input_shape"]))
     if kind == "peft":
         return export_lora(folder, model, run.parameters, frozen, base=run.config.weights)
     return export_backbone(folder, model, run.parameters, frozen, needs.weights(config))
