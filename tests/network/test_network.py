@@ -562,3 +562,24 @@ def test_a_table_of_devices_has_the_options_units(tmp_path: Path) -> None:
 def test_the_baseline_of_one_client_has_no_network() -> None:
     config = Config(over_selection=2.0, dropout=0.5, compute="3", deadline=1.0, late="partial")
     assert config.replace(clients=1, clients_per_round=1, **RELIABLE).reliable and not config.reliable
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"client,upload,upload\n0,5,1\n1,10,1\n2,20,1\n", "column 'upload' once in FILE, not 2 times"),
+        (
+            b"client;upload\n0;5\n1;10\n",
+            "column 'client' in FILE, which seems to be separated by ';'; write it with commas",
+        ),
+        (b"client,upload\n0,\xff\n", "FILE to be a .csv in UTF-8"),
+        (b'client,upload\n0,"' + b"5" * 200_000 + b'"\n', "line 2 of FILE to be of a .csv (field larger than"),
+    ],
+    ids=["twice", "semicolons", "not UTF-8", "a huge cell"],
+)
+def test_an_odd_table_of_devices_is_refused_by_name(tmp_path: Path, content: bytes, said: str) -> None:
+    file = tmp_path / "table.csv"
+    file.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        build.fleet(Config(clients=3, clients_per_round=1, device_table=str(file)))
+    assert said.replace("FILE", str(file)) in str(caught.value)

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,7 +174,7 @@ def cached_tokens(texts: Sequence[str], tokenizer_file: Path, tokens: int, key: 
             ids = saved["ids"]
         if ids.shape == (len(texts), tokens) and ids.dtype == np.int32:
             return ids
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         pass  # not there yet, or damaged: made again below
     ids = tokenize(texts, tokenizer_file, tokens)
     try:

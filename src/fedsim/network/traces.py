@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -96,26 +97,43 @@ def _rows(file: Path, needed: Sequence[str], known: Sequence[str]) -> list[tuple
         raise ValueError(
             f"Expected {str(file)!r} to be a file; give the path of a .csv with columns {', '.join(known)}."
         )
-    with file.open(newline="", encoding="utf-8-sig") as opened:
-        reader = csv.DictReader(opened, restkey="", restval="")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"Expected {file} to be a .csv in UTF-8 ({error}); write it anew.") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", restval="")
+    try:
         found = [name.strip() for name in reader.fieldnames or ()]
         reader.fieldnames = found
-        for name in needed:
-            if name not in found:
-                raise ValueError(
-                    f"Expected a column {name!r} in {file}, which has {', '.join(found) or 'none'}; add it."
-                )
-        for name in found:
-            if name not in known:
-                raise ValueError(
-                    f"Expected column {name!r} of {file} to be one of {', '.join(known)}{nearest(name, known)}."
-                )
+        _check_header(found, needed, known, file)
         rows = []
         for row in reader:
             if "" in row:
                 raise ValueError(f"Expected {len(found)} cells in line {reader.line_num} of {file}; remove the others.")
             rows.append((reader.line_num, {name: str(cell).strip() for name, cell in row.items()}))
-        return rows
+    except csv.Error as error:
+        raise ValueError(f"Expected line {reader.line_num + 1} of {file} to be of a .csv ({error}); correct it.") from None
+    return rows
+
+
+def _check_header(found: Sequence[str], needed: Sequence[str], known: Sequence[str], file: Path) -> None:
+    """Raises `ValueError` unless every needed column is there, all are known, and each is there once."""
+    for name in needed:
+        if name not in found:
+            other = next((mark for mark in ";\t|" if mark in "".join(found)), None)
+            said = f"which seems to be separated by {other!r}; write it with commas" if other else (
+                f"which has {', '.join(found) or 'none'}; add it"
+            )  # fmt: skip
+            raise ValueError(f"Expected a column {name!r} in {file}, {said}.")
+    for name in found:
+        if name not in known:
+            raise ValueError(
+                f"Expected column {name!r} of {file} to be one of {', '.join(known)}{nearest(name, known)}."
+            )
+        if found.count(name) > 1:
+            raise ValueError(
+                f"Expected column {name!r} once in {file}, not {found.count(name)} times; remove the others."
+            )
 
 
 def _whole(cell: str, name: str, file: Path, line: int) -> int:
