@@ -122,7 +122,7 @@ def test_options_exist(document: Path) -> None:
     with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
         cli.parse(cli.ProfileOptions, ["--help"], "fedsim profile")
     known = set(re.findall(r"--[a-z][a-z-]*", help_text.getvalue()))
-    others = {"--help", "--exclude-editable"}
+    others = {"--help", "--debug", "--exclude-editable"}
     said = {
         option
         for code in re.findall(r"`([^`\n]+)`", text)

@@ -129,7 +129,7 @@ def test_damaged_and_deep_images_are_refused(tmp_path: Path) -> None:
 
 def test_a_misspelt_folder_is_found(tmp_path: Path) -> None:
     (tmp_path / "flowers").mkdir()
-    with pytest.raises(ValueError, match=rf"a folder of images by class, .* did you mean {tmp_path}/flowers"):
+    with pytest.raises(ValueError, match=rf"a folder of images by class, .* \(did you mean {tmp_path}/flowers"):
         data.read(Config(dataset=str(tmp_path / "flower")))
 
 

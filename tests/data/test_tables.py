@@ -49,7 +49,7 @@ def test_own_splits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("my.csv", "txt,label\na,b\n", r"text_column='text' to be a column in .*my\.csv line 1.* did you mean txt"),
+        ("my.csv", "txt,label\na,b\n", r"text_column='text' to be a column in .*my\.csv line 1.* \(did you mean txt"),
         ("my.csv", "text,stars\na,b\n", r"label_column='label' to be a column in .*my\.csv line 1"),
         ("my.csv", "text,label\na,b\n  ,c\n", r"a text in column 'text' of .*my\.csv line 3"),
         ("my.csv", "text,label\na,b\nc,\n", r"a label .* of .*my\.csv line 3"),

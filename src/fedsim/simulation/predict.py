@@ -56,8 +56,8 @@ def predict(run: Run, inputs: Any) -> list[str]:
         x = np.asarray(inputs)
         if x.shape[1:] != tuple(run.about["input_shape"]):
             raise ValueError(f"Expected inputs of shape (N, *{run.about['input_shape']}), got {x.shape}.")
-        limit = needs.vocabulary(run.config) or np.iinfo(np.int32).max
-        if needs.backbone(run.config.backbone).kind == "text" and len(x) and not 0 <= x.min() <= x.max() < limit:
+        limit = needs.vocabulary(config) or np.iinfo(np.int32).max
+        if needs.backbone(config.backbone).kind == "text" and len(x) and not 0 <= x.min() <= x.max() < limit:
             raise ValueError(f"Expected token ids from 0 to {limit - 1}, got {x.min()} to {x.max()}; correct them.")
     if len(x) == 0:
         return []
@@ -102,5 +102,5 @@ def export(run: Run, kind: str, folder: Path) -> Path:
     refuse_other_backbone(run, config)
     model, frozen = final_model(run, config, tuple(run.about["input_shape"]))
     if kind == "peft":
-        return export_lora(folder, model, run.parameters, frozen, base=run.config.weights)
+        return export_lora(folder, model, run.parameters, frozen, base=config.weights)
     return export_backbone(folder, model, run.parameters, frozen, needs.weights(config))
