@@ -127,7 +127,17 @@ def test_options_exist(document: Path) -> None:
         option
         for code in re.findall(r"`([^`\n]+)`", text)
         if not code.startswith(
-            ("pip", "python benchmarks", "python experiments", "python tests", "git", "ruff", "XLA", "xla")
+            (
+                "pip",
+                "python benchmarks",
+                "python experiments",
+                "python tests",
+                "python -m tests",
+                "git",
+                "ruff",
+                "XLA",
+                "xla",
+            )
         )
         and not re.match(r"\w+\.py ", code)
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", code)

@@ -245,7 +245,9 @@ def test_classes_beside_words() -> None:
     x = np.zeros((4, 2))
     source = fedsim.arrays(x, ["neg", "pos ", "pos", "neg"], classes=("pos", "neg"))
     assert source.classes == ("pos", "neg") and source.y.tolist() == [1, 0, 0, 1]
-    with pytest.raises(ValueError, match=r"label='poss' in row 2 of arrays to be one of the classes; did you mean pos"):
+    with pytest.raises(
+        ValueError, match=r"label='poss' in row 2 of arrays to be one of the classes \(did you mean pos"
+    ):
         fedsim.arrays(x, ["neg", "pos", "poss", "neg"], classes=("pos", "neg"))
     for classes, message in (("ab", "a list of words"), (("a", " "), "a word as class 1"), (("a", "a "), "'a' twice")):
         with pytest.raises(ValueError, match=message):

@@ -393,7 +393,7 @@ def diverging(**changes: Any) -> tuple[Config, Any]:
     x, y = rng.normal(size=(400, 6)).astype(np.float32), (np.arange(400) % 10 >= 9).astype(int)  # 90 % class 0
     options: dict[str, Any] = {
         "dataset": "arrays", "backbone": "linear", "peft": "head", "clients": 10, "clients_per_round": 5, "rounds": 3,
-        "lr": 10.0, "min_size": 1, "server_lr": 3e38,
+        "lr": 1e3, "min_size": 1, "server_lr": 1e37,
     }  # fmt: skip
     return Config(**{**options, **changes}), fedsim.arrays(x, y)
 

@@ -112,7 +112,9 @@ def _rows(file: Path, needed: Sequence[str], known: Sequence[str]) -> list[tuple
                 raise ValueError(f"Expected {len(found)} cells in line {reader.line_num} of {file}; remove the others.")
             rows.append((reader.line_num, {name: str(cell).strip() for name, cell in row.items()}))
     except csv.Error as error:
-        raise ValueError(f"Expected line {reader.line_num + 1} of {file} to be of a .csv ({error}); correct it.") from None
+        raise ValueError(
+            f"Expected line {reader.line_num + 1} of {file} to be of a .csv ({error}); correct it."
+        ) from None
     return rows
 
 
