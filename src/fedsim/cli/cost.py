@@ -20,22 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsim import peft, wire
-from fedsim.config import Config, one_of
+from fedsim.config import OF_PEFT, Config, one_of
 from fedsim.simulation import build
 from fedsim.units import mebibytes, times
 
 DType = Literal["float32", "bfloat16", "float16"]
-
-# Options that only these kinds read; a row names those of its own kind.
-OF_KIND: dict[str, tuple[str, ...]] = {
-    "bias": ("bias_patch",),
-    "adapter": ("adapter", "adapter_width"),
-    "prompt": ("prompt_tokens", "prompt_depth"),
-    "prefix": ("prefix_tokens",),
-    "lora": ("rank", "lora_alpha", "targets", "rslora", "dora"),
-    "ffa_lora": ("rank", "lora_alpha", "targets", "rslora", "dora"),
-    "last_k": ("last_blocks",),
-}
 
 
 class LeafCost(NamedTuple):
@@ -145,8 +134,7 @@ def cost(config: Config, classes: int, *, input_shape: tuple[int, ...] | None = 
 def chosen(options: peft.Options) -> dict[str, Any]:
     """Options that are not the default and that the backbone or the PEFT kind reads."""
     parts = peft.parse(options.peft)
-    own = {name for part in parts for name in OF_KIND.get(part, ())}
-    others = {name for names in OF_KIND.values() for name in names} - own
+    others = {name for name, kinds in OF_PEFT.items() if not {*kinds} & {*parts}}
     apart = {"backbone", "peft", "weights", "head_rounds"}  # fields of their own, or nothing to do with bytes
     return {
         f.name: value

@@ -33,21 +33,19 @@ def _partition(*laws: str) -> Reader:
 
 # Which sets have columns, and that texts are no images, is refused where they are read; an .npz would be read all the same.
 _COLUMNS = Reader("dataset", "a set that has columns", lambda c, _: not c.dataset.lower().endswith(".npz"))
-_LORA = _peft("lora", "ffa_lora")
+
+# Options that only these PEFT kinds read.
+OF_PEFT: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("rank", "lora_alpha", "targets", "rslora", "dora"), ("lora", "ffa_lora")),
+    **dict.fromkeys(("adapter", "adapter_width"), ("adapter",)),
+    **dict.fromkeys(("prompt_tokens", "prompt_depth"), ("prompt",)),
+    "prefix_tokens": ("prefix",),
+    "bias_patch": ("bias",),
+    "last_blocks": ("last_k",),
+}
 
 READERS: dict[str, Reader] = {
-    "rank": _LORA,
-    "lora_alpha": _LORA,
-    "targets": _LORA,
-    "rslora": _LORA,
-    "dora": _LORA,
-    "adapter": _peft("adapter"),
-    "adapter_width": _peft("adapter"),
-    "prompt_tokens": _peft("prompt"),
-    "prompt_depth": _peft("prompt"),
-    "prefix_tokens": _peft("prefix"),
-    "bias_patch": _peft("bias"),
-    "last_blocks": _peft("last_k"),
+    **{option: _peft(*kinds) for option, kinds in OF_PEFT.items()},
     "head_rounds": Reader("peft", "another peft than head", lambda c, _: c.peft != "head" or not c.head_rounds),
     "alpha": _partition("dirichlet", "dirichlet_balanced", "dirichlet_pfllib"),
     "classes_per_client": _partition("shards"),

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedsim.config import Config
+from fedsim.config import OF_PEFT, Config
 from fedsim.record import Run, load
 
 if TYPE_CHECKING:
@@ -227,18 +227,6 @@ def different(facts: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
     return {name: of for name, of in values.items() if any(value != of[0] for value in of)}
 
 
-# Options that only these PEFT kinds read; the others would say that runs differ where they do not.
-READ_BY: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("rank", "lora_alpha", "rslora", "dora"), ("lora", "ffa_lora")),
-    "targets": ("lora", "ffa_lora"),
-    "bias_patch": ("bias",),
-    **dict.fromkeys(("adapter", "adapter_width"), ("adapter",)),
-    **dict.fromkeys(("prompt_tokens", "prompt_depth"), ("prompt",)),
-    "prefix_tokens": ("prefix",),
-    "last_blocks": ("last_k",),
-}
-
-
 def meant(config: Config) -> dict[str, Any]:
     """The options of a config that say something about its PEFT kind."""
     return {name: value for name, value in dataclasses.asdict(config).items() if matters(name, config.peft)}
@@ -249,7 +237,7 @@ def matters(name: str, peft: str) -> bool:
     kinds = [part.strip() for part in peft.split("+")]
     if name in ("head_lr", "head_rounds"):  # rounds of the head alone come before another kind
         return kinds != ["head"]
-    return name not in READ_BY or any(kind in READ_BY[name] for kind in kinds)
+    return name not in OF_PEFT or any(kind in OF_PEFT[name] for kind in kinds)
 
 
 def results(run: Run) -> dict[str, Any]:
