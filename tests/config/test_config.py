@@ -179,3 +179,19 @@ def test_config_needs_no_jax() -> None:
     code = "import sys, fedsim; fedsim.Config(rounds=3); assert 'jax' not in sys.modules and 'numpy' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_kind_starts_at_a_rate_of_its_own() -> None:
+    """The same from Python and from the command line; one that is named stays."""
+    from fedsim.cli.options import RunOptions, parse_from
+    from fedsim.config import MAIN_JOB, RATES
+    from fedsim.peft import KINDS
+
+    assert set(RATES) <= set(KINDS) and "lora" not in RATES
+    for kind, rate in RATES.items():
+        options, start = parse_from(RunOptions, ["--peft", kind], "fedsim run")
+        assert options.config() == main_job(peft=kind) and main_job(peft=kind).lr == rate
+        assert rate == MAIN_JOB["lr"] or f"lr={rate:g}, the rate of {kind}" in start.name
+        assert main_job(peft=kind, lr=0.5).lr == 0.5
+        assert parse_from(RunOptions, ["--peft", kind, "--lr", "0.5"], "fedsim run")[0].config().lr == 0.5
+    assert main_job().lr == main_job(peft="lora").lr == MAIN_JOB["lr"]

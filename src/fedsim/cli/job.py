@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim import record
-from fedsim.config import RELIABLE, Config, Speed, nearest
+from fedsim.config import RATES, RELIABLE, Config, Speed, nearest
 from fedsim.engine import processes
 from fedsim.report import tables as report
 from fedsim.units import size, words
@@ -20,7 +20,6 @@ HEAD, BASELINES = (
 )  # names of comparisons, and of their folders
 COMPARISONS = "comparisons"  # field of config.json: what the run is compared with, so that a resumed one is too
 HEAD_ROUNDS, HEAD_PATIENCE = 500, 100  # the head run ends when its validation accuracy stands still
-FULL_LR = 1e-4  # of full fine-tuning in --baselines: a LoRA's rate destroys a pre-trained encoder
 CENTRAL_LR = 4e-3  # of the centralised run there, which lacks the mean over a cohort that bears a higher one
 
 
@@ -40,7 +39,8 @@ def head_config(config: Config) -> Config:
 def baseline_configs(config: Config, examples: int) -> dict[str, Config]:
     """The runs of `--baselines`: PEFT kinds in all layers under the config's options, and all `examples` at one client."""
     others = {kind: config.replace(peft=kind, targets=("query", "value")) for kind in ("bias", "lora", "full")}
-    others["full"] = others["full"].replace(lr=min(config.lr, FULL_LR))
+    # Each at a rate that its kind bears: a LoRA's destroys a pre-trained encoder that is trained in full.
+    others = {kind: made.replace(lr=min(config.lr, RATES.get(kind, config.lr))) for kind, made in others.items()}
     others["centralised"] = centralised(config, examples).replace(lr=min(config.lr, CENTRAL_LR))
     return others
 

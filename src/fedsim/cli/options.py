@@ -22,6 +22,7 @@ import tyro
 from fedsim import own
 from fedsim.cli.forms import arities, check_form, values_of
 from fedsim.config import (
+    RATES,
     Config,
     Data,
     Evaluation,
@@ -312,7 +313,10 @@ def starting(argv: Sequence[str], file: str | None = None) -> Start:
         return Start(file, *from_file(Path(file)))
     others = set(values_of("--backbone", argv)) - {usual.backbone}
     if preset == ["main_job"] or (not preset and not others):
-        return Start("the main job", usual, Speed())
+        kind = (values_of("--peft", argv) or [usual.peft])[0]
+        rate = RATES.get(kind, usual.lr)
+        own = f", at lr={rate:g}, the rate of {kind}" if rate != usual.lr and not values_of("--lr", argv) else ""
+        return Start(f"the main job{own}", usual.replace(lr=rate), Speed())
     why = (
         ""
         if preset

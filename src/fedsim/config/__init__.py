@@ -15,6 +15,7 @@ from fedsim.config.meaning import OF_PEFT, idle, idle_alone, refuse_idle
 from fedsim.config.options import (
     GROUPS,
     MAIN_JOB,
+    RATES,
     RELIABLE,
     Config,
     Data,

@@ -292,13 +292,21 @@ MAIN_JOB: dict[str, Any] = {
 }
 
 
+# Learning rates of other PEFT kinds in the main job, whose own is LoRA's: each chosen once, on validation
+# (`python experiments/peft_rates.py`; docs/peft.md has the table).
+RATES: dict[str, float] = {"full": 1e-4}
+
+
 def main_job(**changes: Any) -> Config:
     """The config of `fedsim run` without an option, with some options changed.
+
+    Another PEFT kind gets its own learning rate (`RATES`), unless `lr` is among the changes.
 
     Raises:
         ValueError: an unknown option or an impossible value.
     """
-    return Config().replace(**{**MAIN_JOB, **changes})
+    rate = {"lr": RATES[changes["peft"]]} if changes.get("peft") in RATES else {}
+    return Config().replace(**{**MAIN_JOB, **rate, **changes})
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
