@@ -184,7 +184,7 @@ def test_config_needs_no_jax() -> None:
 def test_every_kind_starts_at_a_rate_of_its_own() -> None:
     """The same from Python and from the command line; one that is named stays."""
     from fedsim.cli.options import RunOptions, parse_from
-    from fedsim.config import MAIN_JOB, RATES
+    from fedsim.config import MAIN_JOB, RATES, main_job
     from fedsim.peft import KINDS
 
     assert set(RATES) <= set(KINDS) and "lora" not in RATES
