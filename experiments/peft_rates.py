@@ -3,7 +3,7 @@
 Command:  python experiments/peft_rates.py                  (what is in the results file is not run again)
           python experiments/peft_rates.py --kinds bias --rates 5e-4 2e-3 8e-3
 Data:     as experiments/main_job.py; the test set is never read for the choice.
-Rounds:   400 of the head, then 15 of the kind, the rate falling to a tenth over them; the main job has 40.
+Rounds:   400 of the head, then 10 of the kind, the rate falling to a tenth over them; the main job has 40.
 Choice:   the rate with the best validation accuracy at the end; one at the edge of the grid is marked.
           `fedsim.config.RATES` holds the chosen ones.
 Results:  experiments/results/peft_rates.json, with machine, versions, commit.
@@ -12,19 +12,23 @@ Results:  experiments/results/peft_rates.json, with machine, versions, commit.
 from __future__ import annotations
 
 import json
-import tempfile
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 
 import fedsim
 from fedsim import record
 from fedsim.simulation import build, needs
+from fedsim.simulation.current import Current, prepare
+from fedsim.simulation.rounds import Standing
+from fedsim.simulation.simulate import select, train
 
 FILE = Path(__file__).parent / "results" / "peft_rates.json"
-HEAD, ROUNDS = 400, 15
+HEAD, ROUNDS = 400, 10
 SCHEDULE = f"linear_schedule(1.0, 0.1, {ROUNDS}, {HEAD})"
 
 
@@ -33,16 +37,20 @@ class Options:
     """Which kinds, at which rates."""
 
     kinds: tuple[str, ...] = ("bias", "norm", "adapter", "prompt", "prefix", "ia3", "last_k", "full")
-    rates: tuple[float, ...] = (1e-4, 5e-4, 2e-3, 8e-3)
+    rates: tuple[float, ...] = (1e-4, 5e-4, 2e-3, 8e-3, 3.2e-2)
 
 
-def accuracy(problem: build.Problem, kind: str, rate: float, folder: Path) -> float | None:
-    """Validation accuracy at the end of the shortened main job."""
-    config = fedsim.main_job(peft=kind, lr=rate, rounds=HEAD + ROUNDS, lr_schedule=SCHEDULE)
-    config = config.replace(targets=fedsim.Config().targets)  # read by LoRA alone
-    run = fedsim.run(config, fedsim.Speed(checkpoint_every=1000), out=folder, quiet=True, problem=problem)
-    assert run.summary is not None
-    return run.summary["final"]["validation"]["accuracy"]
+def trained(problem: build.Problem, config: fedsim.Config, overlay: Any = None) -> tuple[Current, float | None]:
+    """The config's last phase after its rounds, from what the phase before has trained, and its validation accuracy."""
+    phase = build.phases(config)[-1]
+    now, fleet = prepare(problem, phase, overlay), build.fleet(config)
+    stand = Standing(np.zeros(problem.partition.clients, np.int32))
+    for round in range(phase.first, phase.last + 1):
+        stand = stand._replace(round=round)
+        server, _ = train(now, select(config, fleet, now, stand))
+        now = now._replace(server=server)
+    found = now.trainer.validate(now.server)["accuracy"]
+    return now, found if math.isfinite(found) else None
 
 
 def chosen(cells: dict[str, float | None]) -> tuple[str, bool]:
@@ -59,13 +67,21 @@ def main(o: Options) -> None:
     config = fedsim.main_job()
     needs.fetch_missing(config)
     problem = build.problem(config, fedsim.Speed())._replace(trainers={})
+    alone = config.replace(
+        peft="head", head_rounds=0, rounds=HEAD, lr=config.head_lr, lr_schedule="constant_schedule(1.0)"
+    )
+    now, found["head"] = trained(problem, alone)
+    head = now.parameters()
+    print(f"head after {HEAD} rounds: {found['head']}", flush=True)
     for kind in o.kinds:
         for rate in o.rates:
             cells = found["cells"].setdefault(kind, {})
             if f"{rate:g}" in cells:
                 continue
-            with tempfile.TemporaryDirectory() as folder:
-                cells[f"{rate:g}"] = accuracy(problem, kind, rate, Path(folder) / "run")
+            config = fedsim.main_job(
+                peft=kind, lr=rate, rounds=HEAD + ROUNDS, lr_schedule=SCHEDULE, targets=fedsim.Config().targets
+            )
+            cells[f"{rate:g}"] = trained(problem, config, head)[1]
             print(f"{kind} at {rate:g}: {cells[f'{rate:g}']}", flush=True)
             FILE.write_text(json.dumps({**record.machine(), **found}, indent=1) + "\n")
     for kind, cells in found["cells"].items():
