@@ -43,7 +43,7 @@ step() { # NAME COMMAND...
 # One process at a time: a TPU belongs to the process that opened it. The tests compare float32 at 1e-5, and a TPU's products
 # are of bfloat16 unless told otherwise; what is measured is the default.
 step tests env JAX_PLATFORMS=tpu JAX_DEFAULT_MATMUL_PRECISION=highest PYTHONPATH=.venv-tpu \
-  pytest -n 0 -p few_devices -rs tests/test_lanes.py tests/test_fed_avg.py tests/test_evaluate.py
+  pytest -n 0 -p few_devices -rs tests/engine/test_lanes.py tests/algorithms/test_fed_avg.py tests/evaluation/test_evaluate.py
 step accelerator.py python benchmarks/accelerators/accelerator.py
 step lanes.py python benchmarks/engine/lanes.py
 step 'data fetch' fedsim data fetch minilm_l6 20newsgroups

@@ -1,8 +1,8 @@
 """The contract on one page: an algorithm is a value, and a message is its only channel to the clients.
 
 An `Algorithm` holds pure functions. Its `round` is plain Python on the host and reaches clients through
-`cohort.exchange(message, local, reduce)` alone, so every byte that travels is seen and priced (`wire.py`). What happens
-on a client is a `Local`: three pure functions of one client, which the engine (`lanes.py`) maps over many. `Local` and
+`cohort.exchange(message, local, reduce)` alone, so every byte that travels is seen and priced (`wire/`). What happens
+on a client is a `Local`: three pure functions of one client, which the engine (`engine/`) maps over many. `Local` and
 `Reduce` values are made once, when the algorithm is constructed: values that change travel in the message or in `args`,
 so nothing recompiles. `held` is the frozen backbone: the same for all, never sent again, never changed.
 """

@@ -4,7 +4,7 @@
 gives every leaf to exactly one rule: `head`, one of the kind's parts, or `frozen`. The result is a `Model`: shapes, the
 rules, and pure functions over flat dicts "blocks/0/attention/query/kernel" -> array. The frozen dict is an argument,
 never closed over; under `vmap(apply, (0, None, 0))` over clients it stays one copy and its matmuls one shared matmul.
-`peft_kinds` says what each kind attaches and takes.
+`kinds` says what each kind attaches and takes.
 """
 
 from __future__ import annotations
