@@ -1,19 +1,19 @@
 """The contract on one page: an algorithm is a value, and a message is its only channel to the clients.
 
 An `Algorithm` holds pure functions. Its `round` is plain Python on the host and reaches clients through
-`cohort.exchange(message, local, reduce)` alone, so every byte that travels is seen and priced (`wire/`). What happens
-on a client is a `Local`: three pure functions of one client, which the engine (`engine/`) maps over many. `Local` and
-`Reduce` values are made once, when the algorithm is constructed: values that change travel in the message or in `args`,
-so nothing recompiles. `held` is the frozen backbone: the same for all, never sent again, never changed.
+`cohort.exchange(message, local)` alone, so every byte that travels is seen and priced (`wire/`). What happens on a
+client is a `Local`: three pure functions of one client, which the engine (`engine/`) maps over many. Replies are folded
+by the run's `Average`, or by a `Reduce` of the algorithm's own (`folds.py`). All of these are made once, when the
+algorithm is constructed: values that change travel in the message or in `args`, so nothing recompiles. `held` is the
+frozen backbone: the same for all, never sent again, never changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
@@ -29,13 +29,14 @@ class Client(NamedTuple):
     id: Array  # (), int32
     n: Array  # (), int32: number of its training examples
     memory: Tree  # what it kept from its last participation
-    key: Array  # (), typed PRNG key of (seed, round, id)
+    key: Array  # (), typed PRNG key of (seed, round, stream, exchange, id)
     round: Array  # (), int32, from 1
     lr: Array  # (), float32: learning rate of this round; data, so another rate recompiles nothing
+    steps: Array  # (), int32: local steps that it takes in this exchange
 
 
 class Batch(NamedTuple):
-    """One local step's examples; rows beyond the client's data are padding with mask 0.
+    """One local step's examples; rows with mask 0 are padding, or holes that `Passes.rows` left.
 
     B is the batch size, or less where no lane has so many rows: nothing may depend on how much padding there is.
     """
@@ -43,39 +44,74 @@ class Batch(NamedTuple):
     x: Tree  # (B, ...)
     y: Array  # (B,), int32
     mask: Array  # (B,), float32: 1 for a real example
-    key: Array  # (), typed PRNG key of (seed, round, id, step)
+    key: Array  # (), typed PRNG key of the client's and `step`
     step: Array  # (), int32: number of this local step, from 0
     last: Array  # (), bool: no step follows
 
 
 class Passes(NamedTuple):
-    """How often a client goes over its data: whole epochs, or an exact number of full batches."""
+    """How a client goes over its data: whole epochs, an exact number of full batches, or blocks of its own choice.
+
+    `rows` is pure NumPy: (labels (n,), generator) -> blocks (k, B) of the client's examples 0..n - 1, -1 for a hole
+    anywhere; `steps` is then a function of the labels. A step whose block is all holes is a step without data.
+    """
 
     epochs: int = 1
-    steps: int | None = None
+    steps: int | Callable[[np.ndarray], int] | None = None
     batch_size: int = 8
     shuffle: bool = True
+    rows: Callable[[np.ndarray, np.random.Generator], Iterator[np.ndarray]] | None = None
+    stream: str = ""  # names the randomness: a round's n-th exchange of a stream draws the same whatever others do
 
 
 class Local(NamedTuple):
-    """What happens on a client. Pure functions of one client; the engine maps and masks them."""
+    """What happens on a client. Pure functions of one client; the engine maps and masks them.
+
+    A step's metrics are weighted by the batch's rows, or by an entry "weight" among them (a language model's tokens).
+    """
 
     start: Callable[[Tree, Tree, Client, Batch], Tree]  # (held, message, client, first batch) -> carry
     step: Callable[[Tree, Tree, Tree, Batch], tuple[Tree, Metrics]]  # (held, message, carry, batch) -> carry, metrics
     finish: Callable[[Tree, Tree, Tree, Client], tuple[Tree, Tree, Metrics]]  # -> reply, memory, metrics
     passes: Passes
+    sent: Callable[[Tree, Tree, Client], Tree] | None = (
+        None  # (memory, reply as the server decodes it, client) -> memory
+    )
 
 
 class Reduce(NamedTuple):
-    """A fold of the replies. `add` gets all lanes at once; a reply that does not count arrives as zeros of weight 0.
+    """A fold of the replies. `add` gets many at once; a reply that does not count arrives as zeros of weight 0.
 
-    Totals of lanes and devices are summed, so `add` must be additive in what it adds.
+    Totals of lanes and devices are summed, so `add` must be additive in what it adds - but where `rows` is set: there
+    `slots` are the device's own, a total's leaves are (slots, ...), and they come to `done` in the cohort's order.
     """
 
-    zero: Callable[[Tree, int], Tree]  # (one reply's shapes, cohort size) -> total
-    add: Callable[[Tree, Tree, Array, Array], Tree]  # (total, replies (L, ...), weights (L,), slots (L,)) -> total
+    zero: Callable[[Tree, int], Tree]  # (one reply's shapes, cohort size M, or a device's slots) -> total
+    add: Callable[[Tree, Tree, Array, Array, Tree], Tree]  # (total, replies (L, ...), weights (L,), slots (L,), args)
     done: Callable[[Tree, Tree, Array], Tree]  # (total, args, key) -> result; once, after the sum over devices
     weight: Callable[[Client, Tree], Array]  # (client, reply) -> (), float32
+    rows: bool = False
+
+
+class Averaged(NamedTuple):
+    """What the `done` of an average gives."""
+
+    value: Tree  # shaped like one reply
+    weight: Array  # (), float32: what it divided by; zero only where nothing may change
+    seen: Tree = ()  # for `Average.next`
+    reported: Array | None = None  # (), int32: in place of the replies counted, where that number is private
+
+
+class Average(NamedTuple):
+    """The run's fold, which the config chooses; its `reduce.done` gives an `Averaged`. State is () for the mean."""
+
+    name: str
+    reduce: Reduce
+    init: Callable[[], Tree] = tuple  # -> state; lies with the loop and in checkpoints
+    args: Callable[[Tree, int], Tree] = lambda state, members: ()  # (state, cohort size) -> the fold's `args`
+    next: Callable[[Tree, Tree], Tree] = lambda state, seen: state  # (state, seen) -> state, after every exchange
+    runs_empty: bool = False  # a round without a reply changes the server, as noise does
+    plain: bool = False  # a mean, for which another fold may stand; else an algorithm's own folds are refused
 
 
 class Info(NamedTuple):
@@ -83,22 +119,41 @@ class Info(NamedTuple):
 
     metrics: Metrics  # means of `step`'s metrics over all examples seen, of `finish`'s over clients
     clients: Metrics  # the same per client, (M,), in the cohort's order; NaN for a client without examples
-    weight: Array  # (), float32: total weight of the replies that counted
+    weight: Array  # (), float32: what the fold divided by; zero only where nothing may change
     reported: Array  # (), int32: replies that counted
     nonfinite: Array  # (), int32: replies left out because of a NaN or infinity
 
 
-class Exchange(Protocol):
-    """Sends `message` to every member of the cohort, runs `local` there, folds the replies with `reduce`."""
+class Graph(NamedTuple):
+    """Who hears whom among a cohort of M: mixed_i = own_i z_i + sum_k weight_ik z_whom_ik. Host values, data."""
 
-    def __call__(self, message: Tree, local: Local, reduce: Reduce = ..., args: Tree = ...) -> tuple[Tree, Info]: ...
+    whom: np.ndarray  # (M, k), int: places in the cohort; k = M is dense
+    weight: np.ndarray  # (M, k), float32; with `own` a row sums to 1; 0 for no edge
+    own: np.ndarray  # (M,), float32
+
+
+class Peers(NamedTuple):
+    """Replies go from member to member, and `into` puts what a member hears into its memory."""
+
+    graph: Graph
+    into: Callable[[Tree, Tree, Client], Tree]  # (memory, mixed, client) -> memory; made once, like a `Local`
+
+
+class Exchange(Protocol):
+    """Sends `message` to the cohort's members, runs `local` there, folds the replies: by the run's average, or `reduce`."""
+
+    def __call__(
+        self, message: Tree, local: Local, reduce: Reduce | None = ..., args: Tree = ..., link: Peers | None = ...
+    ) -> tuple[Tree, Info]: ...
 
 
 class Cohort(Protocol):
-    """The clients of one round. Host values; see `lanes.Lanes.cohort`."""
+    """The clients of one round. Host values; see `engine.cohort.Cohort`."""
 
     @property
-    def ids(self) -> np.ndarray: ...  # (M,), int64
+    def population(self) -> int: ...  # clients there are, N
+    @property
+    def ids(self) -> np.ndarray: ...  # (M,), int64; -1 for nobody
     @property
     def sizes(self) -> np.ndarray: ...  # (M,), int64: examples per client
     @property
@@ -111,6 +166,7 @@ class Cohort(Protocol):
     def exchange(self) -> Exchange: ...
     @property
     def fetch(self) -> Callable[[Tree], Tree]: ...  # device values -> NumPy, the same in every process
+    def rng(self, purpose: str) -> np.random.Generator: ...  # of (seed, round, purpose), for choices on the host
 
 
 class Population(NamedTuple):
@@ -139,6 +195,25 @@ def draw(rng: np.random.Generator, server: Tree, population: Population) -> np.n
             return np.concatenate([candidates[there], candidates[~there]])[:wanted]
 
 
+def poisson(rate: float | None = None) -> Callable[[np.random.Generator, Tree, Population], np.ndarray]:
+    """A `select` that takes every client with chance `rate`, independently (default: the cohort's share of all).
+
+    The cohort is filled up with nobody (-1) to a size that one round in a million exceeds; such a round is a multiple of
+    it, which compiles once more. Nobody who was drawn is left out: privacy counts on it.
+    """
+    if rate is not None and not 0 < rate <= 1:
+        raise ValueError(f"Expected 0 < rate={rate} <= 1, a client's chance of being in a round; give poisson(0.1).")
+
+    def select(rng: np.random.Generator, server: Tree, population: Population) -> np.ndarray:
+        chance = population.cohort / population.size if rate is None else rate
+        mean = population.size * chance
+        cap = min(population.size, math.ceil(mean + 5 * math.sqrt(mean * (1 - chance)) + 5))
+        drawn = rng.choice(population.size, rng.binomial(population.size, chance), replace=False)
+        return np.pad(drawn, (0, -len(drawn) % cap if len(drawn) else cap), constant_values=-1)
+
+    return select
+
+
 class Factors(NamedTuple):
     """One matrix that LoRA adapts, W + scale * A B on inputs from the left: where its leaves lie, and their sizes."""
 
@@ -156,81 +231,35 @@ class Task(NamedTuple):
 
     init: Callable[[Array], Params]  # key -> the trained part
     loss: Callable[[Tree, Params, Batch], tuple[Array, Metrics]]  # (held, params, batch) -> mean loss, metrics
-    logits: Callable[[Tree, Params, Tree], Array]  # (held, params, x) -> (B, classes)
+    logits: Callable[[Tree, Params, Tree], Array]  # (held, params, x) -> (B, classes), or (B, T, vocabulary)
+    criterion: Callable[[Array, Batch], tuple[Array, Metrics]]  # (outputs, batch) -> mean loss, metrics
+    score: Callable[[Array, Batch], Metrics]  # (outputs, batch) -> sums over what counts: "loss", "weight", others
     optimizer: Callable[[Array | float], optax.GradientTransformation]  # learning rate -> the clients' optimizer
     lr: Callable[[Client], Array]  # its learning rate in this round
     server_optimizer: optax.GradientTransformation
     passes: Passes
-    weight: Callable[[Client, Tree], Array]  # weight of a reply in the mean
-    encode_up: Callable[[Tree], Tree]  # codec of the clients' replies
-    encode_down: Callable[[Tree], Tree]  # codec of the server's message
+    weight: Callable[[Client, Tree], Array]  # weight of a reply in the run's average, for folds of one's own
     trained: frozenset[str] = frozenset()  # paths of `init`'s leaves, for rules that treat some apart
     factors: tuple[Factors, ...] = ()  # the matrices that LoRA adapts
+    features: Callable[[Tree, Params, Tree], Array] | None = None  # (held, params, x) -> (B, F): what the head reads
+    blocks: Callable[[str], int] = lambda path: 0  # which of the backbone's blocks a leaf lies in, from 0
+    classes: int = 0  # 0 for language models, whose `y` is no target but the partition's label
+    metric: str = "accuracy"  # what a run is judged by
+    larger: bool = True  # whether a larger value of it is better
 
 
 class Algorithm(NamedTuple):
-    """A federated algorithm. Only `init` and `round` are required."""
+    """A federated algorithm. `init`, `round` and `predict` are required."""
 
     init: Callable[[Array, Tree], Tree]  # (key, held) -> server: all that the server keeps
     round: Callable[[Array, Tree, Tree, Cohort], tuple[Tree, Metrics]]  # (key, held, server, cohort) -> server, metrics
     predict: Callable[[Tree, Tree, Tree, Tree], Array]  # (held, server, memory, x) -> logits (B, classes)
     memory: Callable[[Array, Tree], Tree] = lambda key, held: ()  # what ONE client keeps; private, never sent
-    select: Callable[[np.random.Generator, Tree, Population], np.ndarray] = draw  # who is absent is left out after it
+    select: Callable[[np.random.Generator, Tree, Population], np.ndarray] = draw  # ids (M,), -1 for nobody; any M
     observe: Callable[[Tree, dict[str, float]], Tree] = lambda server, metrics: server  # after an evaluation
     setup: Callable[[Tree], Tree] = lambda held: held  # what a client is given once: charged once, reported apart
     params: Callable[[Tree], Params] = lambda server: server.params  # the trained part to export
-    runs_empty: bool = False  # whether a round without a reply changes the server, as differential privacy needs
-
-
-def by_examples(client: Client, reply: Tree) -> Array:
-    """Weight of a reply: the client's number of examples."""
-    return client.n.astype(jnp.float32)
-
-
-def uniform(client: Client, reply: Tree) -> Array:
-    """Weight of a reply: one for every client that has examples."""
-    return (client.n > 0).astype(jnp.float32)
-
-
-def weighted_sum(weights: Array, values: Array) -> Array:
-    """sum_l weights[l] values[l], in full precision: accelerators would otherwise round a product's inputs."""
-    return jnp.tensordot(weights.astype(values.dtype), values, axes=1, precision=jax.lax.Precision.HIGHEST)
-
-
-def mean(weight: Callable[[Client, Tree], Array] = by_examples) -> Reduce:
-    """The weighted mean of the replies; zeros where the total weight is zero. Never holds more than one total."""
-
-    def zero(reply: Tree, clients: int) -> Tree:
-        return jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), reply), jnp.zeros((), jnp.float32)
-
-    def add(total: Tree, replies: Tree, weights: Array, slots: Array) -> Tree:
-        sums = jax.tree.map(lambda t, r: t + weighted_sum(weights, r), total[0], replies)
-        return sums, total[1] + weights.sum()
-
-    def done(total: Tree, args: Tree, key: Array) -> Tree:
-        sums, weight = total
-        scale = jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1.0), 0.0)
-        return jax.tree.map(lambda s: s * scale.astype(s.dtype), sums)
-
-    return Reduce(zero, add, done, weight)
-
-
-class Stacked(NamedTuple):
-    """All replies side by side, in the cohort's order; `weight` 0 marks one that did not count."""
-
-    replies: Tree  # (M, ...)
-    weight: Array  # (M,), float32
-
-
-def stack(weight: Callable[[Client, Tree], Array] = by_examples) -> Reduce:
-    """Keeps every reply: for rules that are no mean (medians, stacking of LoRA factors). Memory grows with M."""
-
-    def zero(reply: Tree, clients: int) -> Stacked:
-        rows = jax.tree.map(lambda r: jnp.zeros((clients, *r.shape), r.dtype), reply)
-        return Stacked(rows, jnp.zeros((clients,), jnp.float32))
-
-    def add(total: Stacked, replies: Tree, weights: Array, slots: Array) -> Stacked:
-        rows = jax.tree.map(lambda t, r: t.at[slots].add(r, mode="drop"), total.replies, replies)
-        return Stacked(rows, total.weight.at[slots].add(weights, mode="drop"))
-
-    return Reduce(zero, add, lambda total, args, key: total, weight)
+    finished: Callable[[Tree], bool] = lambda server: False  # after a round: whether the run is over
+    answers: Literal["server", "client"] = "server"  # whose model is validated: "client" reads clients' memories
+    releases: int = 1  # exchanges a round that privacy accounts for; one more is refused
+    runs_empty: bool = False  # whether a round without a reply changes the server

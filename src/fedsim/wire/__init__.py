@@ -1,12 +1,14 @@
 """What a message costs: the price of every leaf in bytes, the codecs that lower it, and real packers as their oracle.
 
-Begin with `prices.py`. Who sends what, and when, is no business of this room: `engine/cohort.py` asks it for prices.
+Begin with `prices.py`, then `marks.py`: what a reply says about itself. Who sends what, and when, is no business of
+this room: `engine/cohort.py` asks it for prices.
 """
 
 from __future__ import annotations
 
-from fedsim.wire.codecs import Codec, cast, codec, price_shapes
-from fedsim.wire.packers import serialise, to_bytes
+from fedsim.wire.codecs import CODECS, Codec, Sent, cast, chain, codec, quantise, topk
+from fedsim.wire.marks import again, arrive, changes, coded, depart, is_mark, kept, unmarked, unmarked_leaves
+from fedsim.wire.packers import pack, serialise, to_bytes, unpack
 from fedsim.wire.prices import (
     Packet,
     PerClient,
@@ -18,6 +20,5 @@ from fedsim.wire.prices import (
     named_leaves,
     parts,
     price,
-    ranked,
     unwrap,
 )

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -95,30 +94,13 @@ def for_each(leaf: Any, members: int) -> np.ndarray:
     return np.broadcast_to(own, members).astype(np.int64)
 
 
-def ranked(tree: Tree, ranks: Array, axis: int) -> Tree:
-    """Prices padded factors by what is really sent: only the first `ranks` entries along `axis` of every leaf.
-
-    Args:
-        tree: leaves padded with zeros to the largest rank along `axis`, as arrays or cast.
-        ranks: (), int32: this client's own rank; (M,) in a broadcast message, of which each client reads its own part.
-        axis: which axis of each leaf is the rank.
-    """
-
-    def packet(leaf: Any) -> Packet:
-        value = unwrap(leaf)
-        nbytes = leaf.nbytes if is_packet(leaf) else jnp.uint32(array_bytes(leaf))
-        return Packet(value, jnp.asarray(ranks).astype(jnp.uint32) * (nbytes // jnp.uint32(value.shape[axis])))
-
-    return jax.tree.map(packet, tree, is_leaf=is_packet)
-
-
 def message_bytes(message: Tree, members: int) -> dict[str, np.ndarray]:
     """Bytes that each member of a cohort is sent, by leaf, (M,) int64: broadcast parts the same, own parts by client."""
     prices: dict[str, np.ndarray] = {}
     for name, node in parts(message):
         if isinstance(node, PerClient):
             for leaf_name, leaf in named_leaves(node.tree):
-                own = np.asarray(leaf.nbytes) if is_packet(leaf) else array_bytes(leaf) // members
+                own = np.asarray(leaf.nbytes) if is_packet(leaf) else array_bytes(leaf) // max(members, 1)
                 place = "/".join(filter(None, (name, leaf_name.removeprefix("message")))) or "message"
                 prices[place] = np.broadcast_to(own, members).astype(np.int64)
         else:
