@@ -2,7 +2,7 @@
 
 Command:  fedsim check experiments/own_algorithm.py:fed_mine
           fedsim run --algorithm "experiments/own_algorithm.py:fed_mine(beta=0.5)"
-It asks for nothing but `Task`; what it does not use of it (here: server_optimizer, codecs) has no effect.
+It asks for nothing but `Task`; what it does not use of it (here: server_optimizer) has no effect.
 """
 
 from typing import NamedTuple
@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedsim.core import Algorithm, Cohort, Metrics, Params, Task, Tree, mean
+from fedsim.core import Algorithm, Cohort, Metrics, Params, Task, Tree
 from fedsim.training.local import fit
+from fedsim.wire import coded
 
 
 class Server(NamedTuple):
@@ -21,7 +22,7 @@ class Server(NamedTuple):
 
 
 def fed_mine(task: Task, beta: float = 0.5) -> Algorithm:
-    local, average = fit(task.loss, task.optimizer, task.lr, task.passes), mean(task.weight)
+    local = fit(task.loss, task.optimizer, task.lr, task.passes)
 
     def init(key: Array, held: Tree) -> Server:
         params = task.init(key)
@@ -34,7 +35,7 @@ def fed_mine(task: Task, beta: float = 0.5) -> Algorithm:
         return jax.tree.map(lambda n, o: jnp.where(weight > 0, n, o), new, server)  # nobody reported: nothing moves
 
     def round(key: Array, held: Tree, server: Server, cohort: Cohort) -> tuple[Server, Metrics]:
-        change, info = cohort.exchange(server.params, local, average)
+        change, info = cohort.exchange(coded(server.params, change=False), local)
         return update(server, change, info.weight), info.metrics
 
     def predict(held: Tree, server: Server, memory: Tree, x: Tree) -> Array:

@@ -41,7 +41,8 @@ import tyro
 
 from fedsim import peft, record
 from fedsim.backbones import forms as kernel_forms
-from fedsim.core import Passes, mean
+from fedsim.core import Passes
+from fedsim.folds import mean
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.host import compile_clock, tune_host

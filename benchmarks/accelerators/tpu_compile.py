@@ -85,7 +85,8 @@ def main(o: Options) -> None:
     import report
     from fedsim import peft
     from fedsim.backbones import backbone
-    from fedsim.core import Passes, mean
+    from fedsim.core import Passes
+    from fedsim.folds import mean
     from fedsim.engine.client_memory import Memory
     from fedsim.engine.cohort import Cohort
     from fedsim.engine.device_memory import Need

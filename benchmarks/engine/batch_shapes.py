@@ -26,7 +26,8 @@ import optax
 import tyro
 
 from fedsim import peft
-from fedsim.core import Passes, mean
+from fedsim.core import Passes
+from fedsim.folds import mean
 from fedsim.engine import packing
 from fedsim.engine.cohort import Cohort, Memory
 from fedsim.engine.host import divide_cpu, tune_host

@@ -25,7 +25,8 @@ import optax
 import tyro
 
 from fedsim import peft
-from fedsim.core import Passes, mean
+from fedsim.core import Passes
+from fedsim.folds import mean
 from fedsim.engine import plan
 from fedsim.engine.cohort import Cohort, Memory
 from fedsim.engine.host import tune_host

@@ -130,7 +130,8 @@ def prepared(setting: Setting, kind: str, o: Options) -> tuple[Callable[[], Any]
     import optax
 
     from fedsim import peft
-    from fedsim.core import Passes, mean
+    from fedsim.core import Passes
+    from fedsim.folds import mean
     from fedsim.engine import cohort as cohorts
     from fedsim.engine import processes
     from fedsim.engine.cohort import Cohort, Memory

@@ -23,7 +23,8 @@ import optax
 import tyro
 
 from fedsim import peft
-from fedsim.core import Passes, mean
+from fedsim.core import Passes
+from fedsim.folds import mean
 from fedsim.engine import plan
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort

@@ -28,7 +28,8 @@ import tyro
 
 from fedsim import peft
 from fedsim.backbones import convolution
-from fedsim.core import Passes, mean
+from fedsim.core import Passes
+from fedsim.folds import mean
 from fedsim.engine import plan
 from fedsim.engine.cohort import Cohort, Memory
 from fedsim.engine.host import tune_host

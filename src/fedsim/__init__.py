@@ -16,18 +16,23 @@ if TYPE_CHECKING:
     from fedsim.config import Speed as Speed
     from fedsim.config import main_job as main_job
     from fedsim.core import Algorithm as Algorithm
+    from fedsim.core import Average as Average
     from fedsim.core import Batch as Batch
     from fedsim.core import Client as Client
+    from fedsim.core import Graph as Graph
     from fedsim.core import Info as Info
     from fedsim.core import Local as Local
     from fedsim.core import Passes as Passes
+    from fedsim.core import Peers as Peers
     from fedsim.core import Reduce as Reduce
     from fedsim.core import Task as Task
-    from fedsim.core import mean as mean
-    from fedsim.core import stack as stack
+    from fedsim.core import poisson as poisson
     from fedsim.data.arrays import arrays as arrays
     from fedsim.engine.cohort import Cohort as Cohort
     from fedsim.engine.processes import distributed as distributed
+    from fedsim.folds import both as both
+    from fedsim.folds import mean as mean
+    from fedsim.folds import stack as stack
     from fedsim.report.tables import compare as compare
     from fedsim.simulation.loaded import load as load
     from fedsim.simulation.simulate import run as run
@@ -35,12 +40,29 @@ if TYPE_CHECKING:
     from fedsim.training.local import fit as fit
     from fedsim.wire import Packet as Packet
     from fedsim.wire import PerClient as PerClient
+    from fedsim.wire import again as again
+    from fedsim.wire import coded as coded
+    from fedsim.wire import kept as kept
 
 _HOME = {
     "fedsim.backbones.own": ("Backbone",),
     "fedsim.engine.cohort": ("Cohort",),
     "fedsim.config": ("Config", "Speed", "main_job"),
-    "fedsim.core": ("Algorithm", "Batch", "Client", "Info", "Local", "Passes", "Reduce", "Task", "mean", "stack"),
+    "fedsim.core": (
+        "Algorithm",
+        "Average",
+        "Batch",
+        "Client",
+        "Graph",
+        "Info",
+        "Local",
+        "Passes",
+        "Peers",
+        "Reduce",
+        "Task",
+        "poisson",
+    ),
+    "fedsim.folds": ("both", "mean", "stack"),
     "fedsim.data.arrays": ("arrays",),
     "fedsim.training.local": ("fit",),
     "fedsim.engine.processes": ("distributed",),
@@ -48,7 +70,7 @@ _HOME = {
     "fedsim.report.tables": ("compare",),
     "fedsim.simulation.simulate": ("run",),
     "fedsim.testing.contract": ("check_algorithm",),
-    "fedsim.wire": ("Packet", "PerClient"),
+    "fedsim.wire": ("Packet", "PerClient", "again", "coded", "kept"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

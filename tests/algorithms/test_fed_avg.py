@@ -9,7 +9,8 @@ import pytest
 from fedsim import wire
 from fedsim.algorithms import ALGORITHMS, find
 from fedsim.algorithms.fed_avg import fed_avg, fed_prox
-from fedsim.core import Passes, uniform
+from fedsim.core import Passes
+from fedsim.folds import uniform
 from fedsim.engine.plan import batches
 from fedsim.testing.contract import same
 from fedsim.testing.toys import COHORT, run, tiny_problem, tiny_task

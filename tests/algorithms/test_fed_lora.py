@@ -16,7 +16,8 @@ from fedsim import peft, record, wire
 from fedsim.algorithms import find
 from fedsim.algorithms.lora.factors import means
 from fedsim.algorithms.lora.flex_lora import leading
-from fedsim.core import Algorithm, Client, Factors, Info, Passes, by_examples, uniform
+from fedsim.core import Algorithm, Client, Factors, Info, Passes
+from fedsim.folds import by_examples, uniform
 from fedsim.engine.keys import key_for
 from fedsim.evaluation.evaluate import classification_loss
 from fedsim.peft import export

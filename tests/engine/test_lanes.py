@@ -11,7 +11,8 @@ import pytest
 
 from fedsim import network, wire
 from fedsim.algorithms import ALGORITHMS
-from fedsim.core import Algorithm, Local, Passes, Reduce, by_examples, mean, stack, uniform
+from fedsim.core import Algorithm, Local, Passes, Reduce
+from fedsim.folds import by_examples, mean, stack, uniform
 from fedsim.engine import lane_count
 from fedsim.engine import lanes as lanes_module
 from fedsim.engine.client_memory import Memory

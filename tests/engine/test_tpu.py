@@ -18,7 +18,8 @@ from fedsim import peft
 from fedsim.algorithms import ALGORITHMS
 from fedsim.backbones import BACKBONES, Row
 from fedsim.backbones.resnet import Resnet, ResnetConfig
-from fedsim.core import Passes, mean
+from fedsim.core import Passes
+from fedsim.folds import mean
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.device_memory import Need

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from fedsim.algorithms import ALGORITHMS
-from fedsim.core import Algorithm, Local, Passes, mean
+from fedsim.core import Algorithm, Local, Passes
+from fedsim.folds import mean
 from fedsim.engine import packing
 from fedsim.engine.lane_count import choose_lanes
 from fedsim.engine.lanes import Lanes

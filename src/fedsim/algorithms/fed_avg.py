@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from fedsim.core import Algorithm, Cohort, Metrics, Params, Task, Tree, mean
+from fedsim.core import Algorithm, Cohort, Metrics, Params, Task, Tree
 from fedsim.training.local import Penalty, fit, proximal
+from fedsim.wire import coded
 
 
 class Server(NamedTuple):
@@ -33,14 +34,7 @@ def fed_avg(task: Task, penalty: Penalty | None = None) -> Algorithm:
             f"Expected penalty={penalty!r} to be a function (params, message, memory) -> scalar, which only Python can "
             "give; take fed_prox(mu=0.1), or write a constructor in a file of your own."
         )
-    plain = fit(task.loss, task.optimizer, task.lr, task.passes, penalty=penalty)
-
-    def finish(*args: Tree) -> tuple[Tree, Tree, Metrics]:
-        change, memory, metrics = plain.finish(*args)
-        return task.encode_up(change), memory, metrics
-
-    local, reduce = plain._replace(finish=finish), mean(task.weight)
-    encode = jax.jit(task.encode_down)
+    local = fit(task.loss, task.optimizer, task.lr, task.passes, penalty=penalty)
 
     def init(key: Array, held: Tree) -> Server:
         params = task.init(key)
@@ -49,7 +43,7 @@ def fed_avg(task: Task, penalty: Penalty | None = None) -> Algorithm:
     update = jax.jit(partial(descend, task.server_optimizer))
 
     def round(key: Array, held: Tree, server: Server, cohort: Cohort) -> tuple[Server, Metrics]:
-        change, info = cohort.exchange(encode(server.params), local, reduce)
+        change, info = cohort.exchange(coded(server.params, change=False), local)
         return update(server, change, info.weight), info.metrics
 
     def predict(held: Tree, server: Server, memory: Tree, x: Tree) -> Array:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import zlib
 from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,9 +58,57 @@ class Memory:
         self.used, self.free = 0, np.zeros(0, np.int32)  # slots
         self.left: list[np.ndarray] = []  # slots that clients have left since the last table was sealed
         self.retired: deque[np.ndarray] = deque()  # the same, of the tables before, oldest first
+        self.beside: dict[
+            str, Memory
+        ] = {}  # what else clients keep, such as a codec's state: a store of its own by name
+        self.pending: Callable[[], None] | None = None  # brings rows that still lie on the devices
+        self.used_here = False
+
+    def store(self, name: str, init: Any, held: Tree) -> Memory:
+        """The store beside this one of that name, made at its first use.
+
+        Args:
+            init, held: as of the memory itself.
+        """
+        if name not in self.beside:
+            file = None if self.file is None else self.file.with_name(f"{self.file.stem}.{name}.rows")
+            self.beside[name] = Memory(init, held, file, self.keep)
+        store = self.beside[name]
+        if not store.used_here:  # made by a checkpoint's description, which knows leaves alone
+            store.structure = jax.tree.structure(jax.eval_shape(init, jax.random.key(0), held))
+            store.used_here = True
+        return store
+
+    def described(self) -> dict[str, Any]:
+        """The stores beside this one, each as shapes and dtypes of its leaves and its number of clients; JSON."""
+        return {
+            name: {"count": store.count, "leaves": [[list(dt.shape), dt.base.str] for dt in store.row_types()]}
+            for name, store in self.beside.items()
+        }
+
+    def row_types(self) -> list[np.dtype]:
+        """The dtypes of a row's leaves, their shapes included."""
+        return [self.row.fields[name][0] for name in self._leaves()] if self.row.fields else []
+
+    def make_beside(self, described: Mapping[str, Any]) -> None:
+        """Makes the stores that a checkpoint describes, before anything has used them."""
+        for name, store in described.items():
+            shapes = [(tuple(shape), np.dtype(dtype)) for shape, dtype in store["leaves"]]
+            self.store(name, lambda key, held, shapes=shapes: [np.zeros(*one) for one in shapes], ()).used_here = False
+
+    def later(self, bring: Callable[[], None]) -> None:
+        """Has rows written when they are asked for: a round's exchanges hand them on from one to the next."""
+        self.pending = bring
+
+    def settle(self) -> None:
+        """Writes what is still on the devices; of several processes all call this."""
+        bring, self.pending = self.pending, None
+        if bring is not None:
+            bring()
 
     def gather(self, ids: np.ndarray) -> tuple[Tree, np.ndarray]:
         """Stored rows of these clients, zeros where there are none, and which ones were seen; ids.shape leads."""
+        self.settle()
         places = self._places(ids)
         seen = places >= 0
         slots = self.seen["slot"][places[seen]]
@@ -99,6 +148,7 @@ class Memory:
 
     def state(self) -> tuple[Tree, np.ndarray]:
         """A copy of all rows, and their clients, in the order of first visits: for tests, not for large populations."""
+        self.settle()
         ids = self.seen["id"][: self.count].astype(np.int64)
         return self.gather(ids)[0], ids
 
@@ -108,6 +158,7 @@ class Memory:
         Raises:
             ValueError: the rows lie in no file.
         """
+        self.settle()
         seen = self.seen[: self.count]
         if self.file is None and self.count:
             raise ValueError("Expected the memory to have a file, without which no checkpoint can hold it; give one.")
@@ -165,7 +216,7 @@ class Memory:
         """Where these clients stand in `seen`; -1 for those that were never seen."""
         ids = np.asarray(ids, np.int64)
         places = np.full(ids.shape, -1, np.int64)
-        known = ids < len(self.place)
+        known = (ids >= 0) & (ids < len(self.place))
         places[known] = self.place[ids[known]] - 1
         return places
 

@@ -11,24 +11,30 @@ import numpy as np
 from jax import Array
 
 from fedsim import network, wire
-from fedsim.core import Info, Local, Reduce, Tree, mean
+from fedsim.core import Average, Info, Local, Peers, Reduce, Tree
+from fedsim.engine import peers, processes
 from fedsim.engine import plan as planning
-from fedsim.engine import processes
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.device_memory import all_fit
 from fedsim.engine.keys import key_for
-from fedsim.engine.lanes import Lanes
-from fedsim.engine.programs import Clock, Programs, Slots, State
+from fedsim.engine.lanes import Lanes, Request
+from fedsim.engine.messages import Outbox
+from fedsim.engine.programs import Clock, Programs, Slots, State, named
 from fedsim.engine.replies import split_message
-from fedsim.wire import message_bytes
+from fedsim.folds import plain
+from fedsim.randomness import stream
+
+MEAN = plain()
 
 
 class Exchanged(NamedTuple):
     """What the record needs of one exchange; device values until `Cohort.traffic` is asked."""
 
+    stream: str
     down: dict[str, int]  # bytes, all clients together, by leaf
     up: dict[str, int]
     up_packets: dict[str, Array]  # (D, S) each, uint32: packets' prices, by client; 0 where none replied
+    times: np.ndarray  # (D, S): how often each reply travels; more than once from peer to peer
     outcome: network.Outcome  # who reported, and when
     steps: int  # of the plan
     occupancy: tuple[float, float]  # of lanes, of rows computed
@@ -40,9 +46,12 @@ class Cohort:
     """M clients in round `round` (from 1); what an algorithm's `round` gets.
 
     Args:
+        ids: (M,), -1 for nobody: no client, no slot, no bytes, no memory. A cohort may be empty.
         conditions: who is absent, drops out or is slow; default: everybody is there, reports, and takes no time.
         met: (N,) the last round before this one in which a client was in the cohort, 0 for never; None: nobody was.
         lr: the clients' learning rate in this round, `Client.lr`.
+        average: the run's fold, and `averaging` its state.
+        releases: exchanges that the average may fold where it is no plain mean; `Algorithm.releases`.
     """
 
     def __init__(
@@ -54,85 +63,145 @@ class Cohort:
         conditions: network.Conditions | None = None,
         met: np.ndarray | None = None,
         lr: float = 0.0,
+        average: Average = MEAN,
+        averaging: Tree = (),
+        releases: int = 1,
     ) -> None:
         self.engine, self.round, self.memory, self.lr = engine, round, memory, lr
+        self.average, self.averaging, self.releases = average, averaging, releases
         self.ids = np.asarray(ids, np.int64)
-        wrong = self.ids[(self.ids < 0) | (self.ids >= engine.population)].tolist()
-        if wrong or len(self.ids) == 0 or len(np.unique(self.ids)) < len(self.ids):
+        real = self.ids[self.ids != -1]
+        wrong = real[(real < 0) | (real >= engine.population)].tolist()
+        if self.ids.ndim != 1 or wrong or len(np.unique(real)) < len(real):
             raise ValueError(
-                f"Expected the selected clients to be at least one, each once, of 0 to {engine.population - 1}, got "
+                f"Expected the selected clients (M,) to be of 0 to {engine.population - 1}, each once, or -1 for nobody, got "
                 f"{wrong[:5] or self.ids[:20].tolist()}; mend the algorithm's select."
             )
-        self.sizes = np.asarray(engine.offsets[self.ids + 1] - engine.offsets[self.ids], np.int64)
-        self.conditions = conditions or network.reliable(len(self.ids))
+        self.places = np.flatnonzero(self.ids >= 0)  # (K,), of the members who are somebody
+        self.sizes = np.zeros(len(self.ids), np.int64)
+        self.sizes[self.places] = engine.offsets[real + 1] - engine.offsets[real]
+        self.conditions = conditions or network.reliable(self.ids)
         self.present = self.conditions.present
         self.reports = (
             self.present
         )  # (M,) bool: still in the round; whoever does not report in an exchange is out of it
-        self.last = np.zeros(len(self.ids), np.int64) if met is None else met[self.ids].astype(np.int64)
+        self.last = np.zeros(len(self.ids), np.int64)
+        if met is not None:
+            self.last[self.places] = met[real]
         self.done: list[Exchanged] = []
+        self.outbox, self.coded_up, self.averages = Outbox(), False, 0
+        self._rows: tuple[np.ndarray, Tree] | None = None  # members by slot, and their memory on the devices
+
+    @property
+    def population(self) -> int:
+        """Number of clients N."""
+        return self.engine.population
+
+    def rng(self, purpose: str) -> np.random.Generator:
+        """A generator on the host, of (seed, round, purpose)."""
+        return stream(self.engine.seed, f"round {self.round} {purpose}")
 
     def fetch(self, tree: Tree) -> Tree:
         """Device values as NumPy, the same in every process."""
         return processes.fetch(tree)
 
-    def exchange(self, message: Tree, local: Local, reduce: Reduce | None = None, args: Tree = ()) -> tuple[Tree, Info]:
-        """Sends `message` to every client still in the round, runs `local` there, folds the replies (default: mean by examples).
+    def exchange(
+        self, message: Tree, local: Local, reduce: Reduce | None = None, args: Tree = (), link: Peers | None = None
+    ) -> tuple[Tree, Info]:
+        """Sends `message` to every client still in the round, runs `local` there, folds the replies.
 
         Args:
             message: a pytree; broadcast, or per client where marked by `wire.PerClient`; priced leaf by leaf.
-            args: handed to `reduce.done`; never leaves the server.
+            reduce: the algorithm's own fold; default: the run's average.
+            args: handed to `reduce`; never leaves the server.
+            link: replies go from peer to peer; the fold gets what each one hears, and no byte comes to the server.
 
         Returns:
             The fold's result and the exchange's `Info`, both on the device.
+
+        Raises:
+            ValueError: a fold or a reply that the run's average forbids, a graph that is none; see `messages.Outbox`.
         """
-        reduce = reduce or MEAN
-        self._check_rows(message)
-        programs = self.engine.programs(local, reduce, self.memory.init, message, self.sizes)
-        down = message_bytes(message, len(self.ids))
-        turn = self._outcome(down, local, message)
-        plan = self._plan(programs, local, turn)
-        state = self._trained(programs, plan, message, turn.reports)
-        result, info = self._folded(programs, plan, state, args)
-        self._keep(plan, state.memory)
-        up = {
-            name: int(turn.reports.sum()) * wire.array_bytes(leaf)
-            for name, leaf in wire.named_leaves(programs.reply)
-            if not wire.is_packet(leaf)
-        }
-        done = Exchanged(
-            down={name: int(each[self.reports].sum()) for name, each in down.items()},
-            up=up,
-            up_packets=state.nbytes,
-            outcome=turn,
-            steps=int(plan.length.max()),
-            occupancy=plan.occupancy,
-            examples=int(plan.count.sum()),
-            info=info,
+        engine, members = self.engine, len(self.ids)
+        turn = sum(one.stream == local.passes.stream for one in self.done)
+        key = key_for(engine.root, named("down", engine.name(local)), self.round, turn)
+        decoded, down = self.outbox.sent(message, engine.depart, key, members)
+        averages = reduce is None
+        if averages:
+            reduce, args = self.average.reduce, self.average.args(self.averaging, members)
+        args = engine.put(args)
+        request = Request(local, reduce, averages, self.memory.init, decoded, args, link.into if link else None)
+        reply = engine.reply(request)
+        self._allow(reduce, averages, reply, link)
+        self.coded_up |= reply.coded
+        programs = engine.programs(request, self.sizes)
+        edges = peers.edges(link.graph, self.ids) if link else None
+        outcome = self._outcome(down, request, edges)
+        plan = self._plan(programs, local, outcome, turn)
+        given = self._given(programs, plan, request, outcome, turn)
+        state = self._trained(programs, plan, given)
+        times = np.ones(plan.member.shape, np.int64)
+        if edges is not None:
+            state = peers.heard(engine, programs, plan, given, state, edges)
+            times = np.append(edges.hearers(outcome.reports), 0)[np.minimum(plan.member, members)]
+        result, info, seen = self._folded(programs, plan, state, args, request, turn)
+        if averages:
+            self.averaging = self.average.next(self.averaging, seen)
+        self._keep(plan, state, programs, local, turn)
+        replies = edges.hearers(outcome.reports) if edges is not None else outcome.reports
+        self.done.append(
+            Exchanged(
+                stream=local.passes.stream,
+                down={name: int(each[self.reports].sum()) for name, each in down.items()},
+                up={
+                    name: int(replies.sum()) * wire.array_bytes(leaf)
+                    for name, leaf in wire.named_leaves(programs.reply.sent)
+                    if not wire.is_packet(leaf)
+                },
+                up_packets=state.nbytes,
+                times=times,
+                outcome=outcome,
+                steps=int(plan.length.max()),
+                occupancy=plan.occupancy,
+                examples=plan.examples,
+                info=info,
+            )
         )
-        self.done.append(done)
-        self.reports = turn.reports
+        self.reports = outcome.reports
         return result, info
 
-    def _check_rows(self, message: Tree) -> None:
-        """Raises `ValueError` unless every per-client part of the message has a row for each member."""
-        members = len(self.ids)
-        for name, node in wire.parts(message):
-            own = node.tree if isinstance(node, wire.PerClient) else ()
-            if wire.is_packet(node) and np.ndim(node.nbytes):
-                own = node.nbytes
-            rows = {leaf.shape[0] for leaf in jax.tree.leaves(own)} or {members}
-            if rows != {members}:
-                raise ValueError(
-                    f"Expected the leading axis of per-client part {name!r} to be {members}, the cohort, not {rows}; "
-                    "order it like cohort.ids."
-                )
+    def _allow(self, reduce: Reduce, averages: bool, reply: Any, link: Peers | None) -> None:
+        """Raises `ValueError` for what an average that is no plain mean cannot honour, so that nothing is ignored."""
+        if self.average.plain or not jax.tree.leaves(reply.sent):
+            return
+        name = self.average.name
+        if link is not None or not averages:
+            what = (
+                "replies that go from peer to peer"
+                if link
+                else f"the fold {reduce.done.__qualname__.partition('.')[0]}"
+            )
+            raise ValueError(
+                f"Expected average={name!r} to fold all replies, but this algorithm brings {what}; choose mean, or an algorithm "
+                "that leaves the fold to the run."
+            )
+        if reply.others:
+            raise ValueError(
+                f"Expected every part of a reply to be a change for average={name!r}, but {reply.others[0]!r} is not marked by "
+                "wire.coded(..., change=True); mark it, or choose mean."
+            )
+        self.averages += 1
+        if self.averages > self.releases:
+            raise ValueError(
+                f"Expected average={name!r} to fold {self.releases} exchanges a round, the algorithm's `releases`, not "
+                f"{self.averages}; name their number there."
+            )
 
-    def _plan(self, programs: Programs, local: Local, turn: network.Outcome) -> planning.Plan:
+    def _plan(self, programs: Programs, local: Local, outcome: network.Outcome, turn: int) -> planning.Plan:
         """Who runs where, at which step, on which rows."""
         engine = self.engine
         return planning.make(
-            self.ids,
+            self.ids[self.places],
             engine.rows,
             engine.offsets,
             local.passes,
@@ -140,26 +209,39 @@ class Cohort:
             self.round,
             len(engine.devices),
             programs.lanes,
-            exchange=len(self.done),
-            limit=turn.steps,
+            exchange=turn,
+            stream=engine.name(local),
+            limit=outcome.steps[self.places],
             widths=programs.widths,
+            members=len(self.ids),
+            places=self.places,
+            labels=self._labels,
         )
 
-    def _trained(self, programs: Programs, plan: planning.Plan, message: Tree, reports: np.ndarray) -> State:
-        """The state of the lanes after the plan's last step: segment after segment, batches sent ahead of their use."""
+    def _labels(self, place: int) -> np.ndarray:
+        """Labels of the client at this place of `places`."""
+        id, engine = self.ids[self.places[place]], self.engine
+        return engine.labels[engine.rows[engine.offsets[id] : engine.offsets[id + 1]]]
+
+    def _given(
+        self, programs: Programs, plan: planning.Plan, request: Request, outcome: network.Outcome, turn: int
+    ) -> tuple[Any, ...]:
+        """What the programs are given for the whole exchange, as `programs.Given` has it."""
         engine = self.engine
-        slots = self._slots(plan, reports)
-        now: tuple[Any, ...] = np.int32(self.round), np.int32(len(self.done)), np.float32(self.lr)
-        clock = engine.put(Clock(*now))
-        shared, own, _ = split_message(message)
-        shared = engine.put(shared)
-        own = engine.split(jax.tree.map(lambda a: self._by_slot(plan, jnp.asarray(a)), own))
-        given = (engine.held, shared, own, slots, clock, engine.root)
+        slots = self._slots(plan, outcome, programs, request.local, turn)
+        now: tuple[Any, ...] = np.int32(self.round), np.int32(turn), np.float32(self.lr)
+        shared, own, _ = split_message(request.message)
+        own = jax.tree.map(lambda a: self._by_slot(plan, jnp.asarray(a)), own)
+        clock, shared = engine.put((Clock(*now), shared))
+        return engine.held, shared, engine.split(own), slots, clock, engine.root, request.args
+
+    def _trained(self, programs: Programs, plan: planning.Plan, given: tuple[Any, ...]) -> State:
+        """The state of the lanes after the plan's last step: segment after segment, batches sent ahead of their use."""
 
         def trained() -> State:
             state: Any = None
             ends: list[Array] = []  # of each segment a number that the next one does not take away
-            for start in range(0, plan.rows.shape[1], programs.steps):
+            for start in range(0, plan.slot.shape[1], programs.steps):
                 jax.block_until_ready(ends[-2:-1])  # so that batches of two segments at most lie on the devices
                 x, y, at, trip = self._segment(plan, start, programs)  # while the devices run the one before
                 if state is None:
@@ -170,26 +252,51 @@ class Cohort:
 
         return all_fit(trained)
 
-    def _folded(self, programs: Programs, plan: planning.Plan, state: State, args: Tree) -> tuple[Tree, Info]:
-        """The fold over all devices, and what the exchange says about itself."""
+    def _folded(
+        self, programs: Programs, plan: planning.Plan, state: State, args: Tree, request: Request, turn: int
+    ) -> tuple[Tree, Info, Tree]:
+        """The fold over all devices, what the exchange says about itself, and what the average's state follows from."""
         engine = self.engine
-        key = key_for(engine.root, "reduce", self.round, len(self.done))
-        whole, member = engine.together((state._replace(carry=(), memory=(), nbytes={}), engine.split(plan.member)))
-        return programs.end(whole, member, engine.put(args), key)
+        key = key_for(engine.root, named("reduce", engine.name(request.local)), self.round, turn)
+        little = state._replace(carry=(), memory=(), coding=(), nbytes={})
+        whole, member = engine.together((little, engine.split(plan.member)))
+        return programs.end(whole, member, args, key)
 
-    def _outcome(self, down: dict[str, np.ndarray], local: Local, message: Tree) -> network.Outcome:
+    def _outcome(
+        self, down: dict[str, np.ndarray], request: Request, edges: peers.Edges | None = None
+    ) -> network.Outcome:
         """Who of those still in the round reports, and when: known before anything is trained."""
         members = len(self.ids)
         # Where nothing takes time, the size of a reply does not matter.
-        up = self.engine.reply_bytes(local, self.memory.init, message) if self.conditions.timed else 0
+        up = self.engine.reply_bytes(request) if self.conditions.timed else 0
+        sent = np.sum(list(down.values()) or [np.zeros(members)], axis=0)
+        steps = np.zeros(members, np.int64)
+        steps[self.places] = planning.steps_of(self.sizes[self.places], request.local.passes, self._labels)
         return network.outcome(
             self.conditions,
             self.reports,
-            np.sum(list(down.values()) or [np.zeros(members)], axis=0),
-            np.full(members, up),
-            planning.steps_of(self.sizes, local.passes),
+            sent if edges is None else sent + up * edges.heard(self.reports),
+            np.full(members, up) if edges is None else up * edges.hearers(self.reports),
+            steps,
             self.conditions.deadline - sum(e.outcome.seconds for e in self.done),
         )
+
+    def settle(self) -> None:
+        """Ends the round: what clients keep goes to the host.
+
+        Raises:
+            ValueError: a codec of the run found nothing to act on, so that it would have been ignored.
+        """
+        self.memory.settle()
+        for option, codec, used in (
+            ("codec_up", self.engine.up, self.coded_up),
+            ("codec_down", self.engine.down, self.outbox.coded),
+        ):
+            if codec is not None and self.done and not used:
+                raise ValueError(
+                    f"Expected the algorithm to mark by wire.coded what {option}={codec.name!r} acts on; it marks nothing: "
+                    f"choose {option}=none, or mark it."
+                )
 
     def traffic(self) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes (down, up) of the round so far, all clients together, by leaf; Python integers."""
@@ -198,25 +305,40 @@ class Cohort:
         for one in self.done:
             down.update(one.down)
             up.update(one.up)
-            up.update({n: int(np.sum(v, dtype=np.uint64)) for n, v in self.fetch(one.up_packets).items()})
+            for name, each in self.fetch(one.up_packets).items():
+                up[name] += int(np.sum(each * one.times.astype(np.uint64), dtype=np.uint64))
         return dict(down), dict(up)
 
-    def _slots(self, plan: planning.Plan, reports: np.ndarray) -> Slots:
-        used = plan.member < len(self.ids)
-        place = np.minimum(plan.member, max(len(self.ids) - 1, 0))
-        stored, seen = self.memory.gather(self.ids[place])  # an unused slot shows the last client's, and drops it
-        host = (
-            self.ids[place].astype(np.int32),
-            np.where(used, self.sizes[place], 0).astype(np.int32),
-            plan.member,
-            used & reports[place],
-            seen,
-            stored,
+    def _slots(
+        self, plan: planning.Plan, outcome: network.Outcome, programs: Programs, local: Local, turn: int
+    ) -> Slots:
+        def by_slot(each: np.ndarray) -> np.ndarray:  # an unused slot is nobody's
+            return np.append(each, np.zeros(1, each.dtype))[plan.member]
+
+        ids = np.append(self.ids, -1)[plan.member]
+        if self._rows is not None and np.array_equal(self._rows[0], plan.member):
+            memory, seen = self._rows[1], np.ones(plan.member.shape, bool)  # as the exchange before has left it
+        else:
+            memory, seen = self.memory.gather(ids)
+        store = self._coding(programs, local, turn)
+        coding, coding_seen = store.gather(ids) if store else ((), np.zeros(plan.member.shape, bool))
+        now = ids.astype(np.int32), by_slot(self.sizes).astype(np.int32), by_slot(outcome.steps).astype(np.int32)
+        return Slots(
+            *self.engine.split((*now, plan.member, by_slot(outcome.reports), seen)),
+            *self.engine.split((memory, coding_seen, coding)),
         )
-        return Slots(*self.engine.split(host))
+
+    def _coding(self, programs: Programs, local: Local, turn: int) -> Memory | None:
+        """Where clients keep the codec's state for exchanges like this one."""
+        engine, shapes = self.engine, self.engine.coding_shapes(programs.reply)
+        if not jax.tree.leaves(shapes):
+            return None
+        changes = programs.reply.changes
+        name = "-".join(filter(None, ("codec", engine.name(local).replace("/", "-"), str(turn))))
+        return self.memory.store(name, lambda key, held: engine.up.init(key, changes), ())
 
     def _by_slot(self, plan: planning.Plan, leaf: Any) -> Any:
-        return leaf[np.minimum(plan.member, len(self.ids) - 1)]
+        return leaf[np.minimum(plan.member, max(len(self.ids) - 1, 0))]
 
     def _segment(
         self, plan: planning.Plan, start: int, programs: Programs
@@ -228,19 +350,30 @@ class Cohort:
             part = a[:, start : start + steps]
             return np.pad(part, [(0, 0), (0, steps - part.shape[1])] + [(0, 0)] * (a.ndim - 2), constant_values=fill)
 
-        at = {name: cut(getattr(plan, name)) for name in ("count", "step", "first", "last")}
+        at = {name: cut(getattr(plan, name)) for name in ("step", "first", "last")}
         at["slot"] = cut(plan.slot, plan.member.shape[1])
         at["width"] = np.searchsorted(programs.widths, cut(plan.width)).astype(np.int32)  # which of the widths
+        rows = plan.segment(start, steps)
+        at["count"] = cut(plan.count)
+        if plan.holes:
+            at |= {"live": cut(plan.live), "mask": rows >= 0}
         trip = np.clip(plan.length - start, 0, steps).astype(np.int32)
         at, trip = engine.split((at, trip))
-        x, y = engine.gather(cut(plan.rows))
+        x, y = engine.gather(np.maximum(rows, 0))
         return x, y, at, trip
 
-    def _keep(self, plan: planning.Plan, rows: Tree) -> None:
+    def _keep(self, plan: planning.Plan, state: State, programs: Programs, local: Local, turn: int) -> None:
+        """Has what clients keep written to the host: at the round's end, or when another exchange needs it elsewhere."""
+        used = plan.member < len(self.ids)
+        ids = self.ids[plan.member[used]]
+
+        def bring(store: Memory, rows: Tree) -> None:
+            store.scatter(ids, jax.tree.map(lambda r: r[used], self.fetch(rows)))
+
+        store = self._coding(programs, local, turn)
+        if store:
+            bring(store, state.coding)
         if self.memory.empty:
             return
-        used = plan.member < len(self.ids)
-        self.memory.scatter(self.ids[plan.member[used]], jax.tree.map(lambda r: r[used], self.fetch(rows)))
-
-
-MEAN = mean()
+        self._rows = plan.member, state.memory
+        self.memory.later(lambda: bring(self.memory, state.memory))

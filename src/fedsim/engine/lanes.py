@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,30 @@ from fedsim.engine import packing, processes
 from fedsim.engine.device_memory import Need, device_memory, exhausted, free_memory, refuse_too_large
 from fedsim.engine.host import aligned
 from fedsim.engine.lane_count import choose_lanes, own_convolutions
-from fedsim.engine.programs import Clock, Programs, Slots, make_programs
-from fedsim.engine.replies import reply_bytes, reply_shapes, split_message, takes_rows
+from fedsim.engine.programs import Clock, Parts, Programs, Slots, make_programs
+from fedsim.engine.replies import Reply, reply_bytes, reply_shapes, split_message, takes_rows
+from fedsim.folds import stack, uniform
 
 PREFETCH_BYTES = 256 * 2**20  # of batches that a segment may hold on a device at once
 RESIDENT_SHARE = 0.4  # of a device's memory that the examples may take; larger sets stay on the host
 MEMORY_SHARE = 0.8  # of a device's free memory that "auto" lets the program take; the rest is for fragments
+
+
+class Request(NamedTuple):
+    """One exchange, as far as its programs depend on it."""
+
+    local: Local
+    reduce: Reduce
+    averages: bool  # by the run's average, whose `done` gives an `Averaged`
+    init_memory: Any  # (key, held) -> what a new client keeps
+    message: Tree  # as the clients decode it; parts that differ by client are marked
+    args: Tree = ()  # of the fold
+    into: Any = None  # `Peers.into`, where replies go from peer to peer
+
+    @property
+    def asked(self) -> tuple[Any, ...]:
+        """What a reply's shape depends on."""
+        return self.local, self.init_memory, _structure(self.message)
 
 
 class Lanes:
@@ -52,6 +70,8 @@ class Lanes:
         widths: columns of a batch that a step may compute, ascending up to the batch size; None for those that the
             clients' sizes make worthwhile. Each further one compiles another step.
         may_refuse: whether a program that should not fit by its own analysis is an error; else it is tried.
+        up, down: codecs of replies and messages; None for none.
+        group: its name, where several engines are one cohort's: no two draw the same.
     """
 
     def __init__(
@@ -70,6 +90,9 @@ class Lanes:
         resident: str = "auto",
         widths: tuple[int, ...] | None = None,
         may_refuse: bool = True,
+        up: wire.Codec | None = None,
+        down: wire.Codec | None = None,
+        group: str = "",
     ) -> None:
         self.devices = processes.devices(devices)
         self.own = [d for d in self.devices if d.process_index == jax.process_index()]
@@ -83,6 +106,7 @@ class Lanes:
         self.rows, self.offsets = np.asarray(rows), np.asarray(offsets)
         self.held, self.root = self.keep((held, jax.random.key(seed)))
         self.x, self.y = x, np.asarray(y, np.int32)
+        self.labels = self.y  # on the host, for plans that read them
         size = sum(wire.array_bytes(leaf) for leaf in jax.tree.leaves(x))
         self.row_bytes = size // max(len(self.y), 1)
         self.resident = resident == "on" or (
@@ -92,7 +116,10 @@ class Lanes:
             self.x, self.y = self.keep((self.x, self.y))
         self.widths, self.may_refuse = widths, may_refuse
         self.need = Need(0, 0)  # of the programs that were made last
+        self.up, self.down, self.group = up, down, group
+        self.depart = jax.jit(lambda message, key: wire.depart(down, message, key))
         self._programs: dict[Any, Programs] = {}
+        self._replies: dict[Any, Reply] = {}
         self._reply_bytes: dict[Any, int] = {}
         self._gather = self.spread(
             lambda x, y, rows: (jax.tree.map(lambda leaf: leaf[rows], x), y[rows]), (False, False, True)
@@ -151,7 +178,27 @@ class Lanes:
         program = jax.shard_map(block, mesh=self.mesh, in_specs=specs, out_specs=P("clients"), check_vma=False)
         return jax.jit(program, donate_argnums=tuple(donate))
 
-    def programs(self, local: Local, reduce: Reduce, init_memory: Any, message: Tree, sizes: np.ndarray) -> Programs:
+    def reply(self, request: Request) -> Reply:
+        """What one client would reply; traced once."""
+        if request.asked not in self._replies:
+            self._replies[request.asked] = reply_shapes(*self._traced(request))
+        return self._replies[request.asked]
+
+    def reply_bytes(self, request: Request) -> int:
+        """Bytes of one client's reply before there is one; see `replies.reply_bytes`."""
+        if request.asked not in self._reply_bytes:
+            self._reply_bytes[request.asked] = reply_bytes(*self._traced(request))
+        return self._reply_bytes[request.asked]
+
+    def _traced(self, request: Request) -> tuple[Any, ...]:
+        local, init_memory, message = request.local, request.init_memory, request.message
+        return local, init_memory, message, self.up, self.held, *self.shapes, self.root
+
+    def name(self, local: Local) -> str:
+        """Of an exchange's randomness: the group's and the stream's."""
+        return "/".join(filter(None, (self.group, local.passes.stream)))
+
+    def programs(self, request: Request, sizes: np.ndarray) -> Programs:
         """The programs of an exchange with a cohort of these sizes; made once per (local, reduce, cohort size).
 
         Where "auto" is to choose the lanes, it halves what the cohort keeps busy until the compiled program fits into
@@ -160,19 +207,18 @@ class Lanes:
         Raises:
             ValueError: the program does not fit, by its own analysis; nothing has run.
         """
-        known = (local, reduce, init_memory, _structure(message), len(sizes))
+        local, known = (
+            request.local,
+            (*request.asked, request.reduce, request.into, _structure(request.args), len(sizes)),
+        )
         if known not in self._programs:
-            reply, of_step, of_finish = reply_shapes(local, init_memory, message, self.held, *self.shapes, self.root)
-            widths = self._widths_for(local, init_memory, message)
+            reply, widths = self.reply(request), self._widths_for(request)
 
             def made(lanes: int) -> tuple[Programs, Need]:
                 steps = self.resolve_segment(lanes, local.passes.batch_size)
-                members = len(sizes)
-                shapes = (reply, of_step, of_finish, members, lanes, steps, widths)
-                programs = make_programs(self.spread, self.everywhere, local, reduce, init_memory, message, *shapes)
-                return self._compiled(programs, local, init_memory, message, members)
+                return self._compiled(self._made(request, reply, len(sizes), lanes, widths, steps), request, len(sizes))
 
-            platform, own = self.devices[0].platform, own_convolutions(wire.unwrap(reply))
+            platform, own = self.devices[0].platform, own_convolutions(reply.values)
             sharing = len(self.own) if platform == "cpu" else 1  # host devices share the machine's memory
             free, asked = free_memory(self.own[0], sharing), self.lanes
             lanes = (
@@ -190,27 +236,32 @@ class Lanes:
             self._programs[known] = programs
         return self._programs[known]
 
-    def _widths_for(self, local: Local, init_memory: Any, message: Tree) -> tuple[int, ...]:
+    def _made(
+        self, request: Request, reply: Reply, members: int, lanes: int, widths: tuple[int, ...], steps: int
+    ) -> Programs:
+        _, _, (structure, own) = split_message(request.message)
+        fold = request.reduce if request.into else None  # peers keep their replies until all are there
+        parts = Parts(
+            reduce=stack(uniform) if fold else request.reduce, members=members, lanes=lanes, widths=widths, reply=reply,
+            local=request.local, averages=request.averages, init_memory=request.init_memory, codec=self.up,
+            name=self.name(request.local), message=structure, own=own,
+        )  # fmt: skip
+        return make_programs(self.spread, self.everywhere, parts, steps, request.into, fold)
+
+    def _widths_for(self, request: Request) -> tuple[int, ...]:
         """The widths of this local's steps; the whole batch where its carry depends on the number of rows."""
-        size = local.passes.batch_size
+        passes = request.local.passes
+        if passes.rows is not None:
+            return (passes.batch_size,)
         multiple = packing.width_multiple(self.population, len(self.devices), self.devices[0].platform)
-        widths = self.widths or packing.choose_widths(np.diff(self.offsets), local.passes, multiple)
-        narrow = min(width or size for width in widths)
-        common = (local, init_memory, message, self.held, *self.shapes, self.root)
-        return widths if narrow == size or takes_rows(narrow, *common) else (size,)
+        widths = self.widths or packing.choose_widths(np.diff(self.offsets), passes, multiple)
+        narrow = min(width or passes.batch_size for width in widths)
+        common = (request.local, request.init_memory, request.message, self.held, *self.shapes, self.root)
+        return widths if narrow == passes.batch_size or takes_rows(narrow, *common) else (passes.batch_size,)
 
-    def reply_bytes(self, local: Local, init_memory: Any, message: Tree) -> int:
-        """Bytes of one client's reply before there is one; see `replies.reply_bytes`."""
-        known = (local, init_memory, _structure(message))
-        if known not in self._reply_bytes:
-            self._reply_bytes[known] = reply_bytes(local, init_memory, message, self.held, *self.shapes, self.root)
-        return self._reply_bytes[known]
-
-    def _compiled(
-        self, programs: Programs, local: Local, init_memory: Any, message: Tree, members: int
-    ) -> tuple[Programs, Need]:
+    def _compiled(self, programs: Programs, request: Request, members: int) -> tuple[Programs, Need]:
         """Compiles the segment ahead of its first call; what it takes on a device, by XLA's own analysis."""
-        common, (x, y, at, trip) = self._arguments(programs, local, init_memory, message, members)
+        common, (x, y, at, trip) = self._arguments(programs, request, members)
         state = self._apart(jax.eval_shape(programs.begin, *common, x, y, at))
         held = sum(wire.array_bytes(leaf) for leaf in jax.tree.leaves(self.held))
         there = held + self.resident * self.row_bytes * len(self.y)
@@ -224,29 +275,41 @@ class Lanes:
         lanes = use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes
         return programs._replace(segment=segment), Need(lanes - use.alias_size_in_bytes - held, there)
 
-    def _arguments(
-        self, programs: Programs, local: Local, init_memory: Any, message: Tree, members: int
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def _arguments(self, programs: Programs, request: Request, members: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """What a segment is called with, as arrays or their shapes: for the whole exchange, and batches with their plan."""
 
         def array(dtype: Any, *shape: int) -> Any:
             return jax.ShapeDtypeStruct((len(self.devices), *shape), dtype)
 
-        slots, grid = -(-members // len(self.devices)), (programs.steps, programs.lanes)
-        kept = jax.eval_shape(init_memory, self.root, self.held)
-        kept = jax.tree.map(lambda s: array(s.dtype, slots, *s.shape), kept)
+        passes = request.local.passes
+        slots, grid = -(-max(members, 1) // len(self.devices)), (programs.steps, programs.lanes)
+
+        def by_slot(shapes: Tree) -> Tree:
+            return jax.tree.map(lambda s: array(s.dtype, slots, *s.shape), shapes)
+
+        kept = by_slot(jax.eval_shape(request.init_memory, self.root, self.held))
+        coding = by_slot(self.coding_shapes(programs.reply))
         number, flag = array(jnp.int32, slots), array(jnp.bool_, slots)
-        shared, own, _ = split_message(message)
+        shared, own, _ = split_message(request.message)
         own = jax.tree.map(lambda a: array(a.dtype, slots, *a.shape[1:]), own)
-        shared, clock = self.put((shared, Clock(jnp.int32(0), jnp.int32(0), jnp.float32(0))))
-        own, cohort = self._apart((own, Slots(number, number, number, flag, flag, kept)))
-        rows = (len(self.devices), *grid, local.passes.batch_size)
+        clock = Clock(jnp.int32(0), jnp.int32(0), jnp.float32(0))
+        shared, clock, args = self.put((shared, clock, request.args))
+        own, cohort = self._apart((own, Slots(number, number, number, number, flag, flag, kept, flag, coding)))
+        rows = (len(self.devices), *grid, passes.batch_size)
         at = {name: array(jnp.int32, *grid) for name in ("count", "step", "slot")}
         at |= {name: array(jnp.bool_, *grid) for name in ("first", "last")}
         at["width"] = array(jnp.int32, programs.steps)
+        if passes.rows is not None:
+            at |= {"live": array(jnp.bool_, *grid), "mask": array(jnp.bool_, *rows[1:])}
         x, y = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*rows, *a.shape[1:]), a.dtype), (self.x, self.y))
         batches = self._apart((x, y, at, array(jnp.int32)))
-        return (self.held, shared, own, cohort, clock, self.root), batches
+        return (self.held, shared, own, cohort, clock, self.root, args), batches
+
+    def coding_shapes(self, reply: Reply) -> Tree:
+        """What one client keeps for the codec of its replies; () for nothing."""
+        if self.up is None or not reply.changes:
+            return ()
+        return jax.eval_shape(self.up.init, self.root, reply.changes)
 
     def _apart(self, tree: Tree) -> Tree:
         """Shapes of arrays that are split over the devices."""

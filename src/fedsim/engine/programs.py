@@ -1,8 +1,9 @@
 """What an exchange runs: `begin`, `segment` and `end`, compiled from one `Local` and one `Reduce`.
 
-At a client's first step a lane's carry is `start(...)`, at its last step `finish(...)` hands the reply to the fold and the
-memory to its slot, and the next client begins. Every mapped array has a leading device axis D, which `lanes.Lanes` takes
-away and puts back; nothing here communicates between devices but `end`, which sums over them once.
+At a client's first step a lane's carry is `start(...)`, at its last step `finish(...)` hands the reply to the codec, what
+that decodes to the fold, and the memory to its slot; then the next client begins. Every mapped array has a leading
+device axis D, which `lanes.Lanes` takes away and puts back; nothing here communicates between devices but `end`, which
+sums over them once.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from jax import Array, lax
 from jax.sharding import NamedSharding
 
 from fedsim import wire
-from fedsim.core import Batch, Client, Info, Local, Metrics, Reduce, Tree
+from fedsim.core import Averaged, Batch, Client, Info, Local, Metrics, Reduce, Tree
 from fedsim.engine.keys import key_for
-from fedsim.engine.replies import packets, split_message
+from fedsim.engine.replies import Reply, packets
+
+FINISHING = 8  # lanes whose clients finish together, at least; and an eighth of all, see `folded`
 
 
 class Slots(NamedTuple):
@@ -27,17 +30,20 @@ class Slots(NamedTuple):
 
     id: Array  # (S,), int32
     n: Array  # (S,), int32
+    steps: Array  # (S,), int32: that the client takes
     member: Array  # (S,), int32: place in the cohort; M where unused
     reports: Array  # (S,), bool: False for a client that drops out
     seen: Array  # (S,), bool: has a stored memory
     memory: Tree  # (S, ...): stored memory, where seen
+    coding_seen: Array  # (S,), bool: the same of what the codec keeps
+    coding: Tree  # (S, ...)
 
 
 class Clock(NamedTuple):
     """When an exchange happens, and the scalars that change with it."""
 
     round: Array  # (), int32, from 1
-    exchange: Array  # (), int32: which of the round's, from 0
+    exchange: Array  # (), int32: which of its stream in this round, from 0
     lr: Array  # (), float32: the clients' learning rate
 
 
@@ -45,12 +51,13 @@ class State(NamedTuple):
     """What one segment hands to the next, on one device of L lanes and S slots."""
 
     carry: Tree  # (L, ...): the clients now in the lanes
-    sums: Tree  # (L,) each: their metrics, summed over rows
-    rows: Array  # (L,): rows they have seen
+    sums: Tree  # (L,) each: their metrics, summed over rows, or over what the task weighs by
+    rows: Array  # (L,): rows they have seen, or that weight
     total: Tree  # the fold
     weight: Array  # (): total weight folded
     counted: Array  # (2,), int32: replies that counted, replies left out as non-finite
     memory: Tree  # (S, ...)
+    coding: Tree  # (S, ...): the codec's state
     metrics: dict[str, Array]  # (S,) each
     seen_rows: Array  # (S,)
     nbytes: dict[str, Array]  # (S,) each, uint32: price of every packet in the reply
@@ -70,7 +77,8 @@ class Programs(NamedTuple):
     begin: Callable[..., State]
     segment: Any  # the same, jitted or compiled: has `lower` as long as it is not
     end: Callable[..., Any]
-    reply: Tree  # shapes of one reply, packets whole
+    reply: Reply
+    hear: Callable[..., Any] | None  # between them, where replies go from peer to peer
     lanes: int  # a device
     steps: int  # of a segment
     widths: tuple[int, ...]  # columns of a batch that a step may compute, ascending
@@ -80,13 +88,14 @@ class Parts(NamedTuple):
     """What the programs of an exchange are made of; all of it is known before they are traced."""
 
     local: Local
-    reduce: Reduce
+    reduce: Reduce  # where peers hear one another it keeps rows, which `hear` folds by the algorithm's own
+    averages: bool  # `reduce.done` gives an `Averaged`
     init_memory: Any  # (key, held) -> what a new client keeps
+    codec: wire.Codec | None  # of the replies
+    name: str  # of the exchange's randomness: group and stream; "" for one of each
     message: Any  # structure of the message
     own: list[bool]  # which of its nodes differ by client
-    reply: Tree  # shapes of one reply, packets whole
-    of_step: Metrics  # shapes of a step's metrics
-    of_finish: Sequence[str]  # names of the metrics of `finish`
+    reply: Reply
     members: int  # cohort size M
     lanes: int  # of a device, L
     widths: tuple[int, ...]  # columns of a batch that a step may compute, ascending; at width 0 it computes nothing
@@ -101,45 +110,30 @@ class Given(NamedTuple):
     slots: Slots
     clock: Clock
     root: Array  # the run's key
+    args: Tree  # of the fold
 
 
 def make_programs(
-    spread: Spread,
-    everywhere: NamedSharding,
-    local: Local,
-    reduce: Reduce,
-    init_memory: Any,
-    message: Tree,
-    one_reply: Tree,
-    of_step: Metrics,
-    of_finish: Sequence[str],
-    members: int,
-    lanes: int,
-    steps: int,
-    widths: tuple[int, ...],
+    spread: Spread, everywhere: NamedSharding, parts: Parts, steps: int, link: Any = None, fold: Reduce | None = None
 ) -> Programs:
     """Builds `begin`, `segment` and `end` for one `Local` and `Reduce`. Nothing is compiled before the first call.
 
     Args:
         everywhere: the sharding of what every device holds whole.
-        one_reply, of_step, of_finish: of `replies.reply_shapes`.
-        members: cohort size M.
-        lanes, steps: a device's lanes, a segment's steps.
-        widths: columns of a batch that a step may compute, ascending; a step of width 0 computes nothing.
+        steps: a segment's.
+        link, fold: `Peers.into`, and what folds the mixed replies, where peers hear one another.
     """
-    _, _, (structure, own) = split_message(message)
-    parts = Parts(
-        local, reduce, init_memory, structure, own, one_reply, of_step, of_finish, members, lanes, widths
-    )  # fmt: skip
-    given = (False, False, True, True, False, False)  # which of `Given`'s fields differ by device
+    given = (False, False, True, True, False, False, False)  # which of `Given`'s fields differ by device
+    looked = parts._replace(reduce=fold) if fold else parts
     return Programs(
         begin=spread(partial(begin, parts), (*given, True, True, True)),
-        segment=spread(partial(segment, parts), (*given, True, True, True, True, True), donate=(6,)),
-        end=jax.jit(partial(end, parts), out_shardings=everywhere),
-        reply=one_reply,
-        lanes=lanes,
+        segment=spread(partial(segment, parts), (*given, True, True, True, True, True), donate=(7,)),
+        end=jax.jit(partial(end, looked), out_shardings=everywhere),
+        hear=spread(partial(hear, looked, link), (*given, True, True)) if link else None,
+        reply=parts.reply,
+        lanes=parts.lanes,
         steps=steps,
-        widths=widths,
+        widths=parts.widths,
     )
 
 
@@ -154,12 +148,13 @@ def begin(
     slots: Slots,
     clock: Clock,
     root: Array,
+    args: Tree,
     x: Tree,
     y: Array,
     at: dict[str, Array],
 ) -> State:
     """The state before the first step; of the first segment's batches and plan the shapes matter."""
-    given = Given(held, shared, own, slots, clock, root)
+    given = Given(held, shared, own, slots, clock, root, args)
     x, y, at = jax.tree.map(lambda a: a[0], (x, y, at))
     memory = first_memory(parts, given)
     clients, message = in_lanes(parts, given, memory, at["slot"])
@@ -168,15 +163,16 @@ def begin(
     per_slot = slots.id.shape
     return State(
         carry=carry,
-        sums={name: jnp.zeros((parts.lanes,), jnp.float32) for name in parts.of_step},
+        sums={name: jnp.zeros((parts.lanes,), jnp.float32) for name in parts.reply.of_step if name != "weight"},
         rows=jnp.zeros((parts.lanes,), jnp.float32),
-        total=parts.reduce.zero(wire.unwrap(parts.reply), parts.members),
+        total=parts.reduce.zero(parts.reply.values, per_slot[0] if parts.reduce.rows else parts.members),
         weight=jnp.zeros((), jnp.float32),
         counted=jnp.zeros((2,), jnp.int32),
         memory=memory,
-        metrics={name: jnp.full(per_slot, jnp.nan, jnp.float32) for name in (*parts.of_step, *parts.of_finish)},
+        coding=first_coding(parts, given),
+        metrics={name: jnp.full(per_slot, jnp.nan, jnp.float32) for name in parts.reply.metrics},
         seen_rows=jnp.zeros(per_slot, jnp.float32),
-        nbytes={name: jnp.zeros(per_slot, jnp.uint32) for name, _ in packets(parts.reply)},
+        nbytes={name: jnp.zeros(per_slot, jnp.uint32) for name, _ in packets(parts.reply.sent)},
     )
 
 
@@ -188,6 +184,7 @@ def segment(
     slots: Slots,
     clock: Clock,
     root: Array,
+    args: Tree,
     state: State,
     x: Tree,
     y: Array,
@@ -195,7 +192,7 @@ def segment(
     trip: Array,
 ) -> State:
     """The first `trip` steps of a stretch of the plan, one after the other, in all lanes at once."""
-    given = Given(held, shared, own, slots, clock, root)
+    given = Given(held, shared, own, slots, clock, root, args)
 
     def body(t: Array, state: State) -> State:
         at = {name: a[t] for name, a in plan.items()}
@@ -203,18 +200,48 @@ def segment(
         batch = batch_at(jax.tree.map(lambda a: a[t], x), y[t], at, clients.key)
         state = advanced(parts, given, state, message, clients, batch, at)
         return lax.cond(
-            at["last"].any(), lambda: folded(parts, given, state, message, clients, at), lambda: state
+            at["last"].any(), lambda: folded(parts, given, state, at), lambda: state
         )  # fmt: skip
 
     return lax.fori_loop(0, trip, body, state)
 
 
-def end(parts: Parts, state: State, member: Array, args: Tree, key: Array) -> tuple[Tree, Info]:
+def hear(
+    parts: Parts,
+    into: Callable[[Tree, Tree, Client], Tree],
+    held: Tree,
+    shared: list[Any],
+    own: list[Any],
+    slots: Slots,
+    clock: Clock,
+    root: Array,
+    args: Tree,
+    state: State,
+    mixed: Tree,
+) -> State:
+    """The state after every client has heard its peers; mixed (S, ...). The fold is that of what they heard."""
+    given = Given(held, shared, own, slots, clock, root, args)
+    clients, _ = in_lanes(parts, given, state.memory, jnp.arange(slots.id.shape[0]))
+    weights = state.total.weight  # of the replies that counted; the others keep what they had
+    memory = where_lane(weights > 0, jax.vmap(into)(state.memory, mixed, clients), state.memory)
+    total = parts.reduce.zero(parts.reply.values, slots.id.shape[0] if parts.reduce.rows else parts.members)
+    mixed = where_lane(weights > 0, mixed, jax.tree.map(jnp.zeros_like, mixed))
+    place = jnp.arange(slots.id.shape[0]) if parts.reduce.rows else slots.member
+    place = jnp.where(weights > 0, place, parts.members)
+    return state._replace(memory=memory, total=parts.reduce.add(total, mixed, weights, place, args))
+
+
+def end(parts: Parts, state: State, member: Array, args: Tree, key: Array) -> tuple[Tree, Info, Tree]:
     """Sums over devices, finishes the fold, puts per-client values into the cohort's order."""
     members = parts.members
-    total = jax.tree.map(lambda a: a.sum(axis=0).astype(a.dtype), state.total)
+
+    def in_order(rows: Array) -> Array:  # (D, S, ...) -> (M, ...)
+        return jnp.zeros((members, *rows.shape[2:]), rows.dtype).at[member].set(rows, mode="drop")
+
+    over_devices = in_order if parts.reduce.rows else lambda a: a.sum(axis=0).astype(a.dtype)
+    total = jax.tree.map(over_devices, state.total)
     ordered = {name: jnp.full((members,), jnp.nan).at[member].set(m, mode="drop") for name, m in state.metrics.items()}
-    rows = jnp.zeros((members,)).at[member].set(state.seen_rows, mode="drop")
+    rows = in_order(state.seen_rows)
     metrics = {}
     for name, m in ordered.items():
         of_step = name in state.sums
@@ -222,8 +249,12 @@ def end(parts: Parts, state: State, member: Array, args: Tree, key: Array) -> tu
         mean = (jnp.where(share > 0, m, 0.0) * share).sum() / jnp.maximum(share.sum(), 1.0)
         metrics[name] = jnp.where(share.sum() > 0, mean, jnp.nan)  # where nothing counted, there is no mean
     counted = state.counted.sum(axis=0)
-    info = Info(metrics, ordered, state.weight.sum(), counted[0], counted[1])
-    return parts.reduce.done(total, args, key), info
+    result, seen, weight, reported = parts.reduce.done(total, args, key), (), state.weight.sum(), counted[0]
+    if parts.averages:
+        found: Averaged = result
+        result, seen, weight = found.value, found.seen, found.weight
+        reported = counted[0] if found.reported is None else found.reported
+    return result, Info(metrics, ordered, weight, reported, counted[1]), seen
 
 
 # --- one step of all lanes
@@ -239,11 +270,12 @@ def advanced(
         return where_lane(at["first"], start(message, clients, batch), state.carry)
 
     carry = lax.cond(at["first"].any(), started, lambda: state.carry)
-    live = at["count"] > 0
+    live = at["live"] if "live" in at else at["count"] > 0
+    of_step = parts.reply.of_step
 
     def stepped(width: int) -> tuple[Tree, Metrics]:
         if width == 0:
-            return carry, {name: jnp.zeros((parts.lanes, *m.shape), m.dtype) for name, m in parts.of_step.items()}
+            return carry, {name: jnp.zeros((parts.lanes, *m.shape), m.dtype) for name, m in of_step.items()}
         x, y, mask = jax.tree.map(lambda a: a[:, :width], (batch.x, batch.y, batch.mask))
         new, metrics = step(message, carry, batch._replace(x=x, y=y, mask=mask))
         # An empty step changes nothing, momentum and decay included: the whole carry is selected.
@@ -251,30 +283,53 @@ def advanced(
 
     # The width is one for all lanes of the device, so one branch runs.
     carry, metrics = lax.switch(at["width"], [partial(stepped, width) for width in parts.widths])
-    rows = at["count"].astype(jnp.float32)
+    rows = jnp.where(live, metrics.pop("weight", batch.mask.sum(axis=1)), 0.0)
     fresh = lambda a: jnp.where(at["first"], 0.0, a)  # noqa: E731 - one expression, used twice
     sums = {name: fresh(state.sums[name]) + jnp.where(live, m * rows, 0.0) for name, m in metrics.items()}
     return state._replace(carry=carry, sums=sums, rows=fresh(state.rows) + rows)
 
 
-def folded(parts: Parts, given: Given, state: State, message: Tree, clients: Client, at: dict[str, Array]) -> State:
-    """The state after the clients that end here have replied: replies in the fold, memory and metrics in their slots."""
+def folded(parts: Parts, given: Given, state: State, at: dict[str, Array]) -> State:
+    """The state after the clients that end here have replied, some at a time: few end in a step where clients differ, and
+    `finish`, a codec and the fold may cost more than a step."""
+    lanes, some = parts.lanes, max(FINISHING, -(-parts.lanes // 8))
+    if lanes <= some:
+        return replied(parts, given, state, jnp.arange(lanes), at["slot"], at["last"])
+    order = jnp.argsort(~at["last"], stable=True)  # the lanes that end, first
+    order = jnp.pad(order, (0, -lanes % some))
+    ending = at["last"].sum()
+
+    def body(turn: Array, state: State) -> State:
+        here = lax.dynamic_slice(order, (turn * some,), (some,))
+        return replied(parts, given, state, here, at["slot"][here], turn * some + jnp.arange(some) < ending)
+
+    return lax.fori_loop(0, (ending + some - 1) // some, body, state)
+
+
+def replied(parts: Parts, given: Given, state: State, lane: Array, slot: Array, ends: Array) -> State:
+    """The state after the clients of these lanes (K,), where they end: replies in the fold, what is kept in their slots."""
     reduce, slots, unused = parts.reduce, given.slots, given.slots.id.shape[0]
-    reply, memory, final = mapped(parts, parts.local.finish, given.held)(message, state.carry, clients)
-    safe = jnp.minimum(at["slot"], unused - 1)
-    ends = at["last"] & slots.reports[safe]  # a client that drops out returns nothing and keeps its old memory
+    whole = lane.shape[0] == parts.lanes  # all lanes, in order
+    carry, sums, rows = jax.tree.map(lambda a: a if whole else a[lane], (state.carry, state.sums, state.rows))
+    clients, message = in_lanes(parts, given, state.memory, slot)
+    safe = jnp.minimum(slot, unused - 1)
+    marked, memory, final = mapped(parts, parts.local.finish, given.held)(message, carry, clients)
+    reply, coding = decoded(parts, given, marked, clients, jax.tree.map(lambda a: a[safe], state.coding))
     values = wire.unwrap(reply)
+    if parts.local.sent is not None:
+        memory = jax.vmap(parts.local.sent)(memory, values, clients)
+    ends &= slots.reports[safe]  # a client that drops out returns nothing and keeps its old memory
     finite = finite_lanes(values, ends.shape[0])
     take = ends & finite
     weights = jnp.where(take, jax.vmap(reduce.weight)(clients, values), 0.0)
     values = where_lane(take, values, jax.tree.map(jnp.zeros_like, values))  # 0 * NaN is NaN: select
-    total = reduce.add(state.total, values, weights, jnp.where(take, slots.member[safe], parts.members))
-    means = {name: s / jnp.where(state.rows > 0, state.rows, 1.0) for name, s in state.sums.items()}
-    means = {name: jnp.where(state.rows > 0, m, jnp.nan) for name, m in means.items()}
-    place, counted = jnp.where(ends, at["slot"], unused), jnp.where(take, at["slot"], unused)
+    place = jnp.where(take, slot if reduce.rows else slots.member[safe], max(unused, parts.members))
+    total = reduce.add(state.total, values, weights, place, given.args)
+    means = {name: jnp.where(rows > 0, s / jnp.where(rows > 0, rows, 1.0), jnp.nan) for name, s in sums.items()}
+    ended, counted = jnp.where(ends, slot, unused), jnp.where(take, slot, unused)
 
     def put(kept: Array, new: Array) -> Array:
-        return kept.at[place].set(new, mode="drop")
+        return kept.at[ended].set(new, mode="drop")
 
     def keep(kept: Array, new: Array) -> Array:  # a client that diverged keeps what it had
         return kept.at[counted].set(new, mode="drop")
@@ -284,10 +339,18 @@ def folded(parts: Parts, given: Given, state: State, message: Tree, clients: Cli
         weight=state.weight + weights.sum(),
         counted=state.counted + jnp.stack([take.sum(), (ends & ~finite).sum()]).astype(jnp.int32),
         memory=jax.tree.map(keep, state.memory, memory),
+        coding=jax.tree.map(keep, state.coding, coding),
         metrics={name: put(state.metrics[name], m) for name, m in {**means, **final}.items()},
-        seen_rows=put(state.seen_rows, state.rows),
+        seen_rows=put(state.seen_rows, rows),
         nbytes={name: put(state.nbytes[name], p.nbytes) for name, p in packets(reply)},
     )
+
+
+def decoded(parts: Parts, given: Given, reply: Tree, clients: Client, coding: Tree) -> tuple[Tree, Tree]:
+    """The replies as the server decodes them, (K, ...), and what the codec keeps."""
+    common = key_for(given.root, named("codec", parts.name), given.clock.round, given.clock.exchange)
+    keys = jax.vmap(lambda key: key_for(key, "codec"))(clients.key)
+    return jax.vmap(lambda reply, key, state: wire.arrive(reply, parts.codec, key, common, state))(reply, keys, coding)
 
 
 # --- what the lanes hold
@@ -299,19 +362,20 @@ def in_lanes(parts: Parts, given: Given, memory: Tree, slot: Array) -> tuple[Cli
     slots, clock = given.slots, given.clock
     slot = jnp.minimum(slot, slots.id.shape[0] - 1)
     ids = slots.id[slot]
-    keys = jax.vmap(lambda i: key_for(given.root, "local", clock.round, clock.exchange, i))(ids)
+    keys = jax.vmap(lambda i: key_for(given.root, named("local", parts.name), clock.round, clock.exchange, i))(ids)
     kept = jax.tree.map(lambda a: a[slot], memory)
     round, lr = (jnp.broadcast_to(value, ids.shape) for value in (clock.round, clock.lr))
     nodes = [
         jax.tree.map(lambda a: a[slot], own) if differs else shared
         for shared, own, differs in zip(given.shared, given.own, parts.own, strict=True)
     ]
-    return Client(ids, slots.n[slot], kept, keys, round, lr), parts.message.unflatten(nodes)
+    return Client(ids, slots.n[slot], kept, keys, round, lr, slots.steps[slot]), parts.message.unflatten(nodes)
 
 
 def batch_at(x: Tree, y: Array, at: dict[str, Array], keys: Array) -> Batch:
     """The lanes' batches, (L, B, ...)."""
-    mask = (jnp.arange(y.shape[1])[None] < at["count"][:, None]).astype(jnp.float32)
+    real = at["mask"] if "mask" in at else jnp.arange(y.shape[1])[None] < at["count"][:, None]
+    mask = real.astype(jnp.float32)
     return Batch(x, y, mask, jax.vmap(jax.random.fold_in)(keys, at["step"]), at["step"], at["last"])
 
 
@@ -326,6 +390,20 @@ def first_memory(parts: Parts, given: Given) -> Tree:
     slots = given.slots
     fresh = jax.vmap(lambda i: parts.init_memory(key_for(given.root, "memory", i), given.held))(slots.id)
     return where_lane(slots.seen, slots.memory, fresh)
+
+
+def first_coding(parts: Parts, given: Given) -> Tree:
+    """What the codec keeps, stored or new; () where it keeps nothing."""
+    slots, codec = given.slots, parts.codec
+    if codec is None or not jax.tree.leaves(slots.coding):
+        return slots.coding
+    fresh = jax.vmap(lambda i: codec.init(key_for(given.root, "coding", i), parts.reply.changes))(slots.id)
+    return where_lane(slots.coding_seen, slots.coding, fresh)
+
+
+def named(purpose: str, name: str) -> str:
+    """A purpose of randomness for the exchanges of a group and stream."""
+    return f"{purpose} {name}" if name else purpose
 
 
 def where_lane(mask: Array, yes: Tree, no: Tree) -> Tree:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,27 @@ from jax import Array
 
 from fedsim import wire
 from fedsim.core import Batch, Client, Local, Metrics, Tree
+
+
+class Reply(NamedTuple):
+    """What one client replies, as shapes."""
+
+    sent: Tree  # packets whole
+    changes: Mapping[str, Any]  # the leaves marked as changes, by name
+    others: list[str]  # names of the parts that are not
+    coded: bool  # a part is marked for the codecs
+    of_step: Metrics  # a step's metrics
+    of_finish: list[str]  # names of the metrics of `finish`
+
+    @property
+    def values(self) -> Tree:
+        """As the fold gets it."""
+        return wire.unwrap(self.sent)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of all metrics; "weight" only says how much a step's others count."""
+        return [*(name for name in self.of_step if name != "weight"), *self.of_finish]
 
 
 def split_message(message: Tree) -> tuple[list[Any], list[Any], Any]:
@@ -33,7 +54,7 @@ def first_step(local: Local, init_memory: Any, message: Tree, rows: int) -> Call
         own = [jax.tree.map(lambda a: a[0], o) for o in own]
         msg = treedef.unflatten([o if is_own else s for s, o, is_own in zip(shared, own, own_part, strict=True)])
         number = jnp.zeros((), jnp.int32)
-        client = Client(number, number, init_memory(root, held), root, number, jnp.zeros((), jnp.float32))
+        client = Client(number, number, init_memory(root, held), root, number, jnp.zeros((), jnp.float32), number)
 
         def batch(rows: int) -> Batch:
             pick = jnp.zeros((rows,), jnp.int32)
@@ -46,19 +67,25 @@ def first_step(local: Local, init_memory: Any, message: Tree, rows: int) -> Call
     return traced
 
 
-def one_client(local: Local, init_memory: Any, message: Tree, finishing: Any) -> Callable[..., Any]:
-    """A function of (held, shared, own, x, y, root), to be traced: what one client replies, and its metrics.
+def one_client(
+    local: Local, init_memory: Any, message: Tree, codec: wire.Codec | None, finishing: Any
+) -> Callable[..., Any]:
+    """A function of (held, shared, own, x, y, root), to be traced: what one client replies, marked and as it is sent, and
+    its metrics.
 
     Args:
-        finishing: makes a context to trace `local.finish` in.
+        finishing: makes a context to trace `local.finish` and the codec in.
     """
     step = first_step(local, init_memory, message, local.passes.batch_size)
 
-    def traced(held: Tree, *args: Any) -> Any:
-        msg, client, _, carry, metrics = step(held, *args)
+    def traced(held: Tree, shared: list[Any], own: list[Any], x: Tree, y: Array, root: Array) -> Any:
+        msg, client, _, carry, metrics = step(held, shared, own, x, y, root)
         with finishing():
-            reply, _, final = local.finish(held, msg, carry, client)
-        return reply, metrics, final
+            marked, _, final = local.finish(held, msg, carry, client)
+            changes = wire.changes(marked)
+            state = codec.init(root, {name: sent.value for name, sent in changes.items()}) if codec and changes else ()
+            sent, _ = wire.arrive(marked, codec, root, root, state)
+        return marked, sent, metrics, final
 
     return traced
 
@@ -75,24 +102,27 @@ def takes_rows(
 
 
 def reply_shapes(
-    local: Local, init_memory: Any, message: Tree, held: Tree, x: Tree, y: Array, root: Array
-) -> tuple[Tree, Metrics, list[str]]:
-    """Shapes of one client's reply (packets whole) and of a step's metrics, names of those of `finish`; computes nothing."""
+    local: Local, init_memory: Any, message: Tree, codec: wire.Codec | None, held: Tree, x: Tree, y: Array, root: Array
+) -> Reply:
+    """What one client replies, before there is a reply; computes nothing."""
     shared, own, _ = split_message(message)
-    traced = one_client(local, init_memory, message, nullcontext)
-    reply, metrics, final = jax.eval_shape(traced, held, shared, own, x, y, root)
-    return reply, metrics, list(final)
+    traced = one_client(local, init_memory, message, codec, nullcontext)
+    marked, sent, metrics, final = jax.eval_shape(traced, held, shared, own, x, y, root)
+    changes = jax.eval_shape(lambda reply: {name: one.value for name, one in wire.changes(reply).items()}, marked)
+    return Reply(sent, changes, wire.unmarked_leaves(marked), wire.is_coded(marked), metrics, list(final))
 
 
-def reply_bytes(local: Local, init_memory: Any, message: Tree, held: Tree, x: Tree, y: Array, root: Array) -> int:
+def reply_bytes(
+    local: Local, init_memory: Any, message: Tree, codec: wire.Codec | None, held: Tree, x: Tree, y: Array, root: Array
+) -> int:
     """Bytes of one client's reply before there is one; a packet whose price depends on values counts as not encoded."""
     shared, own, _ = split_message(message)
     # A packet's price that follows from shapes is a number in this context, and stays a tracer otherwise.
-    traced = one_client(local, init_memory, message, jax.ensure_compile_time_eval)
+    traced = one_client(local, init_memory, message, codec, jax.ensure_compile_time_eval)
     prices: list[int] = []
 
     def priced(*args: Any) -> None:
-        for _, leaf in wire.named_leaves(traced(*args)[0]):
+        for _, leaf in wire.named_leaves(traced(*args)[1]):
             known = wire.is_packet(leaf) and not isinstance(leaf.nbytes, jax.core.Tracer)
             prices.append(int(leaf.nbytes) if known else wire.array_bytes(wire.unwrap(leaf)))
 

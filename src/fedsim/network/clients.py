@@ -47,6 +47,7 @@ class Conditions(NamedTuple):
     deadline: float  # s
     partial: bool
     timed: bool  # whether anything takes time
+    unavailable: int  # clients that were selected and cannot be reached
 
 
 def fleet(options: Network, *, clients: int, rounds: int, wanted: int, seed: int) -> Fleet:
@@ -86,27 +87,38 @@ def reachable(fleet: Fleet, round: int) -> Callable[[np.ndarray], np.ndarray] | 
     return None if available is None else lambda ids: available(ids, round)
 
 
-def conditions(fleet: Fleet, ids: np.ndarray, round: int) -> Conditions:
-    """What these clients (M,) meet in this round (from 1)."""
+def conditions(fleet: Fleet, ids: np.ndarray, round: int, invited: int | None = None) -> Conditions:
+    """What these clients (M,), -1 for nobody, meet in this round (from 1).
+
+    Args:
+        invited: how many a round asks for where it waits for `fleet.wanted` of them; of another number all are waited for.
+    """
     ids = np.asarray(ids, np.int64)
-    present = np.ones(len(ids), bool) if fleet.available is None else fleet.available(ids, round)
+    somebody = ids >= 0
+    selected = int(somebody.sum())
+    ids = np.maximum(ids, 0)  # who is nobody is absent, whatever client 0 does
+    present = somebody if fleet.available is None else somebody & fleet.available(ids, round)
     values = {name: fleet.laws[name](ids) if name in fleet.laws else np.full(len(ids), FREE[name]) for name in UNITS}
     return Conditions(
         present=present,
         drops=present & (chance(fleet.seed, "dropout", round, ids) < fleet.dropout),
         **values,
-        wanted=fleet.wanted,
+        wanted=fleet.wanted if selected == invited else selected,
         deadline=fleet.deadline,
         partial=fleet.partial,
         timed=bool(fleet.laws),
+        unavailable=int((somebody & ~present).sum()),
     )
 
 
-def reliable(members: int) -> Conditions:
-    """Everybody is there, reports, and takes no time."""
-    everybody = np.ones(members, bool)
+def reliable(ids: np.ndarray) -> Conditions:
+    """Everybody is there, reports, and takes no time; ids (M,), -1 for nobody."""
+    somebody, members = np.asarray(ids) >= 0, len(ids)
     values = {name: np.full(members, FREE[name]) for name in UNITS}
-    return Conditions(everybody, ~everybody, **values, wanted=members, deadline=np.inf, partial=False, timed=False)
+    nobody = np.zeros(members, bool)
+    return Conditions(
+        somebody, nobody, **values, wanted=members, deadline=np.inf, partial=False, timed=False, unavailable=0
+    )
 
 
 def _scaled(values: Law, unit: float) -> Law:

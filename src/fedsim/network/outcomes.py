@@ -80,7 +80,7 @@ def figures(conditions: Conditions, outcomes: Sequence[Outcome], total: float) -
     late = np.any([o.late for o in outcomes] or [nobody], axis=0)
     surplus = np.any([o.surplus for o in outcomes] or [nobody], axis=0)
     counts = {
-        "unavailable": int((~c.present).sum()),
+        "unavailable": c.unavailable,
         "dropped": int(c.drops.sum()),
         "late": int(late.sum()),
         "surplus": int(surplus.sum()),

@@ -15,13 +15,14 @@ import numpy as np
 from fedsim import algorithms, network, peft, wire
 from fedsim.backbones import Backbone, backbone, load
 from fedsim.config import Config, Speed, invited, plan_fits
-from fedsim.core import Algorithm, Passes, Task, by_examples, uniform
+from fedsim.core import Algorithm, Average, Passes, Task
 from fedsim.data import dataset as data_sets
 from fedsim.data import partition as partitions
 from fedsim.engine import processes
 from fedsim.engine.host import divide_cpu
 from fedsim.engine.lanes import Lanes
 from fedsim.evaluation.evaluate import classification_loss, evaluator
+from fedsim.folds import by_examples, plain, uniform
 from fedsim.peft import flops, precision
 from fedsim.simulation.needs import learned, tokenizer, vocabulary, weights
 from fedsim.training import augment, lengths
@@ -66,6 +67,7 @@ class Trainer(NamedTuple):
     model: peft.Model
     task: Task
     algorithm: Algorithm
+    average: Average
     engine: Lanes
     validate: Callable[[Any], dict[str, float]]  # server -> loss, accuracy
     test: Callable[[Any], dict[str, float]]
@@ -142,6 +144,8 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
             f"Expected cache=on without augment={config.augment}: a changed image has other features in every step; leave "
             "out --cache."
         )
+    for name in ("codec_up", "codec_down"):
+        wire.codec(getattr(config, name), name)
     optimizer(config.optimizer, "optimizer")
     optimizer(config.server_optimizer, "server_optimizer")
     check_schedule(config.lr_schedule, "lr_schedule", config.lr, config.rounds)
@@ -227,23 +231,32 @@ def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached
     """What an algorithm is constructed for; `first` is the round in which it starts, for schedules over rounds."""
     apply = model.suffix if cached else model.apply
     server_rate = schedule(config.server_lr_schedule, "server_lr_schedule", config.server_lr)
-    up, down = wire.codec(config.codec_up), wire.codec(config.codec_down)
     return Task(
         init=lambda key: {name: jnp.asarray(leaf) for name, leaf in start.items()},
         loss=classification_loss(apply, augment.make(config.augment)),
         logits=lambda held, params, x: apply(params, held, x),
+        criterion=None,
+        score=None,
         optimizer=optimizer(config.optimizer, "optimizer"),
-        lr=lambda client: client.lr,
+        lr=lambda client, message: client.lr,
         server_optimizer=optimizer(config.server_optimizer, "server_optimizer")(
             lambda count: server_rate(count + first - 1)
         ),
         passes=Passes(config.epochs, config.steps, config.batch_size),
-        weight=by_examples if config.weighting == "examples" else uniform,
-        encode_up=up.encode if up else lambda tree: tree,
-        encode_down=down.encode if down else lambda tree: tree,
+        weight=weighting(config),
         trained=frozenset(model.trained),
         factors=peft.factors(model),
     )
+
+
+def weighting(config: Config) -> Callable[[Any, Any], jax.Array]:
+    """Weight of a reply in the run's average."""
+    return by_examples if config.weighting == "examples" else uniform
+
+
+def average(config: Config) -> Average:
+    """The run's fold of replies."""
+    return plain(weighting(config))
 
 
 def features(problem: Problem, model: peft.Model, frozen: dict[str, np.ndarray]) -> Any:
@@ -307,12 +320,15 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         parallel=speed.parallel,
         segment_steps=speed.segment_steps,
         resident=speed.resident,
+        up=wire.codec(config.codec_up, "codec_up"),
+        down=wire.codec(config.codec_down, "codec_down"),
     )
     made = Trainer(
         config=config,
         model=model,
         task=for_algorithm,
         algorithm=algorithm,
+        average=average(config),
         engine=engine,
         validate=evaluator(engine, algorithm.predict, dataset.validation, speed.eval_batch, texts),
         test=evaluator(engine, algorithm.predict, dataset.test, speed.eval_batch, texts),

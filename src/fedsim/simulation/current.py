@@ -25,6 +25,7 @@ class Current(NamedTuple):
     server: Any
     memory: Memory
     cost: Cost
+    averaging: Any = ()  # state of the run's average, which goes where the server goes
 
     def parameters(self) -> dict[str, np.ndarray]:
         """The trained part, on the host."""
@@ -50,7 +51,7 @@ def prepare(
     # Of several processes the first one has the folder; the others keep the same rows in main memory.
     file = directory / f"memory-{phase.name}.rows" if directory is not None and processes.is_first() else None
     memory = Memory(trainer.algorithm.memory, engine.held, file, problem.speed.keep_checkpoints or KEEP)
-    return Current(phase, trainer, server, memory, cost)
+    return Current(phase, trainer, server, memory, cost, engine.put(trainer.average.init()))
 
 
 def peak(trainer: Trainer, speed: Speed) -> float | None:

@@ -16,17 +16,21 @@ import numpy as np
 import optax
 from jax import Array
 
-from fedsim.core import Batch, Client, Local, Metrics, Params, Passes, Tree, stack
+from fedsim.core import Batch, Client, Local, Metrics, Params, Passes, Tree
 from fedsim.data.partition import Partition
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.lanes import Lanes
 from fedsim.evaluation import metrics
 from fedsim.evaluation.evaluate import masked_sums
+from fedsim.folds import stack
 from fedsim.randomness import stream
 from fedsim.simulation.build import Problem, Trainer
 
 KINDS = ("global", "memory", "tuned")
+
+
+SUMS = stack(lambda client, reply: jnp.ones(client.n.shape))
 
 
 class Scores(NamedTuple):
@@ -104,7 +108,7 @@ def run(
         resident="on" if e.resident else "off", may_refuse=False,
     )  # fmt: skip  # no refusal: the run is done, and its results would be lost
     cohort = Cohort(engine, ids, 1, memory)
-    replies, _ = cohort.exchange(message, local, stack(lambda client, reply: jnp.ones(client.n.shape)))
+    replies, _ = cohort.exchange(message, local, SUMS)
     found = cohort.fetch(replies)
     # A reply that is not finite arrives as zeros of weight 0: such a model answers nothing, so it has no score.
     return Tally(*(np.where(found.weight > 0, sums, np.nan) for sums in found.replies))

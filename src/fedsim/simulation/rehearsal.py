@@ -17,14 +17,14 @@ from fedsim.engine.cohort import Cohort
 from fedsim.engine.device_memory import Need, free_memory
 from fedsim.engine.host import zeros
 from fedsim.engine.keys import key_for
-from fedsim.engine.lanes import MEMORY_SHARE, Lanes
+from fedsim.engine.lanes import MEMORY_SHARE, Lanes, Request
 from fedsim.engine.programs import Programs, State
 from fedsim.peft.flops import all_equations
 from fedsim.simulation import build
 from fedsim.simulation.build import Phase, Problem
 from fedsim.training import lengths
 from fedsim.training.features import use_cache
-from fedsim.wire import array_bytes, message_bytes
+from fedsim.wire import array_bytes
 
 LONG = 1000  # examples whose frozen features take longer than tracing and compiling a phase's programs once more
 COPIES = 6  # of the trained leaves, for a lane: parameters, gradients, an optimizer's two moments, the fold, what comes and goes
@@ -44,8 +44,7 @@ class Rehearsal(NamedTuple):
 class Asked(NamedTuple):
     """One exchange, as the algorithm asked for it."""
 
-    down: float  # bytes of a client
-    up: float
+    up: float  # bytes of a client
     widths: tuple[int, ...]
 
 
@@ -59,13 +58,20 @@ def rehearse(problem: Problem, phase: Phase, ids: np.ndarray) -> Rehearsal:
     engine, algorithm = trainer.engine, trainer.algorithm
     asked = answer_ones(engine)
     server = engine.put(algorithm.init(key_for(engine.root, "init"), engine.held))
+    averaging = engine.put(trainer.average.init())
     memory, met = Memory(algorithm.memory, engine.held), np.zeros(engine.population, np.int32)
     for round in (phase.first, phase.first + 1):
         asked.clear()
-        cohort = Cohort(engine, ids, round, memory, met=met, lr=trainer.lr(round))
+        cohort = Cohort(
+            engine, ids, round, memory, met=met, lr=trainer.lr(round),
+            average=trainer.average, averaging=averaging, releases=algorithm.releases,
+        )  # fmt: skip
         server, _ = algorithm.round(key_for(engine.root, "server", round), engine.held, server, cohort)
+        cohort.settle()
+        averaging = cohort.averaging
         met[ids] = round
-    down, up = sum(exchange.down for exchange in asked), sum(exchange.up for exchange in asked)
+        down = sum(sum(exchange.down.values()) for exchange in cohort.done) / max(len(cohort.places), 1)
+    up = sum(exchange.up for exchange in asked)
     return Rehearsal(down, up, build.setup_bytes(trainer), int(engine.lanes), asked[0].widths, engine.need)
 
 
@@ -94,10 +100,9 @@ def answer_ones(engine: Lanes) -> list[Asked]:
     """
     made, asked = engine.programs, []
 
-    def programs(local: Any, reduce: Any, init_memory: Any, message: Tree, sizes: np.ndarray) -> Programs:
-        real = made(local, reduce, init_memory, message, sizes)
-        down = sum(float(each.mean()) for each in message_bytes(message, len(sizes)).values())
-        asked.append(Asked(down, engine.reply_bytes(local, init_memory, message), real.widths))
+    def programs(request: Request, sizes: np.ndarray) -> Programs:
+        real = made(request, sizes)
+        asked.append(Asked(engine.reply_bytes(request), real.widths))
 
         def ones(shapes: Tree) -> Tree:
             return jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes)
@@ -110,7 +115,7 @@ def answer_ones(engine: Lanes) -> list[Asked]:
         def end(*args: Any) -> Any:
             return engine.put(ones(jax.eval_shape(real.end, *args)))
 
-        return real._replace(begin=begin, segment=lambda *args: args[6], end=end)
+        return real._replace(begin=begin, segment=lambda *args: args[7], end=end)
 
     engine.programs = programs  # pyrefly: ignore[bad-assignment]
     return asked

@@ -72,13 +72,27 @@ def fingerprint(config: Config, problem: Problem) -> str:
     return "-".join(filter(None, (digest.hexdigest()[:16], read.read_hash(config))))
 
 
-def shapes(server: Any, memory: Memory, population: int, extra: dict[str, Any]) -> dict[str, Any]:
+def shapes(now: Current, extra: dict[str, Any]) -> dict[str, Any]:
     """Shapes of a checkpoint's arrays: the server's are known, the number of clients with a memory stands in `extra`."""
+    memory, described = now.memory, extra.get("beside", {})
+    memory.make_beside(described)
     return {
-        "server": server,
+        "server": now.server,
         "memory": memory.shapes(extra["memory_count"]),
-        "met": np.zeros(population, np.int32),
+        "met": np.zeros(now.trainer.engine.population, np.int32),
+        **where_any("averaging", now.averaging),
+        **where_any("beside", {name: memory.beside[name].shapes(one["count"]) for name, one in described.items()}),
     }
+
+
+def where_any(name: str, tree: Any) -> dict[str, Any]:
+    """An entry of a checkpoint, where it holds anything: runs that need none are as those of before it was there."""
+    return {name: tree} if jax.tree.leaves(tree) else {}
+
+
+def sealed(memory: Memory) -> tuple[Table, dict[str, Table]]:
+    """The clients' memory, and what else they keep, as tables."""
+    return memory.seal(), {name: store.seal() for name, store in memory.beside.items()}
 
 
 def checkpoint(
@@ -86,7 +100,15 @@ def checkpoint(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a checkpoint holds: (arrays, all else). Seals the clients' memory, which must stay as it is until it is saved."""
     memory = now.memory
-    arrays = {"server": now.server, "memory": processes.by_first(memory.seal), "met": stand.met}
+    memory.settle()
+    table, beside = processes.by_first(lambda: sealed(memory))
+    arrays = {
+        "server": now.server,
+        "memory": table,
+        "met": stand.met,
+        **where_any("averaging", now.averaging),
+        **where_any("beside", beside),
+    }
     extra = {
         **expected(config, speed, now.trainer, inputs),
         "bitwise": stand.bitwise,
@@ -97,6 +119,7 @@ def checkpoint(
         "stopped": stand.stopped,
         "elapsed": stand.elapsed,
         "memory_count": memory.count,
+        **where_any("beside", memory.described()),
     }
     return arrays, extra
 
@@ -125,7 +148,7 @@ def restore(
         engine.reuse(extra["lanes"], extra["segment_steps"])
         if not (extra.get("bitwise", True) or reduced):  # what an earlier process found to fit
             engine.lanes = extra["lanes"]
-        return shapes(tried["now"].server, tried["now"].memory, engine.population, extra)
+        return shapes(tried["now"], extra)
 
     def wanted(round: int, extra: dict[str, Any]) -> dict[str, Any]:
         ours = expected(config, speed, tried["now"].trainer, inputs)
@@ -133,13 +156,23 @@ def restore(
             ours["inputs"] = ours["inputs"].partition("-")[0]
         return ours | ({"lanes": extra["lanes"]} if reduced else {})
 
-    found = checkpoints.restore(template, wanted, lambda arrays: tried["now"].memory.damage(arrays["memory"]))
+    def damage(arrays: dict[str, Any]) -> str | None:
+        memory = tried["now"].memory
+        stores = {"": arrays["memory"], **arrays.get("beside", {})}
+        return next(filter(None, ((memory.beside[n] if n else memory).damage(t) for n, t in stores.items())), None)
+
+    found = checkpoints.restore(template, wanted, damage)
     if found is None:
         return None
     round, arrays, extra = found
     now = tried["now"]
-    now = now._replace(server=now.trainer.engine.put(arrays["server"]))
+    engine = now.trainer.engine
+    now = now._replace(
+        server=engine.put(arrays["server"]), averaging=engine.put(arrays.get("averaging", now.averaging))
+    )
     restore_memory(now.memory, arrays["memory"])
+    for name, table in arrays.get("beside", {}).items():
+        restore_memory(now.memory.beside[name], table)
     kept = {name: extra[name] for name in ("totals", "best", "stale", "start", "stopped", "elapsed")}
     bitwise = extra.get("bitwise", True) and not reduced
     return Standing(met=np.array(arrays["met"]), round=round, bitwise=bitwise, **kept), now

@@ -17,7 +17,7 @@ import numpy as np
 
 from fedsim import network, record, units
 from fedsim.config import Config, Speed, idle_alone, invited, main_job
-from fedsim.core import Algorithm, Population
+from fedsim.core import Population
 from fedsim.data import require_given
 from fedsim.data.dataset import Source
 from fedsim.engine import processes
@@ -38,7 +38,7 @@ from fedsim.record.shared_checkpoints import SharedCheckpoints
 from fedsim.report.progress import Progress
 from fedsim.simulation import build, inputs, needs, resuming
 from fedsim.simulation.beginning import begin
-from fedsim.simulation.build import Problem
+from fedsim.simulation.build import Problem, Trainer
 from fedsim.simulation.current import Current, prepare
 from fedsim.simulation.ending import finish
 from fedsim.simulation.loaded import Run
@@ -200,7 +200,7 @@ def simulate(
 
             with timed(clock) as times:
                 cohort = select(config, fleet, now, stand)
-                server, metrics = train(now, cohort)
+                server, averaging, metrics = train(now, cohort)
                 did = measured(cohort, stand.totals["simulated_seconds"])
             stand = after(stand, did)
             stand.met[cohort.ids[cohort.present]] = stand.round
@@ -210,7 +210,7 @@ def simulate(
                 scores = trainer.validate(server)
                 server = trainer.algorithm.observe(server, scores)
                 stand = judged(config, stand, scores, patient=phase.last == config.rounds)
-            now = now._replace(server=server)
+            now = now._replace(server=server, averaging=averaging)
 
             # As the record has it, so that a score that is no number is None here and after a resume alike.
             line = record.plain(round_line(
@@ -219,7 +219,7 @@ def simulate(
             ))  # fmt: skip
             processes.by_first(functools.partial(record.append, directory, line))
             lines.append(line)
-            tell(progress, line, changes_empty=trainer.algorithm.runs_empty)
+            tell(progress, line, changes_empty=runs_empty(trainer))
 
             asked = processes.any_true(interrupted())
             ends = stand.stopped != "rounds" or stand.round == config.rounds
@@ -242,29 +242,41 @@ def select(config: Config, fleet: network.Fleet, now: Current, stand: Standing) 
     """The clients of this round, and what they meet in it."""
     engine, round = now.trainer.engine, stand.round
     population = Population(engine.population, invited(config), network.reachable(fleet, round))
-    ids = now.trainer.algorithm.select(stream(config.seed, f"sample {round}"), now.server, population)
-    conditions = network.conditions(fleet, ids, round)
-    return Cohort(engine, ids, round, now.memory, conditions, met=stand.met, lr=now.trainer.lr(round))
+    trainer = now.trainer
+    ids = np.asarray(trainer.algorithm.select(stream(config.seed, f"sample {round}"), now.server, population))
+    conditions = network.conditions(fleet, ids, round, invited(config))
+    return Cohort(
+        engine, ids, round, now.memory, conditions, met=stand.met, lr=trainer.lr(round),
+        average=trainer.average, averaging=now.averaging, releases=trainer.algorithm.releases,
+    )  # fmt: skip
 
 
-def train(now: Current, cohort: Cohort) -> tuple[Any, dict[str, Any]]:
-    """The server after this cohort's round, and the round's metrics on the host."""
+def train(now: Current, cohort: Cohort) -> tuple[Any, Any, dict[str, Any]]:
+    """The server and the average's state after this cohort's round, and the round's metrics on the host."""
     engine = cohort.engine
     key = key_for(engine.root, "server", cohort.round)
     with out_of_memory(cohort.round, engine, now.phase.config.batch_size):
-        server, metrics = exchange_round(key, now.trainer.algorithm, now.server, cohort)
+        server, averaging, metrics = exchange_round(key, now.trainer, now.server, cohort)
         jax.block_until_ready(server)
-    return server, metrics
+    return server, averaging, metrics
 
 
-def exchange_round(key: jax.Array, algorithm: Algorithm, server: Any, cohort: Cohort) -> tuple[Any, dict[str, Any]]:
-    """The algorithm's round: the new server, and metrics on the host. Where nobody reports, the server as it was."""
-    if not cohort.present.any() and not algorithm.runs_empty:
-        return server, {}
-    new, metrics = algorithm.round(key, cohort.engine.held, server, cohort)
-    if cohort.reports.any() or algorithm.runs_empty:
-        return new, cohort.fetch(metrics)
-    return server, {}
+def runs_empty(trainer: Trainer) -> bool:
+    """Whether a round without a reply changes the server."""
+    return trainer.algorithm.runs_empty or trainer.average.runs_empty
+
+
+def exchange_round(key: jax.Array, trainer: Trainer, server: Any, cohort: Cohort) -> tuple[Any, Any, dict[str, Any]]:
+    """The algorithm's round: new server, new state of the average, metrics on the host. Where nobody reports, both as they
+    were."""
+    before = server, cohort.averaging, {}
+    if not cohort.present.any() and not runs_empty(trainer):
+        return before
+    new, metrics = trainer.algorithm.round(key, cohort.engine.held, server, cohort)
+    cohort.settle()
+    if cohort.reports.any() or runs_empty(trainer):
+        return new, cohort.averaging, cohort.fetch(metrics)
+    return before
 
 
 @contextmanager

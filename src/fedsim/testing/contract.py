@@ -25,6 +25,8 @@ from fedsim.engine.keys import key_for
 from fedsim.record.checkpoint import Checkpoints
 from fedsim.testing.toys import CLASSES, COHORT, SIZES, Make, engine, one_client, run, suited, tiny_problem
 
+KEY = jax.random.key(0)  # of codecs, of which these checks have none
+
 # --- the contract
 
 
@@ -98,7 +100,7 @@ def check_bytes(make: Make) -> None:
     assert all(type(n) is int for n in (*down.values(), *up.values())), "bytes must be Python integers"
     packed_down = packed_up = 0
     for index, (message, local) in enumerate(sent):
-        for name, node in wire.parts(message):
+        for name, node in wire.parts(wire.depart(None, wire.news(message), KEY)):
             own = isinstance(node, wire.PerClient)
             for leaf_name, leaf in wire.named_leaves(node.tree if own else node):
                 where = f"{name}/{leaf_name}"
@@ -115,7 +117,9 @@ def check_bytes(make: Make) -> None:
                     packed_down += members * packed(where, leaf)
         for place, id in enumerate(COHORT):
             fresh = memory.init(key_for(jax.random.key(0), "memory", id), problem.held)
-            reply, _ = one_client(problem, local, wire.for_client(message, place), fresh, id, 1, exchange=index)
+            read = wire.for_client(wire.unmarked(message), place)
+            marked, _ = one_client(problem, local, read, fresh, id, 1, exchange=index)
+            reply, _ = wire.arrive(marked, None, KEY, KEY)
             for name, leaf in wire.named_leaves(reply):
                 packed_up += packed(name, leaf) if wire.is_packet(leaf) else len(wire.to_bytes(leaf))
     assert sum(down.values()) == packed_down, f"down: {sum(down.values())} bytes claimed, {packed_down} packed"

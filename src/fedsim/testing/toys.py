@@ -15,13 +15,14 @@ import numpy as np
 import optax
 from jax import Array
 
-from fedsim.core import Algorithm, Batch, Client, Factors, Local, Params, Passes, Task, Tree, by_examples
+from fedsim.core import Algorithm, Batch, Client, Factors, Local, Params, Passes, Task, Tree
 from fedsim.engine import plan
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Lanes
 from fedsim.evaluation.evaluate import classification_loss
+from fedsim.folds import by_examples, plain
 
 Make = Callable[[Task], Algorithm]
 
@@ -67,12 +68,12 @@ def tiny_task(**changes: Any) -> Task:
         loss=classification_loss(apply),
         logits=lambda held, params, x: apply(params, held, x),
         optimizer=lambda rate: optax.sgd(rate, momentum=0.9),
-        lr=lambda client: 0.1 / client.round.astype(jnp.float32),
+        lr=lambda client, message: 0.1 / client.round.astype(jnp.float32),
         server_optimizer=optax.sgd(1.0),
+        criterion=None,
+        score=None,
         passes=Passes(epochs=2, batch_size=4),
         weight=by_examples,
-        encode_up=lambda tree: tree,
-        encode_down=lambda tree: tree,
         trained=frozenset({"kernel", "bias"}),
     )
     return task._replace(**changes)
@@ -150,7 +151,8 @@ def run(
     """
     lanes = engine(problem, **options)
     met = np.zeros(lanes.population, np.int32) if met is None else met.copy()
-    algorithm = make(task or suited(make))
+    task = task or suited(make)
+    algorithm, average = make(task), plain(task.weight)
     server, memory = state or (
         algorithm.init(key_for(lanes.root, "init"), lanes.held),
         Memory(algorithm.memory, lanes.held),
@@ -158,7 +160,7 @@ def run(
     server = lanes.put(server)
     done = []
     for round, ids in enumerate(cohorts, first):
-        cohort = Cohort(lanes, np.array(ids), round, memory, met=met)
+        cohort = Cohort(lanes, np.array(ids), round, memory, met=met, average=average, releases=algorithm.releases)
         met[list(ids)] = round
         if sent is not None:
             listen(cohort, sent)
@@ -196,9 +198,9 @@ def one_client(
     own = problem.rows[problem.offsets[id] : problem.offsets[id + 1]]
     root = jax.random.key(seed)
     key = key_for(root, "local", round, exchange, id)
-    client = Client(jnp.int32(id), jnp.int32(size), memory, key, jnp.int32(round), jnp.float32(0.0))
-    _, step, column, example = plan.batches(np.array([id]), np.array([size]), local.passes, seed, round, exchange)
     steps = max(int(plan.steps_of(np.array([size]), local.passes)[0]), 1)
+    client = Client(jnp.int32(id), jnp.int32(size), memory, key, jnp.int32(round), jnp.float32(0.0), jnp.int32(steps))
+    _, step, column, example = plan.batches(np.array([id]), np.array([size]), local.passes, seed, round, exchange)
     carry: Tree = None
     for s in range(steps):
         here = step == s

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from fedsim import wire
 from fedsim.core import Batch, Client, Local, Metrics, Params, Passes, Tree
 
 Penalty = Callable[[Params, Tree, Tree], Array]  # (params, message, memory) -> (), added to every batch's loss
@@ -20,30 +21,31 @@ class Fit(NamedTuple):
 
     params: Params
     optimizer: Tree
-    lr: Array
+    lr: Array  # (), float32
     memory: Tree
 
 
 def fit(
     loss: Callable[[Tree, Params, Batch], tuple[Array, Metrics]],
     optimizer: Callable[[Array], optax.GradientTransformation],
-    lr: Callable[[Client], Array],
+    lr: Callable[[Client, Tree], Array],
     passes: Passes,
     *,
     penalty: Penalty | None = None,
     view: Callable[[Tree, Tree], Tree] = lambda held, message: held,
     start: Callable[[Tree, Tree], Params] = lambda message, memory: message,
-    reply: Callable[[Params, Tree, Tree], tuple[Tree, Tree]] | None = None,
+    reply: Callable[[Fit, Tree, Client], tuple[Tree, Tree]] | None = None,
 ) -> Local:
     """A `Local` that minimises `loss` (+ `penalty`) by minibatch steps and replies with what changed.
 
     Args:
         optimizer: learning rate -> optax transformation; the rate is data, so a schedule recompiles nothing.
-        lr: client -> its learning rate in this round.
+        lr: (client, message) -> its learning rate in this exchange; a stage's own travels in the message.
         penalty: a differentiable scalar of (params, message, memory); FedProx is `proximal(mu)`.
         view: (held, message) -> the frozen part to train over, where the message has newer values of some of it.
         start: (message, memory) -> the parameters to start from; default: the message is the parameters.
-        reply: (params, message, memory) -> reply, memory; default: params - start, and the memory as it was.
+        reply: (the client after its last step, message, client) -> reply, memory; default: params - start, marked as a
+            change (`wire.coded`), and the memory as it was.
     """
 
     def total(params: Params, held: Tree, message: Tree, memory: Tree, batch: Batch) -> tuple[Array, Metrics]:
@@ -51,7 +53,7 @@ def fit(
         return (value if penalty is None else value + penalty(params, message, memory)), metrics
 
     def start_(held: Tree, message: Tree, client: Client, batch: Batch) -> Fit:
-        rate = lr(client)
+        rate = lr(client, message)
         params = start(message, client.memory)
         return Fit(params, optimizer(rate).init(params), rate, client.memory)
 
@@ -66,10 +68,9 @@ def fit(
 
     def finish(held: Tree, message: Tree, carry: Fit, client: Client) -> tuple[Tree, Tree, Metrics]:
         if reply is not None:
-            out, memory = reply(carry.params, message, client.memory)
-        else:
-            out, memory = jax.tree.map(jnp.subtract, carry.params, start(message, client.memory)), client.memory
-        return out, memory, {}
+            return *reply(carry, message, client), {}
+        change = jax.tree.map(jnp.subtract, carry.params, start(message, client.memory))
+        return wire.coded(change), client.memory, {}
 
     return Local(start_, step, finish, passes)
 

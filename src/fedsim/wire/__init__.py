@@ -7,7 +7,23 @@ this room: `engine/cohort.py` asks it for prices.
 from __future__ import annotations
 
 from fedsim.wire.codecs import CODECS, Codec, Sent, cast, chain, codec, quantise, topk
-from fedsim.wire.marks import again, arrive, changes, coded, depart, is_mark, kept, unmarked, unmarked_leaves
+from fedsim.wire.marks import (
+    Again,
+    Coded,
+    Kept,
+    again,
+    arrive,
+    changes,
+    coded,
+    depart,
+    is_coded,
+    is_mark,
+    kept,
+    named,
+    news,
+    unmarked,
+    unmarked_leaves,
+)
 from fedsim.wire.packers import pack, serialise, to_bytes, unpack
 from fedsim.wire.prices import (
     Packet,

@@ -97,6 +97,17 @@ def unmarked(tree: Tree) -> Tree:
     return jax.tree.map(bare, tree, is_leaf=is_mark)
 
 
+def news(message: Tree) -> Tree:
+    """The message without what was sent before, which costs nothing."""
+    return jax.tree.map(lambda node: () if isinstance(node, Again) else node, message, is_leaf=is_mark)
+
+
+def is_coded(tree: Tree) -> bool:
+    """Whether a part is marked for the codecs."""
+    nodes = [node for _, node in named(tree)]
+    return any(isinstance(node, Coded) or (isinstance(node, PerClient) and is_coded(node.tree)) for node in nodes)
+
+
 def named(tree: Tree) -> list[tuple[str, Any]]:
     """The nodes of a tree with their names, marked ones whole."""
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_mark)

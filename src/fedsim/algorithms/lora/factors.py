@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fedsim.core import Client, Factors, Params, Reduce, Task, Tree, weighted_sum
-from fedsim.wire import Packet, ranked
+from fedsim.core import Client, Factors, Params, Reduce, Task, Tree
+from fedsim.folds import weighted_sum
+from fedsim.training.local import Fit
+from fedsim.wire import Packet, coded, kept
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -107,12 +109,29 @@ def cut(params: Params, factors: tuple[Factors, ...], rank: Array) -> Params:
     return kept
 
 
-def by_rank(params: Tree, factors: tuple[Factors, ...], rank: Array) -> Tree:
+def by_rank(params: Params, factors: tuple[Factors, ...], rank: Array | np.ndarray) -> Params:
     """A message whose factors cost r (in + out) numbers: rank () of one client, or (M,) of all to whom it is broadcast."""
-    priced = dict(params)
-    for f in factors:
-        priced[f.a], priced[f.b] = ranked(params[f.a], rank, axis=1), ranked(params[f.b], rank, axis=0)
-    return priced
+    own = {path: kept(params[path], rank, axis) for f in factors for path, axis in ((f.a, 1), (f.b, 0))}
+    return {**params, **own}
+
+
+def trained_factors(
+    factors: tuple[Factors, ...], rest: list[str], ranks: tuple[int, ...]
+) -> Callable[[Fit, Params, Client], tuple[Params, Tree]]:
+    """`fit`'s reply of clients with these ranks: factors as they are, and what changed of all else."""
+    return lambda carry, message, client: (
+        factors_and_changes(carry.params, message, factors, rest, rank_of(ranks, client.id)),
+        client.memory,
+    )
+
+
+def factors_and_changes(
+    params: Params, message: Params, factors: tuple[Factors, ...], rest: list[str], rank: Array
+) -> Params:
+    """A reply: factors of this rank as they are, which are values, and what changed of all else."""
+    own = by_rank({path: params[path] for f in factors for path in (f.a, f.b)}, factors, rank)
+    values = {path: coded(leaf, change=False) for path, leaf in own.items()}
+    return {**values, **{path: coded(params[path] - message[path]) for path in rest}}
 
 
 # --- the mean of products
@@ -134,7 +153,7 @@ def means(factors: tuple[Factors, ...], weight: Callable[[Client, Tree], Array])
         products = {f.kernel: jnp.zeros((f.inputs, f.outputs), jnp.float32) for f in factors}
         return Means(leaves, products, jnp.zeros((clients,), jnp.float32))
 
-    def add(total: Means, replies: Params, weights: Array, slots: Array) -> Means:
+    def add(total: Means, replies: Params, weights: Array, slots: Array, args: Tree) -> Means:
         products = {}
         for f in factors:  # all lanes' factors side by side are one product: sum_l w_l A_l B_l
             weighted = weights[:, None, None] * replies[f.a]

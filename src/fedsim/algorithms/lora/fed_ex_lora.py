@@ -32,6 +32,7 @@ from fedsim.algorithms.lora.factors import (
 )
 from fedsim.core import Algorithm, Cohort, Metrics, Params, Task, Tree
 from fedsim.training.local import fit
+from fedsim.wire import coded
 
 
 def fed_ex_lora(task: Task) -> Algorithm:
@@ -40,7 +41,7 @@ def fed_ex_lora(task: Task) -> Algorithm:
     if not factors:  # the head alone: no product, no residual
         return fed_avg(task)
     rest = others(task)
-    plain = fit(
+    local = fit(
         task.loss,
         task.optimizer,
         task.lr,
@@ -49,11 +50,7 @@ def fed_ex_lora(task: Task) -> Algorithm:
         start=lambda message, memory: {path: message[path] for path in task.trained},
     )
 
-    def finish(*args: Tree) -> tuple[Tree, Tree, Metrics]:
-        change, memory, metrics = plain.finish(*args)
-        return task.encode_up(change), memory, metrics
-
-    local, reduce = plain._replace(finish=finish), means(factors, task.weight)
+    fold = means(factors, task.weight)
 
     def init(key: Array, held: Params) -> WritingServer:
         params, kernels = task.init(key), {f.kernel: jnp.array(held[f.kernel]) for f in factors}
@@ -63,7 +60,7 @@ def fed_ex_lora(task: Task) -> Algorithm:
     @jax.jit
     def encode(server: WritingServer, last: Array) -> Tree:
         packets = kernel_packets(factors, server.kernels, server.written, last)
-        return {**task.encode_down(server.params), **packets}
+        return {path: coded(leaf, change=False) for path, leaf in server.params.items()} | packets
 
     @jax.jit
     def update(server: WritingServer, reply: Means, round: Array) -> WritingServer:
@@ -80,7 +77,7 @@ def fed_ex_lora(task: Task) -> Algorithm:
         return WritingServer({**params, **averaged.params}, averaged.optimizer, kernels, written)
 
     def round(key: Array, held: Tree, server: WritingServer, cohort: Cohort) -> tuple[WritingServer, Metrics]:
-        reply, info = cohort.exchange(encode(server, cohort.last), local, reduce)
+        reply, info = cohort.exchange(encode(server, cohort.last), local, fold)
         return update(server, reply, np.int32(cohort.round)), info.metrics
 
     def predict(held: Tree, server: WritingServer, memory: Tree, x: Tree) -> Array:

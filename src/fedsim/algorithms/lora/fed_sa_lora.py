@@ -18,8 +18,9 @@ from jax import Array
 
 from fedsim.algorithms.fed_avg import Server, descend, fed_avg
 from fedsim.algorithms.lora.factors import adapted
-from fedsim.core import Algorithm, Cohort, Metrics, Params, Task, Tree, mean
+from fedsim.core import Algorithm, Cohort, Metrics, Params, Task, Tree
 from fedsim.training.local import fit
+from fedsim.wire import coded
 
 
 def fed_sa_lora(task: Task) -> Algorithm:
@@ -28,24 +29,18 @@ def fed_sa_lora(task: Task) -> Algorithm:
     if not factors:  # the head alone: nothing is kept back
         return fed_avg(task)
     own = {f.b: (f.rank, f.outputs) for f in factors}
-    plain = fit(
+    local = fit(
         task.loss,
         task.optimizer,
         task.lr,
         task.passes,
         start=lambda message, memory: {**message, **memory},
-        reply=lambda params, message, memory: (
-            {path: params[path] - message[path] for path in message},
-            {path: params[path] for path in own},
+        reply=lambda carry, message, client: (
+            coded({path: carry.params[path] - message[path] for path in message}),
+            {path: carry.params[path] for path in own},
         ),
     )
-
-    def finish(*args: Tree) -> tuple[Tree, Tree, Metrics]:
-        change, memory, metrics = plain.finish(*args)
-        return task.encode_up(change), memory, metrics
-
-    local, reduce = plain._replace(finish=finish), mean(task.weight)
-    encode, update = jax.jit(task.encode_down), jax.jit(partial(descend, task.server_optimizer))
+    update = jax.jit(partial(descend, task.server_optimizer))
 
     def new() -> Params:
         """The B of a client that joins, as LoRA starts it."""
@@ -56,7 +51,7 @@ def fed_sa_lora(task: Task) -> Algorithm:
         return Server(shared, task.server_optimizer.init(shared))
 
     def round(key: Array, held: Tree, server: Server, cohort: Cohort) -> tuple[Server, Metrics]:
-        change, info = cohort.exchange(encode(server.params), local, reduce)
+        change, info = cohort.exchange(coded(server.params, change=False), local)
         return update(server, change, info.weight), info.metrics
 
     def predict(held: Tree, server: Server, memory: Tree, x: Tree) -> Array:

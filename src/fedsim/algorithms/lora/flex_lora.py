@@ -16,9 +16,21 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedsim.algorithms.fed_avg import Server, descend, fed_avg
-from fedsim.algorithms.lora.factors import Means, adapted, by_rank, check_ranks, cut, means, others, rank_of, ranks_of
+from fedsim.algorithms.lora.factors import (
+    Means,
+    adapted,
+    by_rank,
+    check_ranks,
+    cut,
+    means,
+    others,
+    rank_of,
+    ranks_of,
+    trained_factors,
+)
 from fedsim.core import Algorithm, Batch, Client, Cohort, Metrics, Params, Task, Tree
 from fedsim.training.local import Fit, fit
+from fedsim.wire import coded
 
 
 def flex_lora(task: Task, ranks: Sequence[int] = ()) -> Algorithm:
@@ -31,26 +43,17 @@ def flex_lora(task: Task, ranks: Sequence[int] = ()) -> Algorithm:
     if not factors:  # the head alone: no product
         return fed_avg(task)
     ranks, rest = check_ranks(ranks, factors), others(task)
-    plain = fit(task.loss, task.optimizer, task.lr, task.passes)
+    reply = trained_factors(factors, rest, ranks)
+    plain = fit(task.loss, task.optimizer, task.lr, task.passes, reply=reply)
 
     def start(held: Tree, message: Params, client: Client, batch: Batch) -> Fit:
         return plain.start(held, cut(message, factors, rank_of(ranks, client.id)), client, batch)
 
-    def finish(held: Tree, message: Params, carry: Fit, client: Client) -> tuple[Tree, Tree, Metrics]:
-        rank = rank_of(ranks, client.id)
-        reply = cut(carry.params, factors, rank)
-        reply |= {path: carry.params[path] - message[path] for path in rest}
-        return by_rank(task.encode_up(reply), factors, rank), client.memory, {}
-
-    local, reduce = plain._replace(start=start, finish=finish), means(factors, task.weight)
+    local, fold = plain._replace(start=start), means(factors, task.weight)
 
     def init(key: Array, held: Tree) -> Server:
         params = task.init(key)
         return Server(params, task.server_optimizer.init({path: params[path] for path in rest}))
-
-    @jax.jit
-    def encode(params: Params, ranks: Array) -> Tree:
-        return by_rank(task.encode_down(params), factors, ranks)
 
     @jax.jit
     def update(server: Server, reply: Means) -> Server:
@@ -65,8 +68,8 @@ def flex_lora(task: Task, ranks: Sequence[int] = ()) -> Algorithm:
         return Server(params, averaged.optimizer)
 
     def round(key: Array, held: Tree, server: Server, cohort: Cohort) -> tuple[Server, Metrics]:
-        message = encode(server.params, ranks_of(ranks, cohort.ids))
-        reply, info = cohort.exchange(message, local, reduce)
+        message = by_rank(server.params, factors, ranks_of(ranks, cohort.ids))
+        reply, info = cohort.exchange(coded(message, change=False), local, fold)
         return update(server, reply), info.metrics
 
     def predict(held: Tree, server: Server, memory: Tree, x: Tree) -> Array:

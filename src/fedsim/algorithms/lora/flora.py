@@ -23,7 +23,6 @@ from fedsim.algorithms.lora.factors import (
     Means,
     WritingServer,
     adapted,
-    by_rank,
     check_ranks,
     cut,
     kernel_packets,
@@ -34,11 +33,13 @@ from fedsim.algorithms.lora.factors import (
     product,
     rank_of,
     ranks_of,
+    trained_factors,
     wrote,
 )
 from fedsim.backbones.load import draw
 from fedsim.core import Algorithm, Batch, Client, Cohort, Metrics, Params, Task, Tree
 from fedsim.training.local import Fit, fit
+from fedsim.wire import coded
 
 
 def flora(task: Task, ranks: Sequence[int] = ()) -> Algorithm:
@@ -60,19 +61,14 @@ def flora(task: Task, ranks: Sequence[int] = ()) -> Algorithm:
         task.passes,
         view=overlaid(factors),
         start=lambda message, memory: {path: message[path] for path in (*rest, *sizes)},
+        reply=trained_factors(factors, rest, ranks),
     )
 
     def start(held: Tree, message: Params, client: Client, batch: Batch) -> Fit:
         fresh = cut(draw(client.key, shapes), factors, rank_of(ranks, client.id))
         return plain.start(held, {**message, **fresh}, client, batch)
 
-    def finish(held: Tree, message: Params, carry: Fit, client: Client) -> tuple[Tree, Tree, Metrics]:
-        rank = rank_of(ranks, client.id)
-        reply = cut(carry.params, factors, rank)
-        reply |= {path: carry.params[path] - message[path] for path in rest}
-        return by_rank(task.encode_up(reply), factors, rank), client.memory, {}
-
-    local, reduce = plain._replace(start=start, finish=finish), means(factors, task.weight)
+    local, fold = plain._replace(start=start), means(factors, task.weight)
 
     def init(key: Array, held: Params) -> WritingServer:
         params = task.init(key)
@@ -84,7 +80,7 @@ def flora(task: Task, ranks: Sequence[int] = ()) -> Algorithm:
     @jax.jit
     def encode(server: WritingServer, last: Array) -> Tree:
         return {
-            **task.encode_down({path: server.params[path] for path in rest}),
+            **{path: coded(server.params[path], change=False) for path in rest},
             **kernel_packets(factors, server.kernels, server.written, last),
         }
 
@@ -99,7 +95,7 @@ def flora(task: Task, ranks: Sequence[int] = ()) -> Algorithm:
         return WritingServer({**server.params, **averaged.params}, averaged.optimizer, kernels, written)
 
     def round(key: Array, held: Tree, server: WritingServer, cohort: Cohort) -> tuple[WritingServer, Metrics]:
-        reply, info = cohort.exchange(encode(server, cohort.last), local, reduce)
+        reply, info = cohort.exchange(encode(server, cohort.last), local, fold)
         return update(server, reply, ranks_of(ranks, cohort.ids), np.int32(cohort.round)), info.metrics
 
     def predict(held: Tree, server: WritingServer, memory: Tree, x: Tree) -> Array:

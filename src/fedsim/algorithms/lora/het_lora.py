@@ -19,23 +19,21 @@ import optax
 from jax import Array
 
 from fedsim.algorithms.fed_avg import Server, descend, fed_avg
-from fedsim.algorithms.lora.factors import adapted, by_rank, check_ranks, cut, others, rank_of, ranks_of, square_norm
-from fedsim.core import (
-    Algorithm,
-    Batch,
-    Client,
-    Cohort,
-    Local,
-    Metrics,
-    Params,
-    Passes,
-    Task,
-    Tree,
-    mean,
-    stack,
-    uniform,
+from fedsim.algorithms.lora.factors import (
+    adapted,
+    by_rank,
+    check_ranks,
+    cut,
+    factors_and_changes,
+    others,
+    rank_of,
+    ranks_of,
+    square_norm,
 )
+from fedsim.core import Algorithm, Batch, Client, Cohort, Local, Metrics, Params, Passes, Task, Tree
+from fedsim.folds import mean, stack, uniform
 from fedsim.training.local import Fit, fit
+from fedsim.wire import coded
 
 
 def het_lora(task: Task, ranks: Sequence[int] = (), gamma: float = 1.0, penalty: float = 0.0) -> Algorithm:
@@ -86,15 +84,14 @@ def het_lora(task: Task, ranks: Sequence[int] = (), gamma: float = 1.0, penalty:
         if prunes:
             smaller = tail(cut(carry.params, factors, rank), rank) < tail(cut(message, factors, rank), rank)
             rank = memory = jnp.where(smaller, pruned(rank), rank)
-        reply = cut(carry.params, factors, rank)
-        reply |= {path: carry.params[path] - message[path] for path in rest}
-        return by_rank(task.encode_up(reply), factors, rank), memory, {"rank": rank.astype(jnp.float32)}
+        reply = factors_and_changes(carry.params, message, factors, rest, rank)
+        return reply, memory, {"rank": rank.astype(jnp.float32)}
 
     def weight(client: Client, reply: Params) -> Array:
         norm = jnp.sqrt(sum((square_norm(reply[f.a], reply[f.b]) for f in factors), jnp.zeros(())))
         return jnp.where(client.n > 0, norm, 0.0)
 
-    local, reduce = plain._replace(start=start, finish=finish), mean(weight)
+    local, fold = plain._replace(start=start, finish=finish), mean(weight)
     # What a client says about itself before the server knows how much to send: no examples, no training.
     asked = Local(
         start=lambda held, message, client, batch: (),
@@ -109,10 +106,6 @@ def het_lora(task: Task, ranks: Sequence[int] = (), gamma: float = 1.0, penalty:
         return Server(params, task.server_optimizer.init(params))
 
     @jax.jit
-    def encode(params: Params, ranks: Array) -> Tree:
-        return by_rank(task.encode_down(params), factors, ranks)
-
-    @jax.jit
     def update(server: Server, reply: Params, total: Array) -> Server:
         change = {f.a: reply[f.a] - server.params[f.a] for f in factors}
         change |= {f.b: reply[f.b] - server.params[f.b] for f in factors}
@@ -120,7 +113,8 @@ def het_lora(task: Task, ranks: Sequence[int] = (), gamma: float = 1.0, penalty:
 
     def round(key: Array, held: Tree, server: Server, cohort: Cohort) -> tuple[Server, Metrics]:
         now = cohort.exchange((), asked, answers)[0].replies["rank"] if prunes else ranks_of(ranks, cohort.ids)
-        reply, info = cohort.exchange(encode(server.params, now), local, reduce)
+        message = coded(by_rank(server.params, factors, now), change=False)
+        reply, info = cohort.exchange(message, local, fold)
         return update(server, reply, info.weight), info.metrics
 
     def predict(held: Tree, server: Server, memory: Tree, x: Tree) -> Array:
