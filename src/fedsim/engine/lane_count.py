@@ -28,6 +28,7 @@ def choose_lanes(
     widths: Sequence[int] | None = None,
     *,
     convolutions: bool = False,
+    labels: packing.Labels | None = None,
 ) -> int:
     """Lanes a device for cohorts with sizes like these (M,): the number whose plan is cheapest by `packing.cost`.
 
@@ -39,8 +40,9 @@ def choose_lanes(
     Args:
         widths: as `packing.choose_widths` gives them; None for whole batches.
         convolutions: clients train whole kernels of a convolution.
+        labels: of the clients, for passes whose steps are a function of them.
     """
-    work = packing.work_of(sizes, packing.steps_of(sizes, passes), passes)
+    work = packing.work_of(sizes, packing.steps_of(sizes, passes, labels), passes)
     busy = int(work.spans.sum() // (work.spans.max(initial=1) * devices))
     cpu = platform == "cpu"
     share = CONVOLUTION_LANES if convolutions else -(-CPU_LANES // devices)  # host devices share the cores

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,8 @@ STEP_ROWS = 2.0  # what a step costs beside its rows, in rows; from processor ti
 WORTH = 0.02  # of all rows that a further width must save: it costs the compilation of another step, kept on disk
 MOST_WIDTHS = 4
 TILE = 8  # rows that an accelerator's matrix unit takes at a time (TPU: 8 x 128 numbers); what is beyond is padded
+
+Labels = Callable[[int], np.ndarray]  # a client's place among those that are planned -> its examples' labels (n,)
 
 
 class Places(NamedTuple):
@@ -40,11 +42,58 @@ class Work(NamedTuple):
     count: np.ndarray  # (K,), int64: real rows of the step's batch
 
 
-def steps_of(sizes: np.ndarray, passes: Passes) -> np.ndarray:
-    """Local steps of clients with these numbers of examples; (M,) int64. A client without examples takes none."""
-    if passes.steps is not None:
-        return np.where(sizes > 0, passes.steps, 0)
-    return -(-sizes // passes.batch_size) * passes.epochs
+def steps_of(
+    sizes: np.ndarray, passes: Passes, labels: Labels | None = None, ids: np.ndarray | None = None
+) -> np.ndarray:
+    """Local steps of clients with these numbers of examples; (M,) int64.
+
+    A client without examples takes none, but where `passes.rows` is set: a step of holes only is a step.
+
+    Args:
+        labels: looked at only where `passes.steps` is a function of them.
+        ids: (M,) what errors call the clients; None for their places.
+
+    Raises:
+        ValueError: `rows` and `steps` do not fit together, or a client's steps are no whole number.
+    """
+    check(passes)
+    steps = passes.steps
+    if steps is None:
+        return -(-sizes // passes.batch_size) * passes.epochs
+    if passes.rows is None:
+        return np.where(sizes > 0, np.asarray(steps, np.int64), 0)
+    if not callable(steps):
+        return np.full(len(sizes), _whole(steps, "every client"), np.int64)
+    look, names = labels or no_labels, range(len(sizes)) if ids is None else ids.tolist()
+    return np.array([_whole(steps(look(i)), f"client {name}") for i, name in enumerate(names)], np.int64)
+
+
+def no_labels(place: int) -> np.ndarray:
+    """What is looked at where no labels were handed on."""
+    raise ValueError("Expected the clients' labels, as Passes.rows chooses by them; hand on `labels`.")
+
+
+def check(passes: Passes) -> None:
+    """Raises `ValueError` unless `rows` and `steps` fit together: own rows say how many steps they are for."""
+    if passes.rows is not None and passes.steps is None:
+        raise ValueError(
+            "Expected Passes with rows to say its local steps, got steps=None: rows of one's own have no epochs; give "
+            "steps=10, or a function of the labels such as steps=lambda labels: len(labels) // 8."
+        )
+    if passes.rows is None and callable(passes.steps):
+        raise ValueError(
+            f"Expected Passes.steps without rows to be a number or None, got the function {passes.steps!r}; give a "
+            "number, or the rows, too."
+        )
+
+
+def _whole(steps: Any, whose: str) -> int:
+    if isinstance(steps, bool | np.bool_) or not isinstance(steps, int | np.integer) or steps < 0:
+        raise ValueError(
+            f"Expected the local steps of {whose}, by Passes.steps, to be a whole number >= 0, got {steps!r}; "
+            "give an int, such as max(len(labels) // 8, 1)."
+        )
+    return int(steps)
 
 
 def work_of(sizes: np.ndarray, steps: np.ndarray, passes: Passes) -> Work:
@@ -79,8 +128,9 @@ def width_multiple(clients: int, devices: int, platform: str) -> int:
 def choose_widths(sizes: np.ndarray, passes: Passes, multiple: int = 1) -> tuple[int, ...]:
     """Numbers of columns that a step may compute, ascending: for clients of these sizes, the ones that save most rows.
 
-    (B,) where every batch is full. Else 0, for steps without any row, up to B, or less where no client fills a batch; each
-    further width saves at least `WORTH` of the rows, were each client computed by itself.
+    (B,) where every batch is full, or clients choose their rows. Else 0, for steps without any row, up to B, or less
+    where no client fills a batch; each further width saves at least `WORTH` of the rows, were each client computed by
+    itself.
 
     Args:
         multiple: of which every width but the whole batch is one.
