@@ -163,6 +163,8 @@ class Cohort(Protocol):
     @property
     def present(self) -> np.ndarray: ...  # (M,), bool: False for one that cannot be reached: no bytes, no reply
     @property
+    def reports(self) -> np.ndarray: ...  # (M,), bool: still in the round; who does not report in an exchange is out
+    @property
     def exchange(self) -> Exchange: ...
     @property
     def fetch(self) -> Callable[[Tree], Tree]: ...  # device values -> NumPy, the same in every process

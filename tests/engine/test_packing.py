@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedsim.core import Passes
 from fedsim.engine import packing, plan
+from fedsim.engine.lane_count import choose_lanes
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=25)
 PASSES = st.builds(
@@ -18,6 +19,7 @@ PASSES = st.builds(
     epochs=st.integers(1, 3),
     steps=st.one_of(st.none(), st.integers(1, 6)),
     batch_size=st.integers(1, 9),
+    rows=st.none(),
 )
 LAW = settings(max_examples=60)
 
@@ -170,3 +172,18 @@ def test_devices_get_the_larger_client_in_turn() -> None:
     places = packing.waves(np.ones(12, np.int64), rows, np.arange(12), 3, 2)
     assert places.device.tolist() == [0, 1, 2, 2, 1, 0] * 2
     assert np.bincount(places.device, rows).tolist() == [26, 26, 26]
+
+
+def test_own_rows_fill_whole_batches_and_lanes() -> None:
+    """Every step of theirs counts as a full batch, and lanes are chosen by the steps that the labels ask for."""
+    sizes = np.array([0, 3, 9, 30])
+    passes = Passes(steps=lambda labels: 2 + len(labels) // 10, batch_size=8, rows=lambda labels, rng: iter(()))
+    steps = packing.steps_of(sizes, passes, lambda place: np.zeros(sizes[place], np.int32))
+    made = packing.work_of(sizes, steps, passes)
+    assert steps.tolist() == made.spans.tolist() == [2, 2, 2, 5] and (made.count == 8).all()
+    assert packing.choose_widths(sizes, passes) == (8,)
+    for platform in ("cpu", "tpu"):  # four clients of three full steps keep as many lanes busy, whoever says it
+        ordinary = choose_lanes(np.full(4, 5), Passes(steps=3), 1, platform)
+        own = Passes(steps=lambda labels: 3, rows=passes.rows)
+        assert choose_lanes(sizes, own, 1, platform, labels=lambda place: np.zeros(sizes[place])) == ordinary == 4
+        assert choose_lanes(sizes[:0], own, 2, platform) == 1, "nobody is there"

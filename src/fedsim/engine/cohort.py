@@ -134,7 +134,7 @@ class Cohort:
         reply = engine.reply(request)
         self._allow(reduce, averages, reply, link)
         self.coded_up |= reply.coded
-        programs = engine.programs(request, self.sizes)
+        programs = engine.programs(request, members, self.sizes[self.places], self._labels)
         edges = peers.edges(link.graph, self.ids) if link else None
         outcome = self._outcome(down, request, edges)
         plan = self._plan(programs, local, outcome, turn)
@@ -219,7 +219,7 @@ class Cohort:
         )
 
     def _labels(self, place: int) -> np.ndarray:
-        """Labels of the client at this place of `places`."""
+        """Labels of the client that stands there among those who are somebody."""
         id, engine = self.ids[self.places[place]], self.engine
         return engine.labels[engine.rows[engine.offsets[id] : engine.offsets[id + 1]]]
 

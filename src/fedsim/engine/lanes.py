@@ -28,6 +28,7 @@ from fedsim.engine import packing, processes
 from fedsim.engine.device_memory import Need, device_memory, exhausted, free_memory, refuse_too_large
 from fedsim.engine.host import aligned
 from fedsim.engine.lane_count import choose_lanes, own_convolutions
+from fedsim.engine.packing import Labels
 from fedsim.engine.programs import Clock, Parts, Programs, Slots, make_programs
 from fedsim.engine.replies import Reply, reply_bytes, reply_shapes, split_message, takes_rows
 from fedsim.folds import stack, uniform
@@ -198,31 +199,37 @@ class Lanes:
         """Of an exchange's randomness: the group's and the stream's."""
         return "/".join(filter(None, (self.group, local.passes.stream)))
 
-    def programs(self, request: Request, sizes: np.ndarray) -> Programs:
-        """The programs of an exchange with a cohort of these sizes; made once per (local, reduce, cohort size).
+    def programs(self, request: Request, members: int, sizes: np.ndarray, labels: Labels | None = None) -> Programs:
+        """The programs of an exchange with a cohort of `members`; made once per (local, reduce, cohort size).
 
         Where "auto" is to choose the lanes, it halves what the cohort keeps busy until the compiled program fits into
         the memory of the device, and stays with that for the exchanges that follow.
+
+        Args:
+            sizes: (K,) examples of those who are somebody.
+            labels: place among these -> that client's labels, where its steps follow from them.
 
         Raises:
             ValueError: the program does not fit, by its own analysis; nothing has run.
         """
         local, known = (
             request.local,
-            (*request.asked, request.reduce, request.into, _structure(request.args), len(sizes)),
+            (*request.asked, request.reduce, request.into, _structure(request.args), members),
         )
         if known not in self._programs:
             reply, widths = self.reply(request), self._widths_for(request)
 
             def made(lanes: int) -> tuple[Programs, Need]:
                 steps = self.resolve_segment(lanes, local.passes.batch_size)
-                return self._compiled(self._made(request, reply, len(sizes), lanes, widths, steps), request, len(sizes))
+                return self._compiled(self._made(request, reply, members, lanes, widths, steps), request, members)
 
             platform, own = self.devices[0].platform, own_convolutions(reply.values)
             sharing = len(self.own) if platform == "cpu" else 1  # host devices share the machine's memory
             free, asked = free_memory(self.own[0], sharing), self.lanes
+            if not len(sizes):  # a cohort of nobody: lanes for those that follow
+                sizes = np.diff(self.offsets)[: max(members, 1)]
             lanes = (
-                choose_lanes(sizes, local.passes, len(self.devices), platform, widths, convolutions=own)
+                choose_lanes(sizes, local.passes, len(self.devices), platform, widths, convolutions=own, labels=labels)
                 if asked == "auto"
                 else int(asked)
             )

@@ -52,6 +52,9 @@ def steps_of(
     Args:
         labels: looked at only where `passes.steps` is a function of them.
         ids: (M,) what errors call the clients; None for their places.
+
+    Raises:
+        ValueError: `rows` and `steps` do not fit together, or a client's steps are no whole number.
     """
     check(passes)
     steps = passes.steps
@@ -125,8 +128,9 @@ def width_multiple(clients: int, devices: int, platform: str) -> int:
 def choose_widths(sizes: np.ndarray, passes: Passes, multiple: int = 1) -> tuple[int, ...]:
     """Numbers of columns that a step may compute, ascending: for clients of these sizes, the ones that save most rows.
 
-    (B,) where every batch is full, or clients choose their own rows. Else 0, for steps without any row, up to B, or less where no client fills a batch; each
-    further width saves at least `WORTH` of the rows, were each client computed by itself.
+    (B,) where every batch is full, or clients choose their rows. Else 0, for steps without any row, up to B, or less
+    where no client fills a batch; each further width saves at least `WORTH` of the rows, were each client computed by
+    itself.
 
     Args:
         multiple: of which every width but the whole batch is one.

@@ -69,7 +69,7 @@ class Plan(NamedTuple):
 
 
 class OwnRows:
-    """Rows that K clients choose for themselves: each client's are read as its steps come, so no grid of them lies here.
+    """Rows that K clients choose for themselves, each client's read as its steps come: no grid of them lies here.
 
     Args:
         opened: client, by its place -> its rows of the data set from its first step on, (B,) each.
@@ -153,8 +153,8 @@ def _checked(block: Any, client: int, step: int, n: int, size: int) -> np.ndarra
     if block.ndim != 2 or block.shape[1] != size or not len(block) or block.dtype.kind not in "iu":
         raise ValueError(
             f"Expected Passes.rows of client {client} to give blocks of integers (k, {size}), k >= 1 batches, got "
-            f"{form or f'{block.dtype} {block.shape}'} at step {step}; yield for example order.reshape(-1, {size}), and "
-            "-1 where there is no example."
+            f"{form or f'{block.dtype} {block.shape}'} at step {step}; yield for example order.reshape(-1, {size}), "
+            "and -1 where there is no example."
         )
     wrong = (block < -1) | (block >= n)
     if wrong.any():
@@ -243,7 +243,7 @@ def make(
         labels: place in `ids` -> the client's labels; looked at only where `passes.rows` is set.
 
     Raises:
-        ValueError: `passes.rows` and `passes.steps` do not fit together, or a client's number of steps is none.
+        ValueError: `passes.rows` and `passes.steps` do not fit together, or a client's steps are no whole number.
     """
     begin_row = offsets[ids].astype(np.int64)
     sizes = offsets[ids + 1].astype(np.int64) - begin_row
@@ -278,9 +278,11 @@ def make(
         look = labels or packing.no_labels
 
         def opened(i: int) -> Iterator[np.ndarray]:
+            known = look(i)
+            if len(known) != sizes[i]:
+                raise ValueError(f"Expected {sizes[i]} labels, one an example, of client {ids[i]}, got {len(known)}.")
             owned = np.append(rows[begin_row[i] + np.arange(sizes[i])], np.int32(-1))  # a hole, -1, finds the last
-            visits = own_steps(int(ids[i]), look(i), int(steps[i]), *draw)
-            return (owned[examples] for examples in visits)
+            return (owned[examples] for examples in own_steps(int(ids[i]), known, int(steps[i]), *draw))
 
         grid = np.broadcast_to(np.int32(-1), (*shape, size))  # takes no memory
         own = OwnRows(opened, at, steps, grid.shape)

@@ -100,8 +100,8 @@ def answer_ones(engine: Lanes) -> list[Asked]:
     """
     made, asked = engine.programs, []
 
-    def programs(request: Request, sizes: np.ndarray) -> Programs:
-        real = made(request, sizes)
+    def programs(request: Request, *cohort: Any) -> Programs:
+        real = made(request, *cohort)
         asked.append(Asked(engine.reply_bytes(request), real.widths))
 
         def ones(shapes: Tree) -> Tree:

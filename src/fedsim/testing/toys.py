@@ -200,7 +200,8 @@ def one_client(
     key = key_for(root, "local", round, exchange, id)
     steps = max(int(plan.steps_of(np.array([size]), local.passes)[0]), 1)
     client = Client(jnp.int32(id), jnp.int32(size), memory, key, jnp.int32(round), jnp.float32(0.0), jnp.int32(steps))
-    _, step, column, example = plan.batches(np.array([id]), np.array([size]), local.passes, seed, round, exchange)
+    passes = local.passes
+    _, step, column, example = plan.batches(np.array([id]), np.array([size]), passes, seed, round, exchange)
     carry: Tree = None
     for s in range(steps):
         here = step == s
