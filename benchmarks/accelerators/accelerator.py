@@ -42,12 +42,12 @@ import tyro
 from fedsim import peft, record
 from fedsim.backbones import forms as kernel_forms
 from fedsim.core import Passes
-from fedsim.folds import mean
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.host import compile_clock, tune_host
 from fedsim.engine.lanes import Lanes
 from fedsim.evaluation.evaluate import classification_loss
+from fedsim.folds import mean
 from fedsim.peft import precision
 from fedsim.peft.flops import training_flops
 from fedsim.training.local import fit

@@ -86,12 +86,12 @@ def main(o: Options) -> None:
     from fedsim import peft
     from fedsim.backbones import backbone
     from fedsim.core import Passes
-    from fedsim.folds import mean
     from fedsim.engine.client_memory import Memory
     from fedsim.engine.cohort import Cohort
     from fedsim.engine.device_memory import Need
     from fedsim.engine.lanes import Lanes
     from fedsim.evaluation.evaluate import classification_loss
+    from fedsim.folds import mean
     from fedsim.training.local import fit
     from fedsim.units import size
 

@@ -27,12 +27,12 @@ import tyro
 
 from fedsim import peft
 from fedsim.core import Passes
-from fedsim.folds import mean
 from fedsim.engine import packing
 from fedsim.engine.cohort import Cohort, Memory
 from fedsim.engine.host import divide_cpu, tune_host
 from fedsim.engine.lanes import Lanes
 from fedsim.evaluation.evaluate import classification_loss
+from fedsim.folds import mean
 from fedsim.training.local import fit
 
 sys.path.append(str(Path(__file__).parents[1]))

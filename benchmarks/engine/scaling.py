@@ -131,12 +131,12 @@ def prepared(setting: Setting, kind: str, o: Options) -> tuple[Callable[[], Any]
 
     from fedsim import peft
     from fedsim.core import Passes
-    from fedsim.folds import mean
     from fedsim.engine import cohort as cohorts
     from fedsim.engine import processes
     from fedsim.engine.cohort import Cohort, Memory
     from fedsim.engine.lanes import Lanes
     from fedsim.evaluation.evaluate import classification_loss
+    from fedsim.folds import mean
     from fedsim.training.local import fit
 
     most = max(o.devices)

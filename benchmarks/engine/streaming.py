@@ -24,13 +24,13 @@ import tyro
 
 from fedsim import peft
 from fedsim.core import Passes
-from fedsim.folds import mean
 from fedsim.engine import plan
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.host import tune_host
 from fedsim.engine.lanes import Lanes
 from fedsim.evaluation.evaluate import classification_loss
+from fedsim.folds import mean
 from fedsim.training.local import fit
 
 sys.path.append(str(Path(__file__).parents[1]))

@@ -29,12 +29,12 @@ import tyro
 from fedsim import peft
 from fedsim.backbones import convolution
 from fedsim.core import Passes
-from fedsim.folds import mean
 from fedsim.engine import plan
 from fedsim.engine.cohort import Cohort, Memory
 from fedsim.engine.host import tune_host
 from fedsim.engine.lanes import Lanes
 from fedsim.evaluation.evaluate import classification_loss, masked_sums
+from fedsim.folds import mean
 from fedsim.training.local import fit
 
 sys.path.append(str(Path(__file__).parents[1]))

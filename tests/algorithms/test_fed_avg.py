@@ -10,8 +10,8 @@ from fedsim import wire
 from fedsim.algorithms import ALGORITHMS, find
 from fedsim.algorithms.fed_avg import fed_avg, fed_prox
 from fedsim.core import Passes
-from fedsim.folds import uniform
 from fedsim.engine.plan import batches
+from fedsim.folds import uniform
 from fedsim.testing.contract import same
 from fedsim.testing.toys import COHORT, run, tiny_problem, tiny_task
 
@@ -47,7 +47,9 @@ def numpy_fed_avg(problem, start, cohorts, rate, passes):
 def test_numpy_loop_gives_the_same_parameters(passes):
     problem, cohorts = tiny_problem(), (COHORT, (3, 11, 10, 6, 5, 8), (7, 8))
     start = tiny_task().init(jax.random.key(5))
-    task = tiny_task(init=lambda key: start, optimizer=optax.sgd, lr=lambda client, message: jnp.float32(0.3), passes=passes)
+    task = tiny_task(
+        init=lambda key: start, optimizer=optax.sgd, lr=lambda client, message: jnp.float32(0.3), passes=passes
+    )
     server, _, _ = run(fed_avg, problem, cohorts, task=task)
     for name, leaf in numpy_fed_avg(problem, start, cohorts, 0.3, passes).items():
         np.testing.assert_allclose(server.params[name], leaf, rtol=2e-5, atol=1e-6)

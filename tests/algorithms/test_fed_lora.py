@@ -17,13 +17,14 @@ from fedsim.algorithms import find
 from fedsim.algorithms.lora.factors import means
 from fedsim.algorithms.lora.flex_lora import leading
 from fedsim.core import Algorithm, Client, Factors, Info, Passes
-from fedsim.folds import by_examples, mean, uniform
 from fedsim.engine.keys import key_for
 from fedsim.evaluation.evaluate import classification_loss
+from fedsim.folds import by_examples, mean, uniform
 from fedsim.peft import export
 from fedsim.simulation import build, needs
 from fedsim.testing.contract import CHECKS, same
 from fedsim.testing.toys import CLASSES, SIZES, one_client, run, tiny_problem, tiny_task
+from fedsim.training.local import fit
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -109,7 +110,8 @@ def rounds(text: str, weight=by_examples, cohorts=COHORTS) -> list[Round]:
         return after, metrics
 
     sent: list[Any] = []
-    _, _, done = run(lambda task: made._replace(round=recorded), problem(), cohorts, task=lora_task(), sent=sent)
+    task = lora_task(weight=weight)
+    _, _, done = run(lambda task: made._replace(round=recorded), problem(), cohorts, task=task, sent=sent)
     out = []
     for r, (ids, (before, after), cohort) in enumerate(zip(cohorts, states, done, strict=True), 1):
         exchanges = len(cohort.done)
@@ -556,23 +558,57 @@ def test_bytes_with_options(text):
     CHECKS["bytes equal the packed messages"](find(text))
 
 
-def test_a_packet_that_claims_too_little_is_found():
-    """The check of bytes can fail, for a reply and for a message."""
+@pytest.mark.parametrize(
+    ("text", "up"),
+    [
+        ("fed_avg", "topk(0.1)+quantise(5)"),
+        pytest.param("fed_sa_lora", "topk(0.1)+quantise(5)", marks=pytest.mark.slow),
+        pytest.param("fed_ex_lora", "topk(0.1)+quantise(5)", marks=pytest.mark.slow),
+        ("het_lora(ranks=(1, 2), gamma=0.5)", "quantise(3)"),
+        pytest.param("flora(ranks=(1, 2))", "quantise(3)", marks=pytest.mark.slow),
+        pytest.param("flex_lora(ranks=(1, 2))", "quantise(3)", marks=pytest.mark.slow),
+    ],
+)
+def test_bytes_under_codecs(text, up):
+    CHECKS["bytes equal the packed messages"](find(text), up=wire.codec(up), down=wire.codec("quantise(8)"))
 
-    def cheap(task):
-        return find("fed_avg")(task._replace(encode_up=cheaper))
+
+def test_a_packet_that_claims_too_little_is_found():
+    """The check of bytes can fail, for a reply and for a message, and for a codec that packs more than it says."""
+    check = CHECKS["bytes equal the packed messages"]
 
     def cheaper(tree):
         return jax.tree.map(lambda a: wire.Packet(a, jnp.uint32(a.size)), tree)
 
-    with pytest.raises(AssertionError, match="from which its value does not come back"):
-        CHECKS["bytes equal the packed messages"](cheap)
-    with pytest.raises(AssertionError, match="from which its value does not come back"):
-        CHECKS["bytes equal the packed messages"](lambda task: find("fed_avg")(task._replace(encode_down=cheaper)))
+    def sending(message=lambda tree: tree, reply=lambda tree: tree):
+        def make(task):
+            changed = lambda carry, message, client: (jax.tree.map(jnp.subtract, carry.params, message), ())  # noqa: E731
+            local = fit(
+                task.loss, task.optimizer, task.lr, task.passes, reply=lambda *now: (reply(changed(*now)[0]), ())
+            )
+
+            def round(key, held, server, cohort):
+                change, info = cohort.exchange(message(server), local)
+                return jax.tree.map(jnp.add, server, change), info.metrics
+
+            return Algorithm(lambda key, held: task.init(key), round, lambda *given: None)
+
+        return make
+
+    check(sending())
+    for ways in ({"message": cheaper}, {"reply": cheaper}):
+        with pytest.raises(AssertionError, match="from which its value does not come back"):
+            check(sending(**ways))
     codec = wire.cast("float16")
-    CHECKS["bytes equal the packed messages"](
-        lambda task: find("fed_avg")(task._replace(encode_up=codec.encode, encode_down=codec.encode))
-    )
+
+    def half_the_bits(*given):
+        coded, state = codec.encode(*given)
+        return {name: sent._replace(bits=8) for name, sent in coded.items()}, state
+
+    check(find("fed_avg"), up=codec, down=codec)
+    for ways in ({"up": codec._replace(encode=half_the_bits)}, {"down": codec._replace(encode=half_the_bits)}):
+        with pytest.raises(AssertionError, match=r"bytes claimed, \d+ packed"):
+            check(find("fed_avg"), **ways)
 
 
 # --- refusals

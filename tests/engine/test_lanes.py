@@ -12,7 +12,6 @@ import pytest
 from fedsim import network, wire
 from fedsim.algorithms import ALGORITHMS
 from fedsim.core import Algorithm, Local, Passes, Reduce
-from fedsim.folds import by_examples, mean, stack, uniform
 from fedsim.engine import lane_count
 from fedsim.engine import lanes as lanes_module
 from fedsim.engine.client_memory import Memory
@@ -20,6 +19,7 @@ from fedsim.engine.cohort import Cohort
 from fedsim.engine.device_memory import Need
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Request
+from fedsim.folds import by_examples, mean, stack, uniform
 from fedsim.testing.contract import CHECKS, same
 from fedsim.testing.toys import COHORT, SIZES, engine, one_client, run, tiny_problem, tiny_task
 from fedsim.training.local import fit
@@ -85,7 +85,7 @@ def test_engine_equals_client_by_client(passes):
     problem, task = tiny_problem(), tiny_task(passes=passes)
     sent = []
     server, memory, _ = run(counting, problem, task=task, sent=sent, lanes=3)
-    message, local = sent[0]
+    message, local, _ = sent[0]
     replies = [one_client(problem, local, message, jnp.zeros(()), id, 1) for id in COHORT]
     weights = np.array([SIZES[id] for id in COHORT], np.float64)
     for name in message:
@@ -266,7 +266,7 @@ def test_keys_of_another_round_and_exchange_are_others():
     held = cohorts[0].engine
     again = Cohort(held, np.array(COHORT), 1, Memory(lambda key, held: jnp.zeros(()), held.held))
     for _ in range(2):
-        again.exchange(*sent[0])
+        again.exchange(sent[0].message, sent[0].local)
     first, second, same, exchange = (
         np.asarray(done.info.clients["key"]).tolist() for done in (*(c.done[0] for c in cohorts), *again.done)
     )
@@ -463,7 +463,7 @@ def test_memory_of_the_program_does_not_grow_with_the_cohort():
             lambda held, message, carry, client: (carry, (), {}),
             Passes(1, None, 4),
         )
-        programs = lanes.programs(Request(local, MEAN, False, NOTHING, jnp.zeros(width)), sizes)
+        programs = lanes.programs(Request(local, MEAN, False, NOTHING, jnp.zeros(width)), members, sizes)
         used = programs.segment.memory_analysis()  # compiled ahead of its first call
         return used.temp_size_in_bytes + used.output_size_in_bytes
 
