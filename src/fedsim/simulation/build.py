@@ -207,7 +207,12 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
     for phase, model in zip(phases(config), models, strict=True):  # an algorithm that cannot run refuses here
         for name in ("optimizer", "server_optimizer"):
             check_optimizer(getattr(config, name), name, model.trained)
-        algorithms.find(config.algorithm)(task(phase.config, model, {}, cached=False))
+        made = algorithms.find(config.algorithm)(task(phase.config, model, {}, cached=False))
+        if config.patience is not None and made.finished is not Algorithm._field_defaults["finished"]:
+            raise ValueError(
+                f"Expected no patience={config.patience} for algorithm={config.algorithm!r}, which has stages and ends by itself; "
+                "a stage may look worse before it is better: leave out --patience."
+            )
     cuts = sorted({model.cut for model in models if use_cache(speed, model, dataset.x, config)})
     pad = getattr(row, "pad", None)  # unknown of a user's own backbone
     texts = None

@@ -205,8 +205,10 @@ def simulate(
             stand = after(stand, did)
             stand.met[cohort.ids[cohort.present]] = stand.round
 
+            if phase.last == config.rounds and trainer.algorithm.finished(server):
+                stand = stand._replace(stopped="finished")
             scores = None
-            if is_evaluated(config, stand.round, phase.last):
+            if is_evaluated(config, stand.round, phase.last) or stand.stopped == "finished":
                 scores = trainer.validate(server)
                 server = trainer.algorithm.observe(server, scores)
                 stand = judged(config, stand, scores, patient=phase.last == config.rounds)
