@@ -23,7 +23,9 @@ class Standing(NamedTuple):
     best: float = -1.0  # validation accuracy so far
     stale: int = 0  # evaluations since then, in this phase
     start: dict[str, Any] | None = None  # scores before round 1
-    stopped: str = "rounds"  # why the run ends: "rounds", "target", "patience", or "finished" where the algorithm says so
+    stopped: str = (
+        "rounds"  # why the run ends: "rounds", "target", "patience", or "finished" where the algorithm says so
+    )
     elapsed: float = 0.0  # seconds that earlier processes took
     bitwise: bool = True  # equal to a run that was never disturbed, bit for bit
 
