@@ -156,7 +156,9 @@ class Task(NamedTuple):
 
     init: Callable[[Array], Params]  # key -> the trained part
     loss: Callable[[Tree, Params, Batch], tuple[Array, Metrics]]  # (held, params, batch) -> mean loss, metrics
-    logits: Callable[[Tree, Params, Tree], Array]  # (held, params, x) -> (B, classes)
+    logits: Callable[[Tree, Params, Tree], Array]  # (held, params, x) -> (B, classes), or (B, T, vocabulary)
+    criterion: Callable[[Array, Batch], tuple[Array, Metrics]]  # (outputs, batch) -> mean loss, metrics
+    score: Callable[[Array, Batch], Metrics]  # (outputs, batch) -> sums over what counts: "loss", "weight", others
     optimizer: Callable[[Array | float], optax.GradientTransformation]  # learning rate -> the clients' optimizer
     lr: Callable[[Client], Array]  # its learning rate in this round
     server_optimizer: optax.GradientTransformation
@@ -166,6 +168,11 @@ class Task(NamedTuple):
     encode_down: Callable[[Tree], Tree]  # codec of the server's message
     trained: frozenset[str] = frozenset()  # paths of `init`'s leaves, for rules that treat some apart
     factors: tuple[Factors, ...] = ()  # the matrices that LoRA adapts
+    features: Callable[[Tree, Params, Tree], Array] | None = None  # (held, params, x) -> (B, F): what the head reads
+    blocks: Callable[[str], int] = lambda path: 0  # which of the backbone's blocks a leaf lies in, from 0
+    classes: int = 0  # 0 for language models, whose `y` is no target but the partition's label
+    metric: str = "accuracy"  # what a run is judged by
+    larger: bool = True  # whether a larger value of it is better
 
 
 class Algorithm(NamedTuple):

@@ -21,7 +21,7 @@ from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Lanes
-from fedsim.evaluation.evaluate import classification_loss
+from fedsim.evaluation.evaluate import classification_criterion, classification_loss, classification_score
 
 Make = Callable[[Task], Algorithm]
 
@@ -66,6 +66,8 @@ def tiny_task(**changes: Any) -> Task:
         init=init,
         loss=classification_loss(apply),
         logits=lambda held, params, x: apply(params, held, x),
+        criterion=classification_criterion,
+        score=classification_score,
         optimizer=lambda rate: optax.sgd(rate, momentum=0.9),
         lr=lambda client: 0.1 / client.round.astype(jnp.float32),
         server_optimizer=optax.sgd(1.0),
@@ -74,6 +76,7 @@ def tiny_task(**changes: Any) -> Task:
         encode_up=lambda tree: tree,
         encode_down=lambda tree: tree,
         trained=frozenset({"kernel", "bias"}),
+        classes=CLASSES,
     )
     return task._replace(**changes)
 
