@@ -116,7 +116,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (["run", "--rounds", "0"], "Expected rounds=0 > 0"),
         (["run", "--clients", "5"], "Expected clients_per_round=10 <= clients=5"),
-        (["run", "--target-accuracy", "62"], "Expected 0 < target_accuracy=62.0 <= 1; write 62 % as 0.62."),
+        (["run", "--target", "62"], "Expected 0 < target=62.0 <= 1 of metric=accuracy; write 62 % as 0.62."),
+        (["run", "--metric", "acuracy"], "the scores of task=classification (did you mean accuracy"),
+        (["run", "--task", "language_model"], "Expected backbone='minilm_l6' to be a decoder"),
         (["run", "--backbone", "minilm"], "did you mean minilm_l6"),
         (["run", "--optimizer", "adm"], "Expected optimizer='adm'"),
         (["run", "--optimizer", "sgd(momentum=x)"], "Expected optimizer='sgd(momentum=x)'"),

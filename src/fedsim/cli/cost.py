@@ -106,7 +106,7 @@ def cost(config: Config, classes: int, *, input_shape: tuple[int, ...] | None = 
     return Cost(
         backbone=config.backbone,
         peft=config.peft,
-        classes=classes,
+        classes=model.classes,
         options=chosen(model.options),
         dtype=dtype,
         codec_up=config.codec_up,

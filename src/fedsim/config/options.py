@@ -14,6 +14,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fedsim.config import older
 from fedsim.config.checks import PartitionLaw, check
 from fedsim.config.fields import gate
 from fedsim.config.limits import in_range
@@ -71,6 +72,8 @@ class Data:
 class Model:
     """The frozen backbone and the small part of it that is trained and travels."""
 
+    task: Literal["classification", "language_model"] = "classification"
+    """What the model answers: the class of an input, or each next token of a text (docs/language_models.md)."""
     backbone: str = "minilm_l6"
     """Name of a backbone (`fedsim list backbones`), or `file.py:name` of your own (docs/own_model.md)."""
     weights: str | None = None
@@ -201,8 +204,11 @@ class Evaluation:
 
     eval_every: int = 1
     """Rounds between evaluations on the validation set; the last round is always evaluated. The test set is read once, at the end."""
-    target_accuracy: float | None = None
-    """Stop once the validation accuracy reaches this."""
+    metric: str | None = None
+    """Score on the validation set that judges the run (docs/evaluation.md; default: accuracy, of a language model
+    perplexity)."""
+    target: float | None = None
+    """Stop once the metric reaches this value: from below, but a loss or perplexity from above."""
     personal_epochs: int = 0
     """At the end also tune the global model on each client's own examples, this many epochs, before its local test."""
     personal_lr: float | None = None
@@ -210,7 +216,7 @@ class Evaluation:
     eval_clients: int = 1000
     """Most clients whose local tests (`local_test`) are read at the end; more are drawn by seed."""
     patience: int | None = None
-    """Stop after this many evaluations without a better validation accuracy (default: never)."""
+    """Stop after this many evaluations without a better value of the metric (default: never)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,8 +236,8 @@ class Config(Data, Model, Training, Network, Evaluation):
         return dataclasses.replace(self, **changes)
 
     def hash(self) -> str:
-        """First 12 hex digits of the SHA-256 of the canonical JSON of all options."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """First 12 hex digits of the SHA-256 of the canonical JSON of all options (`older.hashed`)."""
+        text = json.dumps(older.hashed(dataclasses.asdict(self)), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -12,16 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedsim import algorithms, network, peft, wire
+from fedsim import algorithms, backbones, network, peft, wire
 from fedsim.backbones import Backbone, backbone, load
-from fedsim.config import Config, Speed, invited, plan_fits
+from fedsim.config import SMALLER, Config, Speed, invited, metric_of, plan_fits
 from fedsim.core import Algorithm, Average, Passes, Task
 from fedsim.data import dataset as data_sets
 from fedsim.data import partition as partitions
 from fedsim.engine import processes
 from fedsim.engine.host import divide_cpu
 from fedsim.engine.lanes import Lanes
-from fedsim.evaluation.evaluate import classification_loss, evaluator
+from fedsim.evaluation import language
+from fedsim.evaluation.evaluate import Asked, classification_criterion, classification_score, evaluator, loss_of
+from fedsim.evaluation.metrics import require_classes
 from fedsim.folds import by_examples, plain, uniform
 from fedsim.peft import flops, precision
 from fedsim.simulation.needs import learned, tokenizer, vocabulary, weights
@@ -31,7 +33,7 @@ from fedsim.training.lengths import Lengths
 from fedsim.training.optimizers import check_optimizer, check_schedule, optimizer, schedule
 
 # Options that no compiled program of a phase depends on.
-FREE = ("lr", "lr_schedule", "head_lr", "head_rounds", "rounds", "clients_per_round", "eval_every", "target_accuracy")
+FREE = ("lr", "lr_schedule", "head_lr", "head_rounds", "rounds", "clients_per_round", "eval_every", "target")
 FREE += ("patience",)
 
 MOST_OF_CPU = 8  # devices that a CPU of fewer cores may still show, to try what several devices do
@@ -69,7 +71,7 @@ class Trainer(NamedTuple):
     algorithm: Algorithm
     average: Average
     engine: Lanes
-    validate: Callable[[Any], dict[str, float]]  # server -> loss, accuracy
+    validate: Callable[[Any], dict[str, float]]  # server -> its scores, by name
     test: Callable[[Any], dict[str, float]]
     lr: Callable[[int], float]  # round, from 1 -> the clients' learning rate
     start: dict[str, np.ndarray]  # the trained part before the first round
@@ -130,7 +132,7 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
             f"Expected parallel={speed.parallel!r} to be shard_map with {jax.process_count()} processes; leave it out."
         )
     fleet(config)
-    row = backbone(config.backbone, image_size=config.image_size, interpolation=config.interpolation)
+    row = backbone(config.backbone, image_size=config.image_size, interpolation=config.interpolation, task=config.task)
     if weights(config) is None and row.asset is None and not isinstance(row, Backbone):
         load.packaged(config.backbone, None)  # refuses, and says what can be given
     peft.parse(config.peft)
@@ -186,7 +188,10 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
         backbone=config.backbone,
         vocabulary=vocabulary(config),
         learn=learned(config),
+        taught=config.task == "classification",
     )
+    if config.task == "classification":
+        require_classes(metric_of(config), len(dataset.classes))
     row = backbone(config.backbone)
     if row.kind == "text" and dataset.kind != "text":
         raise ValueError(
@@ -207,7 +212,12 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
     for phase, model in zip(phases(config), models, strict=True):  # an algorithm that cannot run refuses here
         for name in ("optimizer", "server_optimizer"):
             check_optimizer(getattr(config, name), name, model.trained)
-        algorithms.find(config.algorithm)(task(phase.config, model, {}, cached=False))
+        made = algorithms.find(config.algorithm)(task(phase.config, model, {}, cached=False))
+        if config.patience is not None and made.finished is not Algorithm._field_defaults["finished"]:
+            raise ValueError(
+                f"Expected no patience={config.patience} for algorithm={config.algorithm!r}, which has stages and ends by itself; "
+                "a stage may look worse before it is better: leave out --patience."
+            )
     cuts = sorted({model.cut for model in models if use_cache(speed, model, dataset.x, config)})
     pad = getattr(row, "pad", None)  # unknown of a user's own backbone
     texts = None
@@ -229,14 +239,24 @@ def split_model(config: Config, dataset: data_sets.Dataset, speed: Speed | None 
 
 def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached: bool, first: int = 1) -> Task:
     """What an algorithm is constructed for; `first` is the round in which it starts, for schedules over rounds."""
-    apply = model.suffix if cached else model.apply
+    apply, entry = (model.suffix, model.cut) if cached else (model.apply, 0)
+    criterion, score = classification_criterion, classification_score
+    classes = model.classes
+    if config.task == "language_model":  # whose `y` is the partition's label, and nothing reads it
+        pad = backbones.row(config.backbone).config.pad
+        criterion, score, classes = language.criterion(pad), language.score(pad), 0
+
+    def read_by_head(held: Any, params: Any, x: Any) -> Any:
+        h = model.run({**held, **params}, x, entry, model.stages - 1)
+        return h["x"] if isinstance(h, Mapping) else h
+
     server_rate = schedule(config.server_lr_schedule, "server_lr_schedule", config.server_lr)
     return Task(
         init=lambda key: {name: jnp.asarray(leaf) for name, leaf in start.items()},
-        loss=classification_loss(apply, augment.make(config.augment)),
+        loss=loss_of(criterion, apply, augment.make(config.augment)),
         logits=lambda held, params, x: apply(params, held, x),
-        criterion=None,
-        score=None,
+        criterion=criterion,
+        score=score,
         optimizer=optimizer(config.optimizer, "optimizer"),
         lr=lambda client, message: client.lr,
         server_optimizer=optimizer(config.server_optimizer, "server_optimizer")(
@@ -246,6 +266,11 @@ def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached
         weight=weighting(config),
         trained=frozenset(model.trained),
         factors=peft.factors(model),
+        features=read_by_head,
+        blocks=lambda path: model.blocks[path],
+        classes=classes,
+        metric=metric_of(config),
+        larger=metric_of(config) not in SMALLER,
     )
 
 
@@ -323,6 +348,7 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         up=wire.codec(config.codec_up, "codec_up"),
         down=wire.codec(config.codec_down, "codec_down"),
     )
+    asked = Asked(for_algorithm.score, for_algorithm.classes > 0)
     made = Trainer(
         config=config,
         model=model,
@@ -330,8 +356,8 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         algorithm=algorithm,
         average=average(config),
         engine=engine,
-        validate=evaluator(engine, algorithm.predict, dataset.validation, speed.eval_batch, texts),
-        test=evaluator(engine, algorithm.predict, dataset.test, speed.eval_batch, texts),
+        validate=evaluator(engine, algorithm.predict, dataset.validation, speed.eval_batch, texts, asked),
+        test=evaluator(engine, algorithm.predict, dataset.test, speed.eval_batch, texts, asked),
         lr=lr,
         start=trained,
         cached=cached,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedsim import record
-from fedsim.config import Config
+from fedsim.config import Config, metric_of
 from fedsim.data.show import draw as draw_partition
 from fedsim.engine import processes
 from fedsim.record.shared_checkpoints import SharedCheckpoints
@@ -58,6 +58,7 @@ def finish(
         },
         seconds=seconds(),
         stopped=stand.stopped,
+        metric=metric_of(config),
     )
     checkpoints.wait()
     trained, rows = now.parameters(), None if clients is None else clients.rows()
@@ -65,7 +66,7 @@ def finish(
     def written() -> list[str]:
         record.finish(directory, summary, trained, rows)
         pictures: dict[str, Callable[[], object]] = {
-            "accuracy": lambda: plots.save([record.load(directory)], directory),
+            metric_of(config): lambda: plots.save([record.load(directory)], directory),
             "partition": lambda: draw_partition(
                 config, problem.dataset, problem.partition, directory / "partition.png"
             ),

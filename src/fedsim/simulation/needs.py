@@ -79,7 +79,7 @@ def _kept(folder: Path) -> Path | None:
 def learned(config: Config) -> tuple[int, int] | None:
     """(tokens at most, id of padding) of a tokenizer that is trained on the run's own texts; None where there is another."""
     row = backbone(config.backbone)
-    if isinstance(row, Backbone) or row.kind != "text" or row.asset is not None or config.weights != "random":
+    if isinstance(row, Backbone) or row.kind != "text" or row.asset is not None or weights(config) != "random":
         return None
     return row.config.vocabulary, row.config.pad
 
@@ -87,7 +87,7 @@ def learned(config: Config) -> tuple[int, int] | None:
 def vocabulary(config: Config) -> int | None:
     """How many tokens the config's backbone knows; None of a user's own, and where it takes ids modulo its vocabulary."""
     row = backbone(config.backbone)
-    if isinstance(row, Backbone) or row.kind != "text" or row.config.fold:
+    if isinstance(row, Backbone) or row.kind != "text" or getattr(row.config, "fold", False):
         return None
     return row.config.vocabulary
 

@@ -16,13 +16,14 @@ import numpy as np
 import optax
 from jax import Array
 
+from fedsim.config import SMALLER, metric_of, metric_of_clients
 from fedsim.core import Batch, Client, Local, Metrics, Params, Passes, Tree
 from fedsim.data.partition import Partition
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.lanes import Lanes
 from fedsim.evaluation import metrics
-from fedsim.evaluation.evaluate import masked_sums
+from fedsim.evaluation.evaluate import Score
 from fedsim.folds import stack
 from fedsim.randomness import stream
 from fedsim.simulation.build import Problem, Trainer
@@ -39,14 +40,13 @@ class Scores(NamedTuple):
     ids: np.ndarray  # (K,) int64, ascending
     train: np.ndarray  # (K,) int64 examples that each trains on
     test: np.ndarray  # (K,) int64 examples of its own test
-    accuracy: dict[
-        str, np.ndarray
-    ]  # of KINDS, those that there are: (K,), NaN without test examples, or finite outputs
-    loss: dict[str, np.ndarray]
+    scores: dict[str, dict[str, np.ndarray]]  # name -> kind -> (K,), NaN without test examples, or finite outputs
+    metric: str  # the score that `summary` is about
 
     def summary(self) -> dict[str, Any]:
-        """What `summary.json` says: how the accuracies are spread over the clients, for each kind."""
-        return {kind: metrics.spread(values, self.test) for kind, values in self.accuracy.items()}
+        """What `summary.json` says: how the metric is spread over the clients, for each kind."""
+        larger = self.metric not in SMALLER
+        return {kind: metrics.spread(v, self.test, larger=larger) for kind, v in self.scores[self.metric].items()}
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each client, for `clients.json`."""
@@ -55,18 +55,16 @@ class Scores(NamedTuple):
                 "client": int(self.ids[k]),
                 "train": int(self.train[k]),
                 "test": int(self.test[k]),
-                "accuracy": {kind: float(v[k]) if self.test[k] else None for kind, v in self.accuracy.items()},
-                "loss": {kind: float(v[k]) if self.test[k] else None for kind, v in self.loss.items()},
+                **{
+                    name: {kind: float(v[k]) if self.test[k] else None for kind, v in of_kinds.items()}
+                    for name, of_kinds in self.scores.items()
+                },
             }
             for k in range(len(self.ids))
         ]
 
 
-class Tally(NamedTuple):
-    """Sums over a client's test rows."""
-
-    loss: Any  # (), of many clients (K,); float32
-    correct: Any
+Tally = dict[str, Any]  # sums of `Task.score` over a client's test rows: () each, of many clients (K,); float32
 
 
 def local_scores(problem: Problem, trainer: Trainer, server: Tree, memory: Memory) -> Scores | None:
@@ -81,21 +79,21 @@ def local_scores(problem: Problem, trainer: Trainer, server: Tree, memory: Memor
     empty = Memory(lambda key, held: (), trainer.engine.held)
 
     def predicting(with_memory: bool) -> Local:
-        def logits(held: Tree, message: Tree, client: Client, x: Tree) -> Array:
+        def outputs(held: Tree, message: Tree, client: Client, x: Tree) -> Array:
             return algorithm.predict(held, message, client.memory if with_memory else (), x)
 
-        return scoring(logits, batch)
+        return scoring(outputs, trainer.task.score, batch)
 
     found = {"global": run(trainer, held_out, ids, empty, server, predicting(False))}
     if not memory.empty:
         found["memory"] = run(trainer, held_out, ids, of(memory, ids, trainer), server, predicting(True))
     if config.personal_epochs:
         found["tuned"] = tuned(problem, trainer, held_out, ids, empty, server)
-    sizes = held_out.sizes[ids]
-    with np.errstate(invalid="ignore"):
-        means = {kind: (tally.correct / sizes, tally.loss / sizes) for kind, tally in found.items()}
-    accuracy, loss = ({kind: pair[i] for kind, pair in means.items()} for i in (0, 1))
-    return Scores(ids, problem.partition.sizes[ids], sizes, accuracy, loss)
+    language = trainer.task.classes == 0
+    means = {kind: metrics.from_sums(tally, language=language) for kind, tally in found.items()}
+    scores = {name: {kind: each[name] for kind, each in means.items()} for name in means["global"]}
+    metric = metric_of_clients(metric_of(config))
+    return Scores(ids, problem.partition.sizes[ids], held_out.sizes[ids], scores, metric)
 
 
 def run(
@@ -111,7 +109,7 @@ def run(
     replies, _ = cohort.exchange(message, local, SUMS)
     found = cohort.fetch(replies)
     # A reply that is not finite arrives as zeros of weight 0: such a model answers nothing, so it has no score.
-    return Tally(*(np.where(found.weight > 0, sums, np.nan) for sums in found.replies))
+    return {name: np.where(found.weight > 0, sums, np.nan) for name, sums in found.replies.items()}
 
 
 def of(memory: Memory, ids: np.ndarray, trainer: Trainer) -> Memory:
@@ -122,15 +120,18 @@ def of(memory: Memory, ids: np.ndarray, trainer: Trainer) -> Memory:
     return copy
 
 
-def scoring(logits: Callable[[Tree, Tree, Client, Tree], Array], passes: Passes) -> Local:
+def scoring(outputs: Callable[[Tree, Tree, Client, Tree], Array], score: Score, passes: Passes) -> Local:
     """A `Local` that answers for its own rows, and replies with the sums."""
 
+    def scored(held: Tree, message: Tree, client: Client, batch: Batch) -> Tally:
+        return score(outputs(held, message, client, batch.x), batch)
+
     def start(held: Tree, message: Tree, client: Client, batch: Batch) -> tuple[Client, Tally]:
-        return client, Tally(jnp.zeros(()), jnp.zeros(()))
+        return client, nothing(jax.eval_shape(scored, held, message, client, batch))
 
     def step(held: Tree, message: Tree, carry: tuple[Client, Tally], batch: Batch) -> tuple[Any, Metrics]:
         client, tally = carry
-        return (client, added(tally, logits(held, message, client, batch.x), batch.y, batch.mask)), {}
+        return (client, jax.tree.map(jnp.add, tally, scored(held, message, client, batch))), {}
 
     def finish(held: Tree, message: Tree, carry: tuple[Client, Tally], client: Client) -> tuple[Tree, Tree, Metrics]:
         return carry[1], client.memory, {}
@@ -138,10 +139,9 @@ def scoring(logits: Callable[[Tree, Tree, Client, Tree], Array], passes: Passes)
     return Local(start, step, finish, passes)
 
 
-def added(tally: Tally, logits: Array, y: Array, mask: Array) -> Tally:
-    """The sums with a batch's real rows added."""
-    sums = masked_sums(logits, y, mask)
-    return Tally(tally.loss + sums["loss"], tally.correct + sums["correct"])
+def nothing(shapes: Tally) -> Tally:
+    """Sums over no rows."""
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
 def tuned(
@@ -164,21 +164,29 @@ def tuned(
     x = {"x": trainer.engine.x, "test": is_test}
     rate = jnp.float32(config.personal_lr or config.lr)
 
+    def split_rows(batch: Batch) -> tuple[Batch, Batch]:
+        """The batch with its training rows alone, and with its test rows alone."""
+        plain, test = batch._replace(x=batch.x["x"]), batch.x["test"]
+        return plain._replace(mask=batch.mask * (1 - test)), plain._replace(mask=batch.mask * test)
+
+    def scored(held: Tree, params: Tree, batch: Batch) -> Tally:
+        return task.score(task.logits(held, params, batch.x), batch)
+
     def start(held: Tree, message: Tree, client: Client, batch: Batch) -> tuple[Params, Tree, Tally]:
         params = {path: message[path] for path in trainer.start if path in message}
-        return params, task.optimizer(rate).init(params), Tally(jnp.zeros(()), jnp.zeros(()))
+        tally = nothing(jax.eval_shape(scored, held, {**message, **params}, split_rows(batch)[1]))
+        return params, task.optimizer(rate).init(params), tally
 
     def step(held: Tree, message: Tree, carry: Any, batch: Batch) -> tuple[Any, Metrics]:
         params, state, tally = carry
-        own, test = batch._replace(x=batch.x["x"], mask=batch.mask * (1 - batch.x["test"])), batch.x["test"]
+        own, test = split_rows(batch)
         grads = jax.grad(lambda p: task.loss(held, {**message, **p}, own)[0])(params)
         with jax.numpy_dtype_promotion("standard"):  # as in `local.fit`
             updates, new_state = task.optimizer(rate).update(grads, state, params)
             new: Any = optax.apply_updates(params, updates)
         live = own.mask.sum() > 0  # a batch of test rows alone moves nothing, momentum and decay included
         params, state = jax.tree.map(lambda n, o: jnp.where(live, n, o), (new, new_state), (params, state))
-        logits = task.logits(held, {**message, **params}, own.x)
-        return (params, state, added(tally, logits, batch.y, batch.mask * test)), {}
+        return (params, state, jax.tree.map(jnp.add, tally, scored(held, {**message, **params}, test))), {}
 
     def finish(held: Tree, message: Tree, carry: Any, client: Client) -> tuple[Tree, Tree, Metrics]:
         return carry[2], client.memory, {}

@@ -37,9 +37,14 @@ def predict(run: Run, inputs: Any) -> list[str]:
         inputs: texts, or arrays (N, ...) of the shape that the run was trained on.
 
     Raises:
-        ValueError: the run has no final parameters yet, the inputs do not fit its backbone, or what it was given (weights,
-            tokenizer, code) is not what it was.
+        ValueError: the run has no final parameters yet, it is a language model, the inputs do not fit its backbone, or what
+            it was given (weights, tokenizer, code) is not what it was.
     """
+    if run.config.task != "classification":
+        raise ValueError(
+            f"Expected task='classification' of {run.directory} to answer with classes, not {run.config.task!r}; its trained "
+            "part is in .parameters."
+        )
     classes = run.about.get("classes")
     if run.summary is None or not run.parameters or not classes:
         raise ValueError(f"Expected {run.directory} to hold a finished run; go on with it by --resume.")

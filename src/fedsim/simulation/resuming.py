@@ -146,6 +146,7 @@ def restore(
         tried["now"] = ready(round)
         engine = tried["now"].trainer.engine
         engine.reuse(extra["lanes"], extra["segment_steps"])
+        engine.may_refuse = False  # it fitted before
         if not (extra.get("bitwise", True) or reduced):  # what an earlier process found to fit
             engine.lanes = extra["lanes"]
         return shapes(tried["now"], extra)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedsim import network
-from fedsim.config import Evaluation
+from fedsim.config import Config, Evaluation, is_better, is_reached, metric_of
 from fedsim.engine.cohort import Cohort
+from fedsim.evaluation.metrics import of_training
 from fedsim.peft.flops import Flops
 
 
@@ -20,10 +20,12 @@ class Standing(NamedTuple):
     met: np.ndarray  # (N,), int32: the last round in which a client was in the cohort, 0 for never; written in place
     round: int = 0
     totals: Mapping[str, Any] = {"up": 0, "down": 0, "simulated_seconds": 0.0}  # bytes, and simulated time
-    best: float = -1.0  # validation accuracy so far
+    best: float | None = None  # value of the metric on validation so far
     stale: int = 0  # evaluations since then, in this phase
     start: dict[str, Any] | None = None  # scores before round 1
-    stopped: str = "rounds"  # why the run ends: "rounds", "target" or "patience"
+    stopped: str = (
+        "rounds"  # why the run ends: "rounds", "target", "patience", or "finished" where the algorithm says so
+    )
     elapsed: float = 0.0  # seconds that earlier processes took
     bitwise: bool = True  # equal to a run that was never disturbed, bit for bit
 
@@ -101,16 +103,17 @@ def is_evaluated(config: Evaluation, round: int, last: int) -> bool:
     return round % config.eval_every == 0 or round == last
 
 
-def judged(config: Evaluation, stand: Standing, scores: Mapping[str, float], *, patient: bool) -> Standing:
-    """Where the run stands after an evaluation: the best so far, and whether that is a reason to stop.
+def judged(config: Config, stand: Standing, scores: Mapping[str, float], *, patient: bool) -> Standing:
+    """Where the run stands after an evaluation: the best value of its metric so far, and whether that is a reason to stop.
 
     Args:
         patient: patience counts here; it does in the last phase only.
     """
-    accuracy = scores["accuracy"]
-    better = accuracy > stand.best  # never where it is NaN, as of a model that has diverged
-    stand = stand._replace(stale=0 if better else stand.stale + 1, best=accuracy if better else stand.best)
-    if config.target_accuracy is not None and accuracy >= config.target_accuracy:
+    metric = metric_of(config)
+    value = scores[metric]
+    better = is_better(metric, value, stand.best)  # never where it is NaN, as of a model that has diverged
+    stand = stand._replace(stale=0 if better else stand.stale + 1, best=value if better else stand.best)
+    if config.target is not None and is_reached(metric, value, config.target):
         return stand._replace(stopped="target")
     if patient and config.patience is not None and stand.stale >= config.patience:
         return stand._replace(stopped="patience")
@@ -128,23 +131,25 @@ def round_line(
     scores: Mapping[str, float] | None,
     simulates: bool,
     most_memory: int,
+    task: str = "classification",
 ) -> dict[str, Any]:
     """The round's line of `rounds.jsonl`; `docs/record.md` has every field.
 
     Args:
         stand: after this round.
-        metrics: of the algorithm's round; "loss" and "accuracy" stand apart.
+        metrics: of the algorithm's round; the task's scores stand apart.
         scores: on the validation set, where it was evaluated.
         simulates: clients may be absent or take time.
         most_memory: bytes of the device's memory that were in use at most so far.
+        task: of the config.
     """
+    trained = of_training(task, metrics)
     rate = did.examples * cost.flops.total / took.steady
     return {
         "round": stand.round,
         "phase": phase,
-        "loss": float(metrics.get("loss", math.nan)),
-        "accuracy": float(metrics.get("accuracy", math.nan)),
-        "metrics": {k: float(v) for k, v in metrics.items() if k not in ("loss", "accuracy")},
+        **trained,
+        "metrics": {k: float(v) for k, v in metrics.items() if k not in trained},
         "validation": scores,
         "bytes_up": sum(did.up.values()),
         "bytes_down": sum(did.down.values()),

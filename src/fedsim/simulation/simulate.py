@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from fedsim import network, record, units
-from fedsim.config import Config, Speed, idle_alone, invited, main_job
+from fedsim.config import Config, Speed, idle_alone, invited, main_job, metric_of
 from fedsim.core import Population
 from fedsim.data import require_given
 from fedsim.data.dataset import Source
@@ -36,6 +36,7 @@ from fedsim.engine.keys import key_for
 from fedsim.randomness import stream
 from fedsim.record.shared_checkpoints import SharedCheckpoints
 from fedsim.report.progress import Progress
+from fedsim.report.summaries import has_diverged
 from fedsim.simulation import build, inputs, needs, resuming
 from fedsim.simulation.beginning import begin
 from fedsim.simulation.build import Problem, Trainer
@@ -100,7 +101,11 @@ def run(
         quiet = quiet or not processes.is_first()
         progress = stack.enter_context(
             Progress(
-                config.rounds, head_rounds=config.head_rounds * (config.peft != "head"), kind=config.peft, quiet=quiet
+                config.rounds,
+                head_rounds=config.head_rounds * (config.peft != "head"),
+                kind=config.peft,
+                quiet=quiet,
+                metric=metric_of(config),
             )
         )
         stack.enter_context(watched(progress.far))
@@ -205,8 +210,10 @@ def simulate(
             stand = after(stand, did)
             stand.met[cohort.ids[cohort.present]] = stand.round
 
+            if phase.last == config.rounds and trainer.algorithm.finished(server):
+                stand = stand._replace(stopped="finished")
             scores = None
-            if is_evaluated(config, stand.round, phase.last):
+            if is_evaluated(config, stand.round, phase.last) or stand.stopped == "finished":
                 scores = trainer.validate(server)
                 server = trainer.algorithm.observe(server, scores)
                 stand = judged(config, stand, scores, patient=phase.last == config.rounds)
@@ -215,7 +222,7 @@ def simulate(
             # As the record has it, so that a score that is no number is None here and after a resume alike.
             line = record.plain(round_line(
                 stand, did, times[0], now.cost, phase=phase.name, metrics=metrics, scores=scores,
-                simulates=not config.reliable, most_memory=most_memory(trainer.engine.own[0]),
+                simulates=not config.reliable, most_memory=most_memory(trainer.engine.own[0]), task=config.task,
             ))  # fmt: skip
             processes.by_first(functools.partial(record.append, directory, line))
             lines.append(line)
@@ -300,7 +307,7 @@ def tell(progress: Progress, line: record.Round, *, changes_empty: bool) -> None
     if line["nonfinite"]:
         left_out = f"{line['nonfinite']} of {line['reported']} replies left out, as they were not finite"
         progress.note(f"round {number}: {left_out}; a lower --lr may keep them so", once="replies")
-    if seen is not None and seen["accuracy"] is None:
+    if has_diverged(seen):
         said = "the model's outputs are not finite, so it has no scores; it has diverged, a lower --lr may help"
         progress.note(f"round {number}: {said}", once="outputs")
 

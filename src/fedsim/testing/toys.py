@@ -23,7 +23,7 @@ from fedsim.engine.cohort import Cohort
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Lanes
 from fedsim.engine.programs import named
-from fedsim.evaluation.evaluate import classification_loss
+from fedsim.evaluation.evaluate import classification_criterion, classification_loss, classification_score
 from fedsim.folds import by_examples, plain
 from fedsim.wire import Codec
 
@@ -70,14 +70,15 @@ def tiny_task(**changes: Any) -> Task:
         init=init,
         loss=classification_loss(apply),
         logits=lambda held, params, x: apply(params, held, x),
+        criterion=classification_criterion,
+        score=classification_score,
         optimizer=lambda rate: optax.sgd(rate, momentum=0.9),
         lr=lambda client, message: 0.1 / client.round.astype(jnp.float32),
         server_optimizer=optax.sgd(1.0),
-        criterion=None,
-        score=None,
         passes=Passes(epochs=2, batch_size=4),
         weight=by_examples,
         trained=frozenset({"kernel", "bias"}),
+        classes=CLASSES,
     )
     return task._replace(**changes)
 
