@@ -28,6 +28,7 @@ from fedsim.engine.keys import key_for
 from fedsim.engine.messages import Outbox
 from fedsim.engine.peers import edges
 from fedsim.engine.programs import named
+from fedsim.folds import plain
 from fedsim.record.checkpoint import Checkpoints
 from fedsim.testing.toys import (
     CLASSES,
@@ -50,7 +51,8 @@ from fedsim.wire.marks import as_value, is_sent, joined, on_the_way, path_name
 def check_structure(make: Make) -> None:
     """Two rounds keep structure, shapes and dtypes of the server's state; after round one nothing compiles."""
     problem = tiny_problem()
-    lanes, algorithm = engine(problem), make(suited(make))
+    lanes, task = engine(problem), suited(make)
+    algorithm, average = make(task), plain(task.weight)
     server = lanes.put(algorithm.init(key_for(lanes.root, "init"), lanes.held))
     before = jax.tree.map(lambda a: (a.shape, a.dtype), server)
     memory = Memory(algorithm.memory, lanes.held)
@@ -62,7 +64,7 @@ def check_structure(make: Make) -> None:
 
     jax.monitoring.register_event_duration_secs_listener(note)
     for round, ids in enumerate((COHORT, (3, 11, 10, 6, 5, 8), (0, 1, 2, 3, 4, 5)), 1):
-        cohort = Cohort(lanes, np.array(ids), round, memory)
+        cohort = Cohort(lanes, np.array(ids), round, memory, average=average)
         server, metrics = algorithm.round(key_for(lanes.root, "server", round), lanes.held, server, cohort)
         cohort.fetch((server, metrics))
         cohort.traffic()
