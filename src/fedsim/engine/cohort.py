@@ -35,6 +35,8 @@ class Exchanged(NamedTuple):
     up: dict[str, int]
     up_packets: dict[str, Array]  # (D, S) each, uint32: packets' prices, by client; 0 where none replied
     times: np.ndarray  # (D, S): how often each reply travels; more than once from peer to peer
+    linked: bool  # from peer to peer
+    once: int  # bytes of leaves without a packet, if each reply travelled once
     outcome: network.Outcome  # who reported, and when
     steps: int  # of the plan
     occupancy: tuple[float, float]  # of lanes, of rows computed
@@ -149,17 +151,16 @@ class Cohort:
             self.averaging = self.average.next(self.averaging, seen)
         self._keep(plan, state, programs, local, turn)
         replies = edges.hearers(outcome.reports) if edges is not None else outcome.reports
+        plain = {n: wire.array_bytes(leaf) for n, leaf in wire.named_leaves(reply.sent) if not wire.is_packet(leaf)}
         self.done.append(
             Exchanged(
                 stream=local.passes.stream,
                 down={name: int(each[self.reports].sum()) for name, each in down.items()},
-                up={
-                    name: int(replies.sum()) * wire.array_bytes(leaf)
-                    for name, leaf in wire.named_leaves(programs.reply.sent)
-                    if not wire.is_packet(leaf)
-                },
+                up={name: int(replies.sum()) * nbytes for name, nbytes in plain.items()},
                 up_packets=state.nbytes,
                 times=times,
+                linked=edges is not None,
+                once=int((replies > 0).sum()) * sum(plain.values()),
                 outcome=outcome,
                 steps=int(plan.length.max()),
                 occupancy=plan.occupancy,
@@ -308,6 +309,25 @@ class Cohort:
             for name, each in self.fetch(one.up_packets).items():
                 up[name] += int(np.sum(each * one.times.astype(np.uint64), dtype=np.uint64))
         return dict(down), dict(up)
+
+    def peers(self) -> dict[str, int] | None:
+        """Replies that went from peer to peer, and what they would cost if each was sent once to all; None for none.
+
+        Their bytes are in `traffic`, up, once for each transmission.
+        """
+        linked = [one for one in self.done if one.linked]
+        if not linked:
+            return None
+        leaves = sum(one.once for one in linked)
+        packets = [
+            int(np.sum(each[one.times > 0], dtype=np.uint64))
+            for one in linked
+            for each in self.fetch(one.up_packets).values()
+        ]
+        return {
+            "transmissions": int(sum(one.times.sum() for one in linked)),
+            "broadcast_bytes": leaves + sum(packets),
+        }
 
     def _slots(
         self, plan: planning.Plan, outcome: network.Outcome, programs: Programs, local: Local, turn: int

@@ -213,6 +213,11 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
         for name in ("optimizer", "server_optimizer"):
             check_optimizer(getattr(config, name), name, model.trained)
         made = algorithms.find(config.algorithm)(task(phase.config, model, {}, cached=False))
+        if made.answers == "client" and local_test is None:
+            raise ValueError(
+                f"Expected local_test={config.local_test} > 0 for algorithm={config.algorithm!r}, whose clients' own models answer; "
+                "give --local-test 0.2."
+            )
         if config.patience is not None and made.finished is not Algorithm._field_defaults["finished"]:
             raise ValueError(
                 f"Expected no patience={config.patience} for algorithm={config.algorithm!r}, which has stages and ends by itself; "

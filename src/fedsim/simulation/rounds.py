@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +41,7 @@ class Measured(NamedTuple):
     nonfinite: int  # replies that were left out
     examples: int
     occupancy: tuple[float, float]  # of lanes, of rows computed
+    peers: dict[str, int] | None  # what went from peer to peer, where anything did
     simulated: dict[str, Any]  # absence and simulated time, as `network.figures` gives them
 
 
@@ -84,6 +85,7 @@ def measured(cohort: Cohort, simulated_before: float) -> Measured:
             float(np.mean([e.occupancy[0] for e in done] or [0.0])),
             float(np.mean([e.occupancy[1] for e in done] or [0.0])),
         ),
+        peers=cohort.peers(),
         simulated=network.figures(cohort.conditions, [e.outcome for e in done], simulated_before),
     )
 
@@ -129,6 +131,7 @@ def round_line(
     phase: str,
     metrics: Mapping[str, Any],
     scores: Mapping[str, float] | None,
+    each: Sequence[float | None],
     simulates: bool,
     most_memory: int,
     task: str = "classification",
@@ -139,6 +142,7 @@ def round_line(
         stand: after this round.
         metrics: of the algorithm's round; the task's scores stand apart.
         scores: on the validation set, where it was evaluated.
+        each: the metric by client, where clients' own models were.
         simulates: clients may be absent or take time.
         most_memory: bytes of the device's memory that were in use at most so far.
         task: of the config.
@@ -151,6 +155,7 @@ def round_line(
         **trained,
         "metrics": {k: float(v) for k, v in metrics.items() if k not in trained},
         "validation": scores,
+        "validation_clients": [*each] or None,
         "bytes_up": sum(did.up.values()),
         "bytes_down": sum(did.down.values()),
         "bytes_up_leaves": did.up,
@@ -172,6 +177,7 @@ def round_line(
         "lane_occupancy": did.occupancy[0],
         "row_occupancy": did.occupancy[1],
         "simulated": did.simulated if simulates else None,
+        "peers": did.peers,
         "most_memory": most_memory,
         "bitwise": stand.bitwise,
     }

@@ -198,7 +198,7 @@ def simulate(
             if now is None or stand.round > now.phase.last:
                 # The next phase starts from what the one before has trained.
                 now = ready(stand.round, None if now is None else now.parameters())
-                start = stand.start or {"validation": now.trainer.validate(now.server)}
+                start = stand.start or {"validation": now.validate().scores}
                 stand = stand._replace(start=start, stale=0)  # patience is with this phase
                 progress.message("compiling")
             phase, trainer = now.phase, now.trainer
@@ -212,16 +212,15 @@ def simulate(
 
             if phase.last == config.rounds and trainer.algorithm.finished(server):
                 stand = stand._replace(stopped="finished")
-            scores = None
+            now, scores, each = now._replace(server=server, averaging=averaging), None, []
             if is_evaluated(config, stand.round, phase.last) or stand.stopped == "finished":
-                scores = trainer.validate(server)
-                server = trainer.algorithm.observe(server, scores)
+                scores, each = now.validate()
+                now = now._replace(server=trainer.algorithm.observe(server, scores))
                 stand = judged(config, stand, scores, patient=phase.last == config.rounds)
-            now = now._replace(server=server, averaging=averaging)
 
             # As the record has it, so that a score that is no number is None here and after a resume alike.
             line = record.plain(round_line(
-                stand, did, times[0], now.cost, phase=phase.name, metrics=metrics, scores=scores,
+                stand, did, times[0], now.cost, phase=phase.name, metrics=metrics, scores=scores, each=each,
                 simulates=not config.reliable, most_memory=most_memory(trainer.engine.own[0]), task=config.task,
             ))  # fmt: skip
             processes.by_first(functools.partial(record.append, directory, line))
