@@ -237,7 +237,7 @@ class Task(NamedTuple):
     criterion: Callable[[Array, Batch], tuple[Array, Metrics]]  # (outputs, batch) -> mean loss, metrics
     score: Callable[[Array, Batch], Metrics]  # (outputs, batch) -> sums over what counts: "loss", "weight", others
     optimizer: Callable[[Array | float], optax.GradientTransformation]  # learning rate -> the clients' optimizer
-    lr: Callable[[Client], Array]  # its learning rate in this round
+    lr: Callable[[Client, Tree], Array]  # (client, message) -> its learning rate in this exchange
     server_optimizer: optax.GradientTransformation
     passes: Passes
     weight: Callable[[Client, Tree], Array]  # weight of a reply in the run's average, for folds of one's own

@@ -114,11 +114,29 @@ def test_a_row_equals_the_serialised_message(kind: str, codec: str) -> None:
     row = cost.cost(Config(backbone="vit_tiny", peft=kind, codec_up=codec), 7)
     trained, frozen = peft.start(peft.build("vit_tiny", 7, peft=kind), "random", 0)
     sent = {name: np.asarray(leaf, np.float32) for name, leaf in trained.items()}
-    coder = wire.codec(codec)
-    assert row.bytes_up == len(wire.serialise(coder.encode(sent) if coder else sent, coder))
+    coder, key, leaves = wire.codec(codec), jax.random.key(0), wire.changes(wire.coded(sent))
+    assert row.bytes_up == len(wire.pack(coder.encode(leaves, key, key, ())[0] if coder else leaves, coder))
     assert row.bytes_down == len(wire.serialise(sent))
     assert row.setup_bytes == len(wire.serialise(frozen))
     assert row.trainable_parameters == sum(leaf.size for leaf in sent.values())
+
+
+@pytest.mark.parametrize(("codec", "expected"), [(None, 4 * 112), (wire.quantise(3), 300 // 8 + 1 + 36 // 8 + 1 + 16)])
+def test_codecs_are_priced_by_shapes(codec: wire.Codec | None, expected: int) -> None:
+    """Both ways, and as a reply that is really packed; of sparse changes only the whole can be known."""
+    shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in (("a", (10, 10)), ("b", (12,)))}
+    ways = {
+        "up": lambda tree, key: wire.arrive(wire.coded(tree), codec, key, key)[0],
+        "down": lambda tree, key: wire.depart(codec, wire.coded(tree, change=False), key),
+    }
+    assert {way: cost.sent_bytes(shapes, send) for way, send in ways.items()} == {"up": expected, "down": expected}
+    leaves, key = (
+        wire.changes(wire.coded({n: np.ones(s.shape, np.float32) for n, s in shapes.items()})),
+        jax.random.key(0),
+    )
+    assert len(wire.pack(codec.encode(leaves, key, key, ())[0] if codec else leaves, codec)) == expected
+    sparse = cost.sent_bytes(shapes, lambda tree, key: wire.arrive(wire.coded(tree), wire.topk(0.1), key, key)[0])
+    assert sparse == 4 * 112
 
 
 @pytest.mark.parametrize(("kind", "head_rounds"), [("bias", 1), ("full", 0), ("head", 0)])

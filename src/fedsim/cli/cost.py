@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -25,6 +25,7 @@ from fedsim.simulation import build
 from fedsim.units import mebibytes, times
 
 DType = Literal["float32", "bfloat16", "float16"]
+Send = Callable[[Any, Any], Any]  # (what is sent, key) -> the message with packets
 
 
 class LeafCost(NamedTuple):
@@ -88,18 +89,19 @@ def cost(config: Config, classes: int, *, input_shape: tuple[int, ...] | None = 
     """
     one_of(get_args(DType), dtype=dtype)
     models = [(p, peft.from_config(p.config, classes, input_shape)) for p in build.phases(config)]
-    codecs = {"up": wire.codec(config.codec_up), "down": wire.codec(config.codec_down)}
-    rounds = [phase.last - phase.first + 1 for phase, _ in models]
-    sent = {
-        way: [total(wire.price_shapes(typed(model.trained, dtype), codec)) for _, model in models]
-        for way, codec in codecs.items()
+    up, down = wire.codec(config.codec_up, "codec_up"), wire.codec(config.codec_down, "codec_down")
+    ways: dict[str, Send] = {
+        "up": lambda tree, key: wire.arrive(wire.coded(tree), up, key, key)[0],
+        "down": lambda tree, key: wire.depart(down, wire.coded(tree, change=False), key),
     }
+    rounds = [phase.last - phase.first + 1 for phase, _ in models]
+    sent = {way: [sent_bytes(typed(model.trained, dtype), send) for _, model in models] for way, send in ways.items()}
     run = {
         way: config.clients_per_round * sum(n * b for n, b in zip(rounds, each, strict=True))
         for way, each in sent.items()
     }
     first, model = models[0][1], models[-1][1]
-    up, down = sent["up"][-1], sent["down"][-1]
+    bytes_up, bytes_down = sent["up"][-1], sent["down"][-1]
     trainable, whole = count(model.trained), count(peft.parameters(model))
     full = total(wire.price(typed(peft.parameters(model), dtype)))
     setup = total(wire.price(typed(first.frozen, dtype)))
@@ -114,21 +116,36 @@ def cost(config: Config, classes: int, *, input_shape: tuple[int, ...] | None = 
         trainable_parameters=trainable,
         total_parameters=whole,
         share=trainable / whole,
-        bytes_up=up,
-        bytes_down=down,
+        bytes_up=bytes_up,
+        bytes_down=bytes_down,
         setup_bytes=setup,
         full_bytes=full,
-        full_ratio=2 * full / (up + down),
+        full_ratio=2 * full / (bytes_up + bytes_down),
         clients=config.clients,
         clients_per_round=config.clients_per_round,
         rounds=config.rounds,
         head_rounds=sum(rounds[:-1]),
-        round_bytes_up=config.clients_per_round * up,
-        round_bytes_down=config.clients_per_round * down,
+        round_bytes_up=config.clients_per_round * bytes_up,
+        round_bytes_down=config.clients_per_round * bytes_down,
         run_bytes_up=run["up"],
         run_bytes_down=run["down"],
         run_setup_bytes=setup * min(config.clients, config.rounds * config.clients_per_round),
     )
+
+
+def sent_bytes(shapes: peft.Shapes, send: Send) -> int:
+    """Bytes of one message; a leaf whose price depends on values counts as not encoded. Allocates nothing."""
+    prices: list[int] = []
+
+    def priced(tree: Any, key: Any) -> None:
+        with jax.ensure_compile_time_eval():  # a price that follows from shapes is a number here, else a tracer
+            message = send(tree, key)
+        for _, leaf in wire.named_leaves(message):
+            known = wire.is_packet(leaf) and not isinstance(leaf.nbytes, jax.core.Tracer)
+            prices.append(int(leaf.nbytes) if known else wire.array_bytes(wire.unwrap(leaf)))
+
+    jax.eval_shape(priced, shapes, jax.eval_shape(jax.random.key, 0))
+    return sum(prices)
 
 
 def chosen(options: peft.Options) -> dict[str, Any]:

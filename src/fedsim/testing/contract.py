@@ -9,23 +9,41 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from fedsim import algorithms, wire
 from fedsim.core import Population, Tree
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.keys import key_for
+from fedsim.engine.messages import Outbox
+from fedsim.engine.peers import edges
+from fedsim.engine.programs import named
+from fedsim.folds import plain
 from fedsim.record.checkpoint import Checkpoints
-from fedsim.testing.toys import CLASSES, COHORT, SIZES, Make, engine, one_client, run, suited, tiny_problem
-
-KEY = jax.random.key(0)  # of codecs, of which these checks have none
+from fedsim.testing.toys import (
+    CLASSES,
+    COHORT,
+    SIZES,
+    Coding,
+    Make,
+    coding,
+    engine,
+    one_client,
+    run,
+    suited,
+    tiny_problem,
+)
+from fedsim.wire.marks import as_value, is_sent, joined, on_the_way, path_name
 
 # --- the contract
 
@@ -33,7 +51,8 @@ KEY = jax.random.key(0)  # of codecs, of which these checks have none
 def check_structure(make: Make) -> None:
     """Two rounds keep structure, shapes and dtypes of the server's state; after round one nothing compiles."""
     problem = tiny_problem()
-    lanes, algorithm = engine(problem), make(suited(make))
+    lanes, task = engine(problem), suited(make)
+    algorithm, average = make(task), plain(task.weight)
     server = lanes.put(algorithm.init(key_for(lanes.root, "init"), lanes.held))
     before = jax.tree.map(lambda a: (a.shape, a.dtype), server)
     memory = Memory(algorithm.memory, lanes.held)
@@ -45,7 +64,7 @@ def check_structure(make: Make) -> None:
 
     jax.monitoring.register_event_duration_secs_listener(note)
     for round, ids in enumerate((COHORT, (3, 11, 10, 6, 5, 8), (0, 1, 2, 3, 4, 5)), 1):
-        cohort = Cohort(lanes, np.array(ids), round, memory)
+        cohort = Cohort(lanes, np.array(ids), round, memory, average=average)
         server, metrics = algorithm.round(key_for(lanes.root, "server", round), lanes.held, server, cohort)
         cohort.fetch((server, metrics))
         cohort.traffic()
@@ -66,11 +85,11 @@ def not_finite(tree: Tree) -> list[str]:
     return [name for name, leaf in leaves if not np.isfinite(np.asarray(leaf)).all()]
 
 
-def packed(name: str, packet: wire.Packet) -> int:
+def packet_bytes(name: str, packet: wire.Packet) -> int:
     """Length of an array from which the packet's value really comes back, and which has as many bytes as it claims.
 
-    That is what `wire.cast` and `wire.ranked` send: the array in 32 or 16 bits, whole or its first entries along an axis
-    where the others are zero. A packet of another codec is refused.
+    Of the packets that an algorithm makes by itself: the array in 32 or 16 bits, whole or its first entries along an
+    axis where the others are zero. Another is refused.
     """
     value, claim = np.asarray(packet.value), int(packet.nbytes)
     for dtype in (value.dtype, jnp.bfloat16, jnp.float16):
@@ -87,43 +106,85 @@ def packed(name: str, packet: wire.Packet) -> int:
     raise AssertionError(f"packet {name!r} claims {claim} bytes, from which its value does not come back")
 
 
-def check_bytes(make: Make) -> None:
-    """Bytes up and down equal the length of the really packed messages, of all clients, in Python integers.
+def packed(tree: Tree, codec: wire.Codec | None, coding: Coding) -> int:
+    """Length of one client's message or reply as really packed; from what is marked its values come back bit for bit."""
+    after, before = (travelling(tree, c, coding) for c in (codec, None))
+    kinds = {
+        joined(name, inner): node.change
+        for name, node in wire.named(tree)
+        if isinstance(node, wire.Coded)
+        for inner, _ in wire.named(node.tree)
+    }
+    length = 0
+    for kind, by in ((True, codec), (False, codec), (None, None)):  # changes, values, and what no codec acts on
+        own = {n: leaf for n, leaf in after.items() if isinstance(leaf, wire.Sent) and kinds.get(n) == kind}
+        if own:
+            data = wire.pack(own, by)
+            back = wire.unpack(data, {n: before[n] for n in own}, by)
+            wrong = [n for n in own if not np.array_equal(back[n], np.asarray(own[n].value))]
+            assert not wrong, f"{wrong[0]!r} does not come back from its {len(data)} bytes"
+            length += len(data)
+    for name, leaf in after.items():
+        if not isinstance(leaf, wire.Sent):
+            length += packet_bytes(name, leaf) if wire.is_packet(leaf) else len(wire.to_bytes(leaf))
+    return length
 
-    Of a broadcast leaf with a price per client only its sum and its bound, the whole leaf, can be checked here: what a
-    client holds already is known to the algorithm alone, and to its own tests.
+
+def travelling(tree: Tree, codec: wire.Codec | None, coding: Coding) -> dict[str, Any]:
+    """The leaves of a message on their way, by name: marked ones as the codec leaves them."""
+    found, _ = on_the_way(tree, codec, *coding)
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found, is_leaf=is_sent)}
+
+
+def packed_for_all(message: Tree, codec: wire.Codec | None, key: Array) -> int:
+    """Length of a message to the whole cohort as really packed.
+
+    Of a packet with a price per client only its sum and its bound, the whole leaf, can be checked here: what a client
+    holds already is known to the algorithm alone, and to its own tests.
     """
+
+    def part(node: Any, place: int) -> Any:
+        if isinstance(node, wire.PerClient):
+            return jax.tree.map(lambda a: a[place], node.tree)
+        by_client = lambda n: isinstance(n, wire.Kept) and n.axis is not None and n.entries.ndim == 1  # noqa: E731
+        return jax.tree.map(
+            lambda n: wire.Kept(n.leaf, n.entries[place], n.axis) if by_client(n) else n, node, is_leaf=by_client
+        )
+
+    length = 0
+    for name, node in wire.named(message):
+        if wire.is_packet(node) and np.ndim(node.nbytes):
+            whole = wire.array_bytes(node.value)
+            assert all(0 <= int(n) <= whole for n in node.nbytes), f"{name} costs more than its {whole} bytes"
+            length += sum(int(n) for n in node.nbytes)
+        else:
+            coding = Coding(key, key, ())
+            length += sum(packed(as_value(part(node, place)), codec, coding) for place in range(len(COHORT)))
+    return length
+
+
+def check_bytes(make: Make, up: wire.Codec | None = None, down: wire.Codec | None = None) -> None:
+    """Bytes up and down equal the length of the really packed messages, of all clients, in Python integers."""
     problem, sent = tiny_problem(), []
-    _, memory, cohorts = run(make, problem, sent=sent)
-    down, up = cohorts[0].traffic()
-    members = len(COHORT)
-    assert all(type(n) is int for n in (*down.values(), *up.values())), "bytes must be Python integers"
+    _, memory, cohorts = run(make, problem, sent=sent, up=up, down=down)
+    claimed = cohorts[0].traffic()
+    assert all(type(n) is int for side in claimed for n in side.values()), "bytes must be Python integers"
+    root, outbox, turns, everybody = jax.random.key(0), Outbox(), Counter(), np.ones(len(COHORT), bool)
+    kept = [memory.init(key_for(root, "memory", id), problem.held) for id in COHORT]
     packed_down = packed_up = 0
-    for index, (message, local) in enumerate(sent):
-        for name, node in wire.parts(wire.depart(None, wire.news(message), KEY)):
-            own = isinstance(node, wire.PerClient)
-            for leaf_name, leaf in wire.named_leaves(node.tree if own else node):
-                where = f"{name}/{leaf_name}"
-                if not wire.is_packet(leaf):
-                    packed_down += len(wire.to_bytes(leaf)) * (1 if own else members)
-                elif own:
-                    each = [jax.tree.map(lambda a, m=m: a[m], leaf) for m in range(members)]
-                    packed_down += sum(packed(where, one) for one in each)
-                elif np.ndim(leaf.nbytes):
-                    whole = wire.array_bytes(leaf.value)
-                    assert all(0 <= int(n) <= whole for n in leaf.nbytes), f"{where} costs more than its {whole} bytes"
-                    packed_down += sum(int(n) for n in leaf.nbytes)
-                else:
-                    packed_down += members * packed(where, leaf)
+    for message, local, link in sent:
+        stream = local.passes.stream
+        turn, key = turns[stream], key_for(root, named("down", stream), 1, turns[stream])
+        turns[stream] += 1
+        packed_down += packed_for_all(wire.news(message), down, key)
+        read, _ = outbox.sent(message, partial(wire.depart, down), key, len(COHORT))
+        times = edges(link.graph, np.array(COHORT)).hearers(everybody) if link else everybody
         for place, id in enumerate(COHORT):
-            fresh = memory.init(key_for(jax.random.key(0), "memory", id), problem.held)
-            read = wire.for_client(wire.unmarked(message), place)
-            marked, _ = one_client(problem, local, read, fresh, id, 1, exchange=index)
-            reply, _ = wire.arrive(marked, None, KEY, KEY)
-            for name, leaf in wire.named_leaves(reply):
-                packed_up += packed(name, leaf) if wire.is_packet(leaf) else len(wire.to_bytes(leaf))
-    assert sum(down.values()) == packed_down, f"down: {sum(down.values())} bytes claimed, {packed_down} packed"
-    assert sum(up.values()) == packed_up, f"up: {sum(up.values())} bytes claimed, {packed_up} packed"
+            own = wire.for_client(read, place)
+            reply, kept[place] = one_client(problem, local, own, kept[place], id, 1, exchange=turn, codec=up)
+            packed_up += int(times[place]) * packed(reply, up, coding(reply, local, up, id, 1, exchange=turn))
+    for way, each, real in zip(("down", "up"), claimed, (packed_down, packed_up), strict=True):
+        assert sum(each.values()) == real, f"{way}: {sum(each.values())} bytes claimed, {real} packed"
 
 
 def check_padding(make: Make) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from fedsim.wire.codecs import Codec, Sent, cost, nbytes
@@ -32,7 +33,7 @@ class Kept:
     """Marks the entries of a leaf that travel; see `kept`."""
 
     leaf: Array
-    entries: Array
+    entries: Array | np.ndarray
     axis: int | None
 
 
@@ -54,7 +55,7 @@ def coded(tree: Tree, change: bool = True) -> Coded:
     return Coded(tree, change)
 
 
-def kept(tree: Tree, entries: Array, axis: int | None = None) -> Tree:
+def kept(tree: Tree, entries: Array | np.ndarray, axis: int | None = None) -> Tree:
     """Only these entries of every leaf travel for this client: ranks, blocks, classes, nothing at all.
 
     Args:
@@ -120,7 +121,7 @@ def sent(leaf: Array | Kept) -> Sent:
     bits = 8 * array_bytes(jax.ShapeDtypeStruct((), value.dtype))
     if not isinstance(leaf, Kept):
         return Sent(value, None, bits)
-    mask = leaf.entries
+    mask = jnp.asarray(leaf.entries)
     if leaf.axis is not None:
         first = jnp.arange(value.shape[leaf.axis]) < leaf.entries
         mask = jnp.broadcast_to(

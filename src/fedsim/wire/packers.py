@@ -39,5 +39,6 @@ def unpack(data: bytes, like: dict[str, Sent], codec: Codec | None) -> dict[str,
     Args:
         like: the leaves before the codec; their masks are what the receiver knows by itself, their values are not read.
     """
-    blank = {name: sent._replace(value=np.zeros_like(np.asarray(sent.value))) for name, sent in like.items()}
+    zeros: Any = {name: np.zeros_like(np.asarray(sent.value)) for name, sent in like.items()}
+    blank = {name: sent._replace(value=zeros[name]) for name, sent in like.items()}
     return codec.unpack(data, blank, codecs.read) if codec else codecs.read(data, blank)
