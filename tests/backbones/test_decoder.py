@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from safetensors.numpy import load_file
 
 from fedsim import peft
