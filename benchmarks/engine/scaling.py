@@ -153,7 +153,10 @@ def prepared(setting: Setting, kind: str, o: Options) -> tuple[Callable[[], Any]
         devices=setting.devices // setting.processes, parallel="pmap" if setting.how == "pmap" else "shard_map",
     )  # fmt: skip
     local = fit(
-        classification_loss(model.apply), optax.sgd, lambda client, message: jnp.float32(LR), Passes(1, None, o.batch_size)
+        classification_loss(model.apply),
+        optax.sgd,
+        lambda client, message: jnp.float32(LR),
+        Passes(1, None, o.batch_size),
     )
     memory, reduce, message = Memory(lambda key, held: (), engine.held), mean(), engine.put(params)
 
