@@ -12,7 +12,7 @@ from fedsim.config import Config, Speed
 from fedsim.core import Batch
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
-from fedsim.simulation import build
+from fedsim.simulation import build, tasks
 from fedsim.training import augment, features
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -123,7 +123,7 @@ def test_training_alone_sees_changed_images(config: Config) -> None:
     batch = Batch(x, y, np.ones(8, np.float32), KEY, np.int32(0), np.bool_(False))
     model = with_.model
     losses = [
-        build.task(c, model, t.start, cached=False).loss({}, server, b)[0]
+        tasks.task(c, model, t.start, cached=False).loss({}, server, b)[0]
         for c, t, b in (
             (config, with_, batch),
             (plain, without, batch._replace(x=augment.make(config.augment)(KEY, x))),

@@ -19,8 +19,9 @@ from fedsim.engine.device_memory import all_fit
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Lanes, Request
 from fedsim.engine.messages import Outbox
-from fedsim.engine.programs import Clock, Programs, Slots, State, named
+from fedsim.engine.programs import Programs
 from fedsim.engine.replies import split_message
+from fedsim.engine.state import Clock, Slots, State, named
 from fedsim.folds import plain
 from fedsim.randomness import stream
 

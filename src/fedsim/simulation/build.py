@@ -9,23 +9,21 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fedsim import algorithms, backbones, network, peft, wire
+from fedsim import algorithms, network, peft, wire
 from fedsim.backbones import Backbone, backbone, load
-from fedsim.config import SMALLER, Config, Speed, invited, metric_of, plan_fits
-from fedsim.core import Algorithm, Average, Passes, Task
+from fedsim.config import Config, Speed, invited, metric_of, plan_fits
+from fedsim.core import Algorithm, Average, Task
 from fedsim.data import dataset as data_sets
 from fedsim.data import partition as partitions
 from fedsim.engine import processes
 from fedsim.engine.host import divide_cpu
 from fedsim.engine.lanes import Lanes
-from fedsim.evaluation import language
-from fedsim.evaluation.evaluate import Asked, classification_criterion, classification_score, evaluator, loss_of
+from fedsim.evaluation.evaluate import Asked, evaluator
 from fedsim.evaluation.metrics import require_classes
-from fedsim.folds import by_examples, plain, uniform
 from fedsim.peft import flops, precision
+from fedsim.simulation import tasks
 from fedsim.simulation.needs import learned, tokenizer, vocabulary, weights
 from fedsim.training import augment, lengths
 from fedsim.training.features import run_stages, use_cache
@@ -212,7 +210,7 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
     for phase, model in zip(phases(config), models, strict=True):  # an algorithm that cannot run refuses here
         for name in ("optimizer", "server_optimizer"):
             check_optimizer(getattr(config, name), name, model.trained)
-        made = algorithms.find(config.algorithm)(task(phase.config, model, {}, cached=False))
+        made = algorithms.find(config.algorithm)(tasks.task(phase.config, model, {}, cached=False))
         if made.answers == "client" and local_test is None:
             raise ValueError(
                 f"Expected local_test={config.local_test} > 0 for algorithm={config.algorithm!r}, whose clients' own models answer; "
@@ -240,53 +238,6 @@ def split_model(config: Config, dataset: data_sets.Dataset, speed: Speed | None 
     x, speed = jax.tree.leaves(dataset.x)[0], speed or Speed()
     model = peft.from_config(config, len(dataset.classes), x.shape[1:], x.dtype)
     return precision.computed(model, speed.precision, speed.remat)
-
-
-def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached: bool, first: int = 1) -> Task:
-    """What an algorithm is constructed for; `first` is the round in which it starts, for schedules over rounds."""
-    apply, entry = (model.suffix, model.cut) if cached else (model.apply, 0)
-    criterion, score = classification_criterion, classification_score
-    classes = model.classes
-    if config.task == "language_model":  # whose `y` is the partition's label, and nothing reads it
-        pad = backbones.row(config.backbone).config.pad
-        criterion, score, classes = language.criterion(pad), language.score(pad), 0
-
-    def read_by_head(held: Any, params: Any, x: Any) -> Any:
-        h = model.run({**held, **params}, x, entry, model.stages - 1)
-        return h["x"] if isinstance(h, Mapping) else h
-
-    server_rate = schedule(config.server_lr_schedule, "server_lr_schedule", config.server_lr)
-    return Task(
-        init=lambda key: {name: jnp.asarray(leaf) for name, leaf in start.items()},
-        loss=loss_of(criterion, apply, augment.make(config.augment)),
-        logits=lambda held, params, x: apply(params, held, x),
-        criterion=criterion,
-        score=score,
-        optimizer=optimizer(config.optimizer, "optimizer"),
-        lr=lambda client, message: client.lr,
-        server_optimizer=optimizer(config.server_optimizer, "server_optimizer")(
-            lambda count: server_rate(count + first - 1)
-        ),
-        passes=Passes(config.epochs, config.steps, config.batch_size),
-        weight=weighting(config),
-        trained=frozenset(model.trained),
-        factors=peft.factors(model),
-        features=read_by_head,
-        blocks=lambda path: model.blocks[path],
-        classes=classes,
-        metric=metric_of(config),
-        larger=metric_of(config) not in SMALLER,
-    )
-
-
-def weighting(config: Config) -> Callable[[Any, Any], jax.Array]:
-    """Weight of a reply in the run's average."""
-    return by_examples if config.weighting == "examples" else uniform
-
-
-def average(config: Config) -> Average:
-    """The run's fold of replies."""
-    return plain(weighting(config))
 
 
 def features(problem: Problem, model: peft.Model, frozen: dict[str, np.ndarray]) -> Any:
@@ -329,7 +280,7 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
     trained |= {name: value for name, value in (overlay or {}).items() if name in trained}
     x, cached = dataset.x, use_cache(speed, model, dataset.x, config)
     texts = lengths.entering(problem.texts, model, model.cut if cached else 0)
-    for_algorithm = task(config, model, trained, cached, phase.first)
+    for_algorithm = tasks.task(config, model, trained, cached, phase.first)
     algorithm = algorithms.find(config.algorithm)(for_algorithm)
     if speed.precision != "float32":
         frozen = precision.held(frozen, speed.precision, written(algorithm, frozen))
@@ -359,7 +310,7 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         model=model,
         task=for_algorithm,
         algorithm=algorithm,
-        average=average(config),
+        average=tasks.average(config),
         engine=engine,
         validate=evaluator(engine, algorithm.predict, dataset.validation, speed.eval_batch, texts, asked),
         test=evaluator(engine, algorithm.predict, dataset.test, speed.eval_batch, texts, asked),

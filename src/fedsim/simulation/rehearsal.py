@@ -18,7 +18,8 @@ from fedsim.engine.device_memory import Need, free_memory
 from fedsim.engine.host import zeros
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import MEMORY_SHARE, Lanes, Request
-from fedsim.engine.programs import Programs, State
+from fedsim.engine.programs import Programs
+from fedsim.engine.state import State
 from fedsim.peft.flops import all_equations
 from fedsim.simulation import build
 from fedsim.simulation.build import Phase, Problem

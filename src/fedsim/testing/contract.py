@@ -27,7 +27,7 @@ from fedsim.engine.cohort import Cohort
 from fedsim.engine.keys import key_for
 from fedsim.engine.messages import Outbox
 from fedsim.engine.peers import edges
-from fedsim.engine.programs import named
+from fedsim.engine.state import named
 from fedsim.folds import plain
 from fedsim.record.checkpoint import Checkpoints
 from fedsim.testing.toys import (

@@ -22,7 +22,7 @@ from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Lanes
-from fedsim.engine.programs import named
+from fedsim.engine.state import named
 from fedsim.evaluation.evaluate import classification_criterion, classification_loss, classification_score
 from fedsim.folds import by_examples, plain
 from fedsim.wire import Codec
