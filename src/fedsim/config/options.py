@@ -121,6 +121,9 @@ class Training:
 
     algorithm: str = "fed_avg"
     """Name (`fedsim list algorithms`) or `file.py:function`, with options as a call: `"fed_prox(mu=0.1)"`."""
+    groups: tuple[str, ...] = ()
+    """Several architectures at once, for algorithms that train such: a call for each with its model's options and its share
+    of the clients, `"small(backbone='mlp', share=0.5)"`; without a share the server alone has it (docs/own_algorithm.md)."""
     rounds: int = 20
     """Communication rounds in all, head_rounds included."""
     clients_per_round: int = 10

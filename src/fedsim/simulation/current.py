@@ -57,9 +57,14 @@ def prepare(
     )
     # Of several processes the first one has the folder; the others keep the same rows in main memory.
     file = directory / f"memory-{phase.name}.rows" if directory is not None and processes.is_first() else None
-    memory = Memory(trainer.algorithm.memory, engine.held, file, problem.speed.keep_checkpoints or KEEP)
+    init = (lambda key, held: ()) if trainer.groups else trainer.algorithm.memory
+    memory = Memory(init, engine.held, file, problem.speed.keep_checkpoints or KEEP)
+    for name, group in trainer.groups.items():  # what clients keep, by group
+        memory.store(name, trainer.algorithm.memory, group.held)
+    state = trainer.average.init()
+    averaging = dict.fromkeys(trainer.groups, state) if trainer.groups else state
     answering = personal.Answering(problem, trainer) if trainer.algorithm.answers == "client" else None
-    return Current(phase, trainer, server, memory, cost, engine.put(trainer.average.init()), answering)
+    return Current(phase, trainer, server, memory, cost, engine.put(averaging), answering)
 
 
 def peak(trainer: Trainer, speed: Speed) -> float | None:

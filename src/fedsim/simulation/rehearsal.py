@@ -73,7 +73,9 @@ def rehearse(problem: Problem, phase: Phase, ids: np.ndarray) -> Rehearsal:
         met[ids] = round
         down = sum(sum(exchange.down.values()) for exchange in cohort.done) / max(len(cohort.places), 1)
     up = sum(exchange.up for exchange in asked)
-    return Rehearsal(down, up, build.setup_bytes(trainer), int(engine.lanes), asked[0].widths, engine.need)
+    return Rehearsal(
+        down, up, sum(build.setup_bytes(trainer).values()), int(engine.lanes), asked[0].widths, engine.need
+    )
 
 
 def may_be_too_large(problem: Problem, phase: Phase) -> bool:

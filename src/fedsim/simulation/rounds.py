@@ -10,6 +10,7 @@ import numpy as np
 from fedsim import network
 from fedsim.config import Config, Evaluation, is_better, is_reached, metric_of
 from fedsim.engine.cohort import Cohort
+from fedsim.engine.groups import GroupedCohort
 from fedsim.evaluation.metrics import of_training
 from fedsim.peft.flops import Flops
 
@@ -36,7 +37,7 @@ class Measured(NamedTuple):
     up: dict[str, int]  # bytes of all clients together, by leaf
     down: dict[str, int]
     clients: int  # that got a message
-    newcomers: int  # of these, those that were met for the first time
+    newcomers: Mapping[str, int]  # of these, those that were met for the first time, by group
     reported: int
     nonfinite: int  # replies that were left out
     examples: int
@@ -49,7 +50,7 @@ class Cost(NamedTuple):
     """What a phase costs, whatever happens in it."""
 
     flops: Flops  # of one example in a training step
-    setup: int  # bytes that a client is given once, before its first round
+    setup: Mapping[str, int]  # bytes that a client is given once, before its first round, by group
     peak: float | None  # published FLOP/s of all devices; None where none is known, as of a CPU
 
 
@@ -65,7 +66,7 @@ class Times(NamedTuple):
         return max(self.seconds - self.compiling, 1e-9)
 
 
-def measured(cohort: Cohort, simulated_before: float) -> Measured:
+def measured(cohort: Cohort | GroupedCohort, simulated_before: float) -> Measured:
     """What a cohort's exchanges did.
 
     Args:
@@ -77,7 +78,9 @@ def measured(cohort: Cohort, simulated_before: float) -> Measured:
         up=up,
         down=down,
         clients=int(cohort.present.sum()),
-        newcomers=int((cohort.last[cohort.present] == 0).sum()),
+        newcomers={
+            name: int((each.last[each.present] == 0).sum()) for name, each in (cohort.groups or {"": cohort}).items()
+        },
         reported=int(cohort.reports.sum()),
         nonfinite=int(sum(cohort.fetch([e.info.nonfinite for e in done]))),
         examples=sum(e.examples for e in done),
@@ -86,7 +89,7 @@ def measured(cohort: Cohort, simulated_before: float) -> Measured:
             float(np.mean([e.occupancy[1] for e in done] or [0.0])),
         ),
         peers=cohort.peers(),
-        simulated=network.figures(cohort.conditions, [e.outcome for e in done], simulated_before),
+        simulated=network.figures(cohort.conditions, cohort.outcomes(), simulated_before),
     )
 
 
@@ -160,7 +163,7 @@ def round_line(
         "bytes_down": sum(did.down.values()),
         "bytes_up_leaves": did.up,
         "bytes_down_leaves": did.down,
-        "setup_bytes": did.newcomers * cost.setup,
+        "setup_bytes": sum(count * cost.setup[name] for name, count in did.newcomers.items()),
         "total_bytes_up": stand.totals["up"],
         "total_bytes_down": stand.totals["down"],
         "clients": did.clients,
