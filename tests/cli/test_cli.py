@@ -216,6 +216,54 @@ def test_unknown_options_are_refused_and_the_nearest_named(
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [KeyError("leaf"), TypeError("first line\nsecond line"), ZeroDivisionError()])
+def test_an_unexpected_error_is_one_line_that_says_whose_fault_it_is(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where its traceback is to be had."""
+
+    def broken(argv: list[str]) -> int:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "list", broken)
+    assert cli.main(["list"]) == 2
+    said = capsys.readouterr()
+    first = str(error).partition("\n")[0]
+    assert said.err.startswith(f"fedsim: internal error: {type(error).__name__}: {first}; run with --debug")
+    assert "a fault of fedsim" in said.err and said.err.count("\n") == 1 and said.out == ""
+    for argv in (["--debug", "list"], ["list", "--debug"]):
+        assert cli.main(argv) == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith("Traceback (most recent call last):") and "in broken" in shown
+        assert shown.endswith(said.err), "the line is the last"
+
+
+def test_debug_shows_the_traceback_of_what_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a command as a user gives it, which is handed on without the word."""
+    assert cli.main(["run", "--rounds", "0"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fedsim: Expected rounds=0 > 0") and said.count("\n") == 1
+    assert cli.main(["run", "--rounds", "0", "--debug"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback") and "parse_from" in shown and shown.endswith(said)
+
+
+def test_debug_in_a_process_of_its_own(environment: dict[str, str], here: Path) -> None:
+    """A fault in code of the user's own is shown with the line of its file."""
+    (here / "mine.py").write_text("def fed_mine(task):\n    return 1 // 0\n")
+    (here / "d.csv").write_text("text,label\n" + "a b c,x\nd e f,y\n" * 60)
+    options = "--dataset d.csv --backbone bert_tiny --weights random --clients 4 --clients-per-round 2 --quiet"
+    command = [sys.executable, "-m", "fedsim", "run", "--algorithm", "mine.py:fed_mine", *options.split()]
+    plain, debug = (
+        subprocess.run([*command, *more], env=environment, cwd=here, capture_output=True, text=True, check=False)
+        for more in ([], ["--debug"])
+    )
+    assert plain.returncode == debug.returncode == 2
+    assert "Traceback" not in plain.stderr and "internal error: ZeroDivisionError" in plain.stderr.splitlines()[-1]
+    assert "Traceback" in debug.stderr and 'mine.py", line 2, in fed_mine' in debug.stderr
+    assert debug.stderr.splitlines()[-1] == plain.stderr.splitlines()[-1]
+
+
 HELP = """
 import sys
 from fedsim.__main__ import main

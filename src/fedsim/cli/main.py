@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(
                 f"fedsim: internal error: {type(error).__name__}: {str(error).partition(chr(10))[0]}; run with --debug for the "
-                "traceback, and please report it",
+                "traceback. Unless it leads into code of your own, it is a fault of fedsim: please report it.",
                 file=sys.stderr,
             )
         return processes.failed(2) if processes else 2
