@@ -144,9 +144,9 @@ class CostOptions(Model):
     """
 
     # Several values where a run has one; the file is never read.
-    backbone: tuple[str, ...] = ("minilm_l6",)  # pyrefly: ignore[bad-override]
+    backbone: tuple[str, ...] = ("minilm_l6",)  # pyrefly: ignore[bad-override] - as said above
     """Names of backbones (`fedsim list backbones`), or `file.py:name` of your own."""
-    peft: tuple[str, ...] = ("lora",)  # pyrefly: ignore[bad-override]
+    peft: tuple[str, ...] = ("lora",)  # pyrefly: ignore[bad-override] - as said above
     """What is trained beside the head (`fedsim list peft`), parts joined by `+`."""
     weights: tyro.conf.Suppress[tyro.conf.Fixed[None]] = None
     classes: tuple[int, ...] = (20,)
