@@ -138,17 +138,19 @@ class ShowOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class CostOptions(Model):
-    """Parameters and bytes of a setting from shapes alone: no weights, no data, nothing allocated.
+    """Parameters and bytes of a setting from shapes alone: no values of weights, no data, nothing allocated.
 
     Several backbones, PEFT kinds or numbers of classes give a row for each combination.
     """
 
-    # Several values where a run has one; the file is never read.
+    # Several values where a run has one.
     backbone: tuple[str, ...] = ("minilm_l6",)  # pyrefly: ignore[bad-override] - as said above
     """Names of backbones (`fedsim list backbones`), or `file.py:name` of your own."""
     peft: tuple[str, ...] = ("lora",)  # pyrefly: ignore[bad-override] - as said above
     """What is trained beside the head (`fedsim list peft`), parts joined by `+`."""
-    weights: tyro.conf.Suppress[tyro.conf.Fixed[None]] = None
+    weights: str | None = None
+    """Checkpoint whose names and shapes are read: a vision transformer's positions may have a grid of their own (default:
+    none is read, and the backbone's own grid counts)."""
     classes: tuple[int, ...] = (20,)
     """Classes of the data set."""
     input_shape: tuple[int, ...] | None = None
@@ -196,7 +198,7 @@ class CostOptions(Model):
         check_form(argv, arities(cls))
         start = starting(argv)
         base = {f.name: getattr(start.config, f.name) for f in dataclasses.fields(cls) if hasattr(start.config, f.name)}
-        default = cls(**base | {"backbone": (start.config.backbone,), "peft": (start.config.peft,), "weights": None})
+        default = cls(**base | {"backbone": (start.config.backbone,), "peft": (start.config.peft,)})
         options = help.read(cls, argv, "fedsim cost", default)
         rows = [list(idle(config, start.config)) for config in options.configs()]
         if (
