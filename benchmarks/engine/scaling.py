@@ -182,9 +182,9 @@ def prepared(setting: Setting, kind: str, o: Options) -> tuple[Callable[[], Any]
         plain = engine.programs, cohorts.planning.make
         request = Request(local, reduce, False, memory.init, message)
         programs = engine.programs(request, members, np.full(members, o.size))
-        compiled = {name: timed(name, getattr(programs, name)) for name in ("begin", "segment", "end")}
-        replaced: Any = programs._replace(**compiled)  # pyrefly: ignore[bad-argument-type]
-        engine.programs = lambda *args: replaced  # pyrefly: ignore[bad-assignment]
+        compiled: dict[str, Any] = {name: timed(name, getattr(programs, name)) for name in ("begin", "segment", "end")}
+        replaced: Any = programs._replace(**compiled)
+        engine.programs = lambda *args: replaced  # pyrefly: ignore[bad-assignment] - timed ones, for these rounds
         cohorts.planning.make = timed("plan", cohorts.planning.make)
         start = time.perf_counter()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -100,8 +101,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.mark.slow
 def test_neither_lanes_nor_devices_change_what_is_drawn(config: Config) -> None:
-    def after_a_round(config: Config, **speed: int) -> np.ndarray:
-        t = build.trainer(build.problem(config, Speed(**speed)), build.phases(config)[0])  # type: ignore[arg-type]
+    def after_a_round(config: Config, **speed: Any) -> np.ndarray:
+        t = build.trainer(build.problem(config, Speed(**speed)), build.phases(config)[0])
         server = t.algorithm.init(jax.random.key(0), t.engine.held)
         cohort = Cohort(t.engine, np.arange(6), 1, Memory(t.algorithm.memory, t.engine.held), lr=config.lr)
         server, _ = t.algorithm.round(jax.random.key(0), t.engine.held, server, cohort)
