@@ -306,7 +306,14 @@ MAIN_JOB: dict[str, Any] = {
 
 # Learning rates of other PEFT kinds in the main job, whose own is LoRA's: each chosen once, on validation
 # (`python experiments/peft_rates.py`; docs/peft.md has the table).
-RATES: dict[str, float] = {"full": 1e-4}
+RATES: dict[str, float] = {
+    "adapter": 3.2e-2,
+    "full": 1e-4,
+    "ia3": 3.2e-2,
+    "last_k": 5e-4,
+    "prefix": 2e-3,
+    "prompt": 5e-4,
+}
 
 
 def main_job(**changes: Any) -> Config:
