@@ -107,7 +107,9 @@ def main(o: Options) -> None:
     model = peft.build(o.backbone, 20, input_shape=shape, peft=o.peft)
     params, frozen = peft.start(model, "random", 0)
     owned = np.arange(len(x), dtype=np.int32), np.arange(clients + 1) * o.batch_size
-    local = fit(classification_loss(model.apply), optax.sgd, lambda client, message: client.lr, Passes(1, None, o.batch_size))
+    local = fit(
+        classification_loss(model.apply), optax.sgd, lambda client, message: client.lr, Passes(1, None, o.batch_size)
+    )
     mesh = Mesh(np.array([chip]), ("clients",), axis_types=(AxisType.Auto,))
 
     def moved(a: Any) -> Any:

@@ -74,7 +74,10 @@ def replying(numbers: int) -> Local:
 def finishing(o: Options) -> dict[str, Any]:
     """Seconds of an exchange, all lanes at once against those that end."""
     rng, fold, found = np.random.default_rng(0), mean(uniform), {}
-    for name, sizes in {"one step": np.ones(2 * o.lanes, int), "1 to 16 steps": rng.integers(1, 17, 2 * o.lanes)}.items():
+    for name, sizes in {
+        "one step": np.ones(2 * o.lanes, int),
+        "1 to 16 steps": rng.integers(1, 17, 2 * o.lanes),
+    }.items():
         rounds: dict[str, Callable[[], Any]] = {}
         for how, least in {"all lanes at once": o.lanes, "those that end": programs.FINISHING}.items():
             before, programs.FINISHING = programs.FINISHING, least
@@ -111,7 +114,9 @@ def mixing(o: Options) -> list[dict[str, Any]]:
             rounds[members, heard] = round
             jax.block_until_ready(round())
     for (members, heard), seconds in report.interleaved(rounds, o.repeats).items():
-        rows.append({"members": members, "heard": heard, "edges": members * heard, "seconds": statistics.median(seconds)})
+        rows.append(
+            {"members": members, "heard": heard, "edges": members * heard, "seconds": statistics.median(seconds)}
+        )
     return rows
 
 

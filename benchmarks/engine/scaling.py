@@ -153,7 +153,10 @@ def prepared(setting: Setting, kind: str, o: Options) -> tuple[Callable[[], Any]
         devices=setting.devices // setting.processes, parallel="pmap" if setting.how == "pmap" else "shard_map",
     )  # fmt: skip
     local = fit(
-        classification_loss(model.apply), optax.sgd, lambda client, message: jnp.float32(LR), Passes(1, None, o.batch_size)
+        classification_loss(model.apply),
+        optax.sgd,
+        lambda client, message: jnp.float32(LR),
+        Passes(1, None, o.batch_size),
     )
     memory, reduce, message = Memory(lambda key, held: (), engine.held), mean(), engine.put(params)
 
@@ -179,9 +182,9 @@ def prepared(setting: Setting, kind: str, o: Options) -> tuple[Callable[[], Any]
         plain = engine.programs, cohorts.planning.make
         request = Request(local, reduce, False, memory.init, message)
         programs = engine.programs(request, members, np.full(members, o.size))
-        compiled = {name: timed(name, getattr(programs, name)) for name in ("begin", "segment", "end")}
-        replaced: Any = programs._replace(**compiled)  # pyrefly: ignore[bad-argument-type]
-        engine.programs = lambda *args: replaced  # pyrefly: ignore[bad-assignment]
+        compiled: dict[str, Any] = {name: timed(name, getattr(programs, name)) for name in ("begin", "segment", "end")}
+        replaced: Any = programs._replace(**compiled)
+        engine.programs = lambda *args: replaced  # pyrefly: ignore[bad-assignment] - timed ones, for these rounds
         cohorts.planning.make = timed("plan", cohorts.planning.make)
         start = time.perf_counter()
         try:

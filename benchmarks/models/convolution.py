@@ -106,7 +106,10 @@ def rounds(o: Options) -> tuple[dict[str, Callable[[], Any]], int]:
     model = peft.build("cnn", CLASSES, input_shape=(28, 28, 1), peft="full")
     trained = peft.start(model, "random", o.seed)[0]
     passes = Passes(epochs=1, batch_size=BATCH)
-    local, reduce = fit(classification_loss(model.apply), optax.sgd, lambda client, message: jnp.float32(LR), passes), mean()
+    local, reduce = (
+        fit(classification_loss(model.apply), optax.sgd, lambda client, message: jnp.float32(LR), passes),
+        mean(),
+    )
 
     def made(lanes: int) -> Callable[[], Any]:
         engine = Lanes({}, x, y, rows, offsets, seed=o.seed, lanes=lanes, devices=1)

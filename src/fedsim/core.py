@@ -11,7 +11,7 @@ frozen backbone: the same for all, never sent again, never changed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -157,6 +157,8 @@ class Cohort(Protocol):
     @property
     def sizes(self) -> np.ndarray: ...  # (M,), int64: examples per client
     @property
+    def groups(self) -> Mapping[str, Cohort]: ...  # of several architectures each one's clients; {} of one
+    @property
     def round(self) -> int: ...  # from 1
     @property
     def last(self) -> np.ndarray: ...  # (M,), int64: round in which each was in the cohort before; 0 for never
@@ -248,6 +250,7 @@ class Task(NamedTuple):
     classes: int = 0  # 0 for language models, whose `y` is no target but the partition's label
     metric: str = "accuracy"  # what a run is judged by
     larger: bool = True  # whether a larger value of it is better
+    groups: Mapping[str, Task] = {}  # of several architectures each one's; this one is then the answering group's
 
 
 class Algorithm(NamedTuple):
@@ -263,5 +266,6 @@ class Algorithm(NamedTuple):
     params: Callable[[Tree], Params] = lambda server: server.params  # the trained part to export
     finished: Callable[[Tree], bool] = lambda server: False  # after a round: whether the run is over
     answers: Literal["server", "client"] = "server"  # whose model is validated: "client" reads clients' memories
+    groups: bool = False  # trains several architectures: `held` is by group, and so are exchanges
     releases: int = 1  # exchanges a round that privacy accounts for; one more is refused
     runs_empty: bool = False  # whether a round without a reply changes the server

@@ -494,6 +494,7 @@ def test_peers_hear_the_mixture(name: str, lanes: int, devices: int) -> None:
     down, up = cohort.traffic()
     assert down == {"w": 12 * (len(PEERS) - 1)}, "who drops out was sent the message"
     assert up == {"z": 28 * travels.sum(), "two": 16 * travels.sum()}
+    assert cohort.peers() == {"transmissions": travels.sum(), "broadcast_bytes": 44 * (travels > 0).sum()}
 
 
 @by_grid(*SOME)
@@ -507,7 +508,9 @@ def test_peers_pay_the_codec_for_each_that_hears(lanes: int, devices: int) -> No
     cohort.exchange((), local, link=Peers(graph, lambda memory, mixed, client: mixed))
     cohort.settle()
     w, travels = mixing(graph, np.ones(len(PEERS), bool))
-    assert cohort.traffic()[1] == {"message": sum(t * (i % 4 + 8) for i, t in zip(PEERS, travels, strict=True))}
+    prices = np.array([i % 4 + 8 for i in PEERS])
+    assert cohort.traffic()[1] == {"message": prices @ travels}
+    assert cohort.peers() == {"transmissions": travels.sum(), "broadcast_bytes": prices[travels > 0].sum()}
     values = np.stack([decoded_by(e, np.where(np.arange(7) < i % 4, TABLE[i], 0), i % 4) for i in PEERS])
     for place, i in enumerate(PEERS):
         np.testing.assert_allclose(kept(memory)[i], (w @ values)[place], rtol=1e-4, atol=1e-5)
@@ -621,6 +624,7 @@ def test_two_folds_of_one_reply(lanes: int, devices: int) -> None:
     np.testing.assert_allclose(first, rows.mean(axis=0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(second, (rows**2 + 1).mean(axis=0), rtol=1e-5)
     assert cohort.traffic()[1] == {"message": 6 * 28}
+    assert cohort.peers() is None
 
 
 def test_rows_and_sums_do_not_go_together() -> None:

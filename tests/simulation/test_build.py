@@ -17,7 +17,7 @@ from fedsim.backbones.load import random
 from fedsim.config import Config, Speed
 from fedsim.core import Client
 from fedsim.engine import host
-from fedsim.simulation import build, needs
+from fedsim.simulation import build, needs, tasks
 from fedsim.training import features, optimizers
 
 
@@ -218,19 +218,19 @@ def test_the_task_of_a_config(tmp_path: Path, blobs: Callable[..., Path]) -> Non
     )  # fmt: skip
     model = peft.build("mlp", 3, peft="head", input_shape=(6,))
     trained, frozen = peft.start(model, "random", 0)
-    task = build.task(config, model, trained, cached=False)
+    task = tasks.task(config, model, trained, cached=False)
     assert (task.passes.epochs, task.passes.steps, task.passes.batch_size) == (3, None, 5)
     client = Client(jnp.int32(0), jnp.int32(9), (), jax.random.key(0), jnp.int32(1), jnp.float32(0.5), jnp.int32(2))
     assert float(task.lr(client, ())) == 0.5
     assert float(task.weight(client, ())) == 1
-    examples = build.task(config.replace(weighting="examples"), model, trained, cached=False)
+    examples = tasks.task(config.replace(weighting="examples"), model, trained, cached=False)
     assert float(examples.weight(client, ())) == 9
     assert {k: v.tolist() for k, v in task.init(jax.random.key(0)).items()} == {
         k: v.tolist() for k, v in trained.items()
     }
     x = np.ones((2, 6), np.float32)
     whole = task.logits(frozen, trained, x)
-    cached = build.task(config, model, trained, cached=True)
+    cached = tasks.task(config, model, trained, cached=True)
     held = {k: v for k, v in frozen.items() if k not in model.below}
     np.testing.assert_allclose(cached.logits(held, trained, model.prefix(frozen, x)), whole, rtol=1e-6)
 

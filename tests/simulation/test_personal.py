@@ -43,7 +43,11 @@ def test_scores_equal_a_loop_over_clients(config: Config, devices: int) -> None:
     """Tuned: two epochs of SGD with momentum over the client's rows in their order, written out."""
     problem, now = ready(config, Speed(devices=devices, lanes=2, compilation_cache=False))
     found = personal.local_scores(problem, now.trainer, now.server, now.memory)
-    assert found is not None and found.ids.tolist() == list(range(7)) and set(found.scores["accuracy"]) == {"global", "tuned"}
+    assert (
+        found is not None
+        and found.ids.tolist() == list(range(7))
+        and set(found.scores["accuracy"]) == {"global", "tuned"}
+    )
     model, held = now.trainer.model, jax.device_get(now.trainer.engine.held)
     apply = model.suffix if now.trainer.cached else model.apply
     x, y, start = jax.device_get(now.trainer.engine.x), problem.dataset.y, now.parameters()
@@ -58,7 +62,9 @@ def test_scores_equal_a_loop_over_clients(config: Config, devices: int) -> None:
     for client in range(7):
         mine, test = problem.partition.client(client), problem.local_test.client(client)
         assert not set(mine) & set(test) and len(test)
-        assert found.scores["accuracy"]["global"][client] == pytest.approx(correct(apply(start, held, x[test]), y[test]))
+        assert found.scores["accuracy"]["global"][client] == pytest.approx(
+            correct(apply(start, held, x[test]), y[test])
+        )
         params, velocity = dict(start), {k: np.zeros_like(v) for k, v in start.items()}
         visits = np.tile(mine, 2)  # an epoch ends where it ends: the second one goes on in the same batch
         for first in range(0, len(visits), 4):
@@ -66,7 +72,9 @@ def test_scores_equal_a_loop_over_clients(config: Config, devices: int) -> None:
             step = gradient(params, x[rows], y[rows])
             velocity = {k: 0.9 * velocity[k] + step[k] for k in params}
             params = {k: params[k] - 0.05 * velocity[k] for k in params}
-        assert found.scores["accuracy"]["tuned"][client] == pytest.approx(correct(apply(params, held, x[test]), y[test]))
+        assert found.scores["accuracy"]["tuned"][client] == pytest.approx(
+            correct(apply(params, held, x[test]), y[test])
+        )
         losses = -np.asarray(jax.nn.log_softmax(apply(params, held, x[test])))[np.arange(len(test)), y[test]]
         np.testing.assert_allclose(found.scores["loss"]["tuned"][client], losses.mean(), rtol=1e-4, atol=1e-6)
 

@@ -1,5 +1,7 @@
 """`fedsim cost`: parameters and bytes of a setting, from shapes alone. Reads no weights and no data, allocates nothing.
 
+Of a checkpoint that is given it reads names and shapes: a vision transformer's positions have a grid of their own.
+
 The prices are those of a run: the same model, split by the same rules, priced by `wire`. They hold for algorithms that
 send the trained part each way (FedAvg, FedProx); what others send besides is counted when they run.
 """
@@ -85,10 +87,11 @@ def cost(config: Config, classes: int, *, input_shape: tuple[int, ...] | None = 
         dtype: of all parameters; a run has float32.
 
     Raises:
-        ValueError: an unknown name or an option that does not fit the backbone, as `peft.build`.
+        ValueError: an unknown name or an option that does not fit the backbone, as `peft.build`; weights that do not fit it,
+            or are not here, as nothing is downloaded.
     """
     one_of(get_args(DType), dtype=dtype)
-    models = [(p, peft.from_config(p.config, classes, input_shape)) for p in build.phases(config)]
+    models = [(phase, split(phase.config, classes, input_shape)) for phase in build.phases(config)]
     up, down = wire.codec(config.codec_up, "codec_up"), wire.codec(config.codec_down, "codec_down")
     ways: dict[str, Send] = {
         "up": lambda tree, key: wire.arrive(wire.coded(tree), up, key, key)[0],
@@ -148,6 +151,11 @@ def sent_bytes(shapes: peft.Shapes, send: Send) -> int:
     return sum(prices)
 
 
+def split(config: Config, classes: int, input_shape: tuple[int, ...] | None) -> peft.Model:
+    """The model whose leaves a run would train, send and hold."""
+    return peft.fitted_to(peft.from_config(config, classes, input_shape), config.weights)
+
+
 def chosen(options: peft.Options) -> dict[str, Any]:
     """Options that are not the default and that the backbone or the PEFT kind reads."""
     parts = peft.parse(options.peft)
@@ -166,7 +174,7 @@ def rules(config: Config, classes: int, *, input_shape: tuple[int, ...] | None =
     Raises:
         ValueError: as `cost`.
     """
-    model = peft.from_config(build.phases(config)[-1].config, classes, input_shape)
+    model = split(build.phases(config)[-1].config, classes, input_shape)
     leaves = {**model.trained, **model.frozen}
     return [LeafCost(path, model.rules[path], leaf.shape, math.prod(leaf.shape)) for path, leaf in leaves.items()]
 

@@ -19,7 +19,7 @@ from flax import nnx
 
 from fedsim.backbones import Backbone, Module, Row, Shape, backbone, own
 from fedsim.backbones.layers import STATISTICS, NoRngs, Skeleton
-from fedsim.backbones.load import Weights, draw, load
+from fedsim.backbones.load import Weights, draw, load, stored_shapes
 from fedsim.config import Model as Options
 from fedsim.config import check_model, positive, require_known
 from fedsim.core import Factors
@@ -34,6 +34,7 @@ __all__ = [
     "build",
     "factors",
     "fitted",
+    "fitted_to",
     "from_config",
     "parameters",
     "parse",
@@ -266,6 +267,16 @@ def fitted(model: Model, trained: Mapping[str, Any], frozen: Mapping[str, Any]) 
         return {path: jax.ShapeDtypeStruct(leaves[path].shape, leaf.dtype) for path, leaf in said.items()}
 
     return model._replace(trained=shapes(model.trained, trained), frozen=shapes(model.frozen, frozen))
+
+
+def fitted_to(model: Model, weights: Weights) -> Model:
+    """`fitted` to what `start` would give, of which no value is read or made; see `backbones.load.stored_shapes`.
+
+    Raises:
+        ValueError: the checkpoint does not fit, or is not here.
+    """
+    leaves = {**model.trained, **model.frozen, **stored_shapes(model.name, weights, published(model))}
+    return fitted(model, leaves, leaves)
 
 
 def locate(paths: list[str], stages: list[str]) -> dict[str, int]:

@@ -59,6 +59,8 @@ LINE: Shape = {
     **{name: {str: int} for name in LEAVES},
     **{name: shape for name, shape in SCORES.items() if name != "loss"},
     "validation": (None, SCORES),
+    "validation_clients?": (None, [MAYBE]),
+    "peers?": (None, {"transmissions": int, "broadcast_bytes": int}),
     "simulated?": (None, SIMULATED),
     "metrics?": {str: MAYBE},
     "bitwise?": bool,
@@ -72,7 +74,11 @@ TESTED = {
 CLIENT_ROWS: Shape = {
     "schema": int,
     "clients": [
-        {**dict.fromkeys(("client", "train", "test"), int), **{name: {str: MAYBE} for name in SCORES}},
+        {
+            **dict.fromkeys(("client", "train", "test"), int),
+            **{name: {str: MAYBE} for name in SCORES},
+            "curve?": [[MAYBE]],
+        },
     ],
 }
 

@@ -1,12 +1,13 @@
 """Every client's own test: how good the global model is there, the client's personal model, the model tuned on its data.
 
 All of it runs in the lanes of the engine, as training does: an exchange whose clients score their own test rows and
-whose fold keeps every client's sums. It happens after the last round, on what the clients hold already, so no byte is
-counted for it.
+whose fold keeps every client's sums. It reads what the clients hold already, so no byte is counted for it, and it leaves
+no trace. It happens after the last round, and during the run where an algorithm answers by its clients' models.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from fedsim.config import SMALLER, metric_of, metric_of_clients
+from fedsim.config import SMALLER, Config, metric_of, metric_of_clients
 from fedsim.core import Batch, Client, Local, Metrics, Params, Passes, Tree
 from fedsim.data.partition import Partition
 from fedsim.engine.client_memory import Memory
@@ -29,8 +30,6 @@ from fedsim.randomness import stream
 from fedsim.simulation.build import Problem, Trainer
 
 KINDS = ("global", "memory", "tuned")
-
-
 SUMS = stack(lambda client, reply: jnp.ones(client.n.shape))
 
 
@@ -67,44 +66,90 @@ class Scores(NamedTuple):
 Tally = dict[str, Any]  # sums of `Task.score` over a client's test rows: () each, of many clients (K,); float32
 
 
+def tested(config: Config, clients: int) -> np.ndarray:
+    """The clients whose own tests are read, ascending: all, or `eval_clients` of them drawn by seed."""
+    if config.eval_clients >= clients:
+        return np.arange(clients)
+    return np.sort(stream(config.seed, "eval clients").choice(clients, config.eval_clients, replace=False))
+
+
+def predicting(trainer: Trainer, *, with_memory: bool) -> Local:
+    """Clients that answer for their own test rows, by the algorithm's `predict`."""
+    algorithm, batch = trainer.algorithm, Passes(batch_size=trainer.config.batch_size, shuffle=False)
+
+    def outputs(held: Tree, message: Tree, client: Client, x: Tree) -> Array:
+        return algorithm.predict(held, message, client.memory if with_memory else (), x)
+
+    return scoring(outputs, trainer.task.score, batch)
+
+
 def local_scores(problem: Problem, trainer: Trainer, server: Tree, memory: Memory) -> Scores | None:
     """The tests of all clients, or of `eval_clients` of them drawn by seed; None where nothing is held out for them."""
     config, held_out = trainer.config, problem.local_test
     if held_out is None:
         return None
-    ids = np.arange(held_out.clients)
-    if config.eval_clients < len(ids):
-        ids = np.sort(stream(config.seed, "eval clients").choice(len(ids), config.eval_clients, replace=False))
-    algorithm, batch = trainer.algorithm, Passes(batch_size=config.batch_size, shuffle=False)
+    ids = tested(config, held_out.clients)
     empty = Memory(lambda key, held: (), trainer.engine.held)
-
-    def predicting(with_memory: bool) -> Local:
-        def outputs(held: Tree, message: Tree, client: Client, x: Tree) -> Array:
-            return algorithm.predict(held, message, client.memory if with_memory else (), x)
-
-        return scoring(outputs, trainer.task.score, batch)
-
-    found = {"global": run(trainer, held_out, ids, empty, server, predicting(False))}
+    found = {}
+    if trainer.algorithm.answers == "server":
+        found["global"] = run(trainer, held_out, ids, empty, server, predicting(trainer, with_memory=False))
     if not memory.empty:
-        found["memory"] = run(trainer, held_out, ids, of(memory, ids, trainer), server, predicting(True))
+        own = predicting(trainer, with_memory=True)
+        found["memory"] = run(trainer, held_out, ids, of(memory, ids, trainer), server, own)
     if config.personal_epochs:
         found["tuned"] = tuned(problem, trainer, held_out, ids, empty, server)
-    language = trainer.task.classes == 0
-    means = {kind: metrics.from_sums(tally, language=language) for kind, tally in found.items()}
-    scores = {name: {kind: each[name] for kind, each in means.items()} for name in means["global"]}
+    means = {kind: metrics.from_sums(tally, language=trainer.task.classes == 0) for kind, tally in found.items()}
+    scores = {name: {kind: each[name] for kind, each in means.items()} for name in next(iter(means.values()))}
     metric = metric_of_clients(metric_of(config))
     return Scores(ids, problem.partition.sizes[ids], held_out.sizes[ids], scores, metric)
+
+
+class Answers(NamedTuple):
+    """What the clients' own models score on their own test rows."""
+
+    scores: dict[str, float]  # means over the clients, each counted once
+    each: list[float | None]  # the run's metric by client, in the order of `tested`
+
+
+class Answering:
+    """The clients' models during a run: one engine and one program, made with the trainer."""
+
+    def __init__(self, problem: Problem, trainer: Trainer) -> None:
+        held_out = problem.local_test
+        assert held_out is not None  # `build.problem` refuses an algorithm whose clients have nothing to answer for
+        self.trainer, self.held_out = trainer, held_out
+        self.ids = tested(trainer.config, held_out.clients)
+        self.engine = over(trainer, held_out)
+        self.local = predicting(trainer, with_memory=True)
+
+    def __call__(self, server: Tree, memory: Memory) -> Answers:
+        copy = of(memory, self.ids, self.trainer)
+        sums = answered(self.engine, self.ids, copy, server, self.local)
+        means = metrics.from_sums(sums, language=self.trainer.task.classes == 0)
+        asked = self.held_out.sizes[self.ids] > 0
+        scores = {name: float(np.mean(values[asked])) if asked.any() else math.nan for name, values in means.items()}
+        own = means[metric_of_clients(metric_of(self.trainer.config))]
+        return Answers(scores, [float(v) if known else None for v, known in zip(own, asked, strict=True)])
+
+
+def over(trainer: Trainer, owned: Partition, x: Tree = None) -> Lanes:
+    """An engine over rows that clients own in `owned`; `x` are other inputs than the trainer's."""
+    e = trainer.engine
+    return Lanes(
+        e.held, e.x if x is None else x, e.y, owned.rows, owned.offsets, seed=e.seed, devices=len(e.own), parallel=e.parallel,
+        resident="on" if e.resident else "off", may_refuse=False,
+    )  # fmt: skip  # no refusal: what was trained would be lost
 
 
 def run(
     trainer: Trainer, owned: Partition, ids: np.ndarray, memory: Memory, message: Tree, local: Local, x: Tree = None
 ) -> Tally:
-    """Sums (K,) of these clients over the rows that they own in `owned`; `x` are other inputs than the trainer's."""
-    e = trainer.engine
-    engine = Lanes(
-        e.held, e.x if x is None else x, e.y, owned.rows, owned.offsets, seed=e.seed, devices=len(e.own), parallel=e.parallel,
-        resident="on" if e.resident else "off", may_refuse=False,
-    )  # fmt: skip  # no refusal: the run is done, and its results would be lost
+    """Sums (K,) of these clients over the rows that they own in `owned`; see `over`."""
+    return answered(over(trainer, owned, x), ids, memory, message, local)
+
+
+def answered(engine: Lanes, ids: np.ndarray, memory: Memory, message: Tree, local: Local) -> Tally:
+    """Sums (K,) of what these clients answer."""
     cohort = Cohort(engine, ids, 1, memory)
     replies, _ = cohort.exchange(message, local, SUMS)
     found = cohort.fetch(replies)

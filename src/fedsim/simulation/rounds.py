@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from fedsim import network
 from fedsim.config import Config, Evaluation, is_better, is_reached, metric_of
 from fedsim.engine.cohort import Cohort
+from fedsim.engine.groups import GroupedCohort
 from fedsim.evaluation.metrics import of_training
 from fedsim.peft.flops import Flops
 
@@ -36,11 +37,12 @@ class Measured(NamedTuple):
     up: dict[str, int]  # bytes of all clients together, by leaf
     down: dict[str, int]
     clients: int  # that got a message
-    newcomers: int  # of these, those that were met for the first time
+    newcomers: Mapping[str, int]  # of these, those that were met for the first time, by group
     reported: int
     nonfinite: int  # replies that were left out
     examples: int
     occupancy: tuple[float, float]  # of lanes, of rows computed
+    peers: dict[str, int] | None  # what went from peer to peer, where anything did
     simulated: dict[str, Any]  # absence and simulated time, as `network.figures` gives them
 
 
@@ -48,7 +50,7 @@ class Cost(NamedTuple):
     """What a phase costs, whatever happens in it."""
 
     flops: Flops  # of one example in a training step
-    setup: int  # bytes that a client is given once, before its first round
+    setup: Mapping[str, int]  # bytes that a client is given once, before its first round, by group
     peak: float | None  # published FLOP/s of all devices; None where none is known, as of a CPU
 
 
@@ -64,7 +66,7 @@ class Times(NamedTuple):
         return max(self.seconds - self.compiling, 1e-9)
 
 
-def measured(cohort: Cohort, simulated_before: float) -> Measured:
+def measured(cohort: Cohort | GroupedCohort, simulated_before: float) -> Measured:
     """What a cohort's exchanges did.
 
     Args:
@@ -76,7 +78,9 @@ def measured(cohort: Cohort, simulated_before: float) -> Measured:
         up=up,
         down=down,
         clients=int(cohort.present.sum()),
-        newcomers=int((cohort.last[cohort.present] == 0).sum()),
+        newcomers={
+            name: int((each.last[each.present] == 0).sum()) for name, each in (cohort.groups or {"": cohort}).items()
+        },
         reported=int(cohort.reports.sum()),
         nonfinite=int(sum(cohort.fetch([e.info.nonfinite for e in done]))),
         examples=sum(e.examples for e in done),
@@ -84,7 +88,8 @@ def measured(cohort: Cohort, simulated_before: float) -> Measured:
             float(np.mean([e.occupancy[0] for e in done] or [0.0])),
             float(np.mean([e.occupancy[1] for e in done] or [0.0])),
         ),
-        simulated=network.figures(cohort.conditions, [e.outcome for e in done], simulated_before),
+        peers=cohort.peers(),
+        simulated=network.figures(cohort.conditions, cohort.outcomes(), simulated_before),
     )
 
 
@@ -129,6 +134,7 @@ def round_line(
     phase: str,
     metrics: Mapping[str, Any],
     scores: Mapping[str, float] | None,
+    each: Sequence[float | None],
     simulates: bool,
     most_memory: int,
     task: str = "classification",
@@ -139,6 +145,7 @@ def round_line(
         stand: after this round.
         metrics: of the algorithm's round; the task's scores stand apart.
         scores: on the validation set, where it was evaluated.
+        each: the metric by client, where clients' own models were.
         simulates: clients may be absent or take time.
         most_memory: bytes of the device's memory that were in use at most so far.
         task: of the config.
@@ -151,11 +158,12 @@ def round_line(
         **trained,
         "metrics": {k: float(v) for k, v in metrics.items() if k not in trained},
         "validation": scores,
+        "validation_clients": [*each] or None,
         "bytes_up": sum(did.up.values()),
         "bytes_down": sum(did.down.values()),
         "bytes_up_leaves": did.up,
         "bytes_down_leaves": did.down,
-        "setup_bytes": did.newcomers * cost.setup,
+        "setup_bytes": sum(count * cost.setup[name] for name, count in did.newcomers.items()),
         "total_bytes_up": stand.totals["up"],
         "total_bytes_down": stand.totals["down"],
         "clients": did.clients,
@@ -172,6 +180,7 @@ def round_line(
         "lane_occupancy": did.occupancy[0],
         "row_occupancy": did.occupancy[1],
         "simulated": did.simulated if simulates else None,
+        "peers": did.peers,
         "most_memory": most_memory,
         "bitwise": stand.bitwise,
     }

@@ -32,7 +32,7 @@ def fit(
     passes: Passes,
     *,
     penalty: Penalty | None = None,
-    view: Callable[[Tree, Tree], Tree] = lambda held, message: held,
+    view: Callable[[Tree, Tree, Tree], Tree] = lambda held, message, memory: held,
     start: Callable[[Tree, Tree], Params] = lambda message, memory: message,
     reply: Callable[[Fit, Tree, Client], tuple[Tree, Tree]] | None = None,
     trains: Collection[str] | None = None,
@@ -43,7 +43,7 @@ def fit(
         optimizer: learning rate -> optax transformation; the rate is data, so a schedule recompiles nothing.
         lr: (client, message) -> its learning rate in this exchange; a stage's own travels in the message.
         penalty: a differentiable scalar of (params, message, memory); FedProx is `proximal(mu)`.
-        view: (held, message) -> the frozen part to train over, where the message has newer values of some of it.
+        view: (held, message, memory) -> the frozen part to train over, where message or memory have values of some of it.
         start: (message, memory) -> the parameters to start from; default: the message is the parameters.
         reply: (the client after its last step, message, client) -> reply, memory; default: params - start, marked as a
             change (`wire.coded`), and the memory as it was.
@@ -57,7 +57,7 @@ def fit(
         moves: Params, params: Params, held: Tree, message: Tree, memory: Tree, batch: Batch
     ) -> tuple[Array, Metrics]:
         params = {**params, **moves}
-        value, metrics = loss(view(held, message), params, batch)
+        value, metrics = loss(view(held, message, memory), params, batch)
         return (value if penalty is None else value + penalty(params, message, memory)), metrics
 
     def start_(held: Tree, message: Tree, client: Client, batch: Batch) -> Fit:

@@ -221,6 +221,6 @@ def kernel_packets(factors: tuple[Factors, ...], kernels: Params, written: Writt
     return packets
 
 
-def overlaid(factors: tuple[Factors, ...]) -> Callable[[Params, Params], Params]:
-    """`fit`'s view of a client that was sent the kernels: (held, message) -> the frozen part as it is now."""
-    return lambda held, message: {**held, **{f.kernel: message[f.kernel] for f in factors}}
+def overlaid(factors: tuple[Factors, ...]) -> Callable[[Params, Params, Tree], Params]:
+    """`fit`'s view of a client that was sent the kernels: (held, message, memory) -> the frozen part as it is now."""
+    return lambda held, message, memory: {**held, **{f.kernel: message[f.kernel] for f in factors}}
