@@ -13,14 +13,14 @@ import pytest
 from jax import Array
 
 from fedsim import network, wire
-from fedsim.core import Average, Averaged, Client, Graph, Local, Passes, Peers, Population, Reduce, Tree, poisson
+from fedsim.core import Average, Averaged, Batch, Client, Graph, Local, Passes, Peers, Population, Reduce, Tree, poisson
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Lanes
 from fedsim.folds import both, by_examples, mean, plain, stack, uniform
 from fedsim.testing.contract import same
-from fedsim.testing.toys import COHORT, SIZES, engine, tiny_problem, tiny_task
+from fedsim.testing.toys import COHORT, SIZES, engine, one_client, tiny_problem, tiny_task, visits
 from fedsim.training.local import fit
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -383,6 +383,19 @@ def test_every_exchange_of_a_round_has_a_residual_of_its_own() -> None:
     assert len(memory.beside) == 3
 
 
+def test_a_client_that_diverges_keeps_its_residual() -> None:
+    e = engine(tiny_problem(), up=wire.codec("topk(0.3)"))
+    memory, rest = Memory(nothing, e.held), {}
+    broken = saying(lambda message, client: wire.coded(said(client) * jnp.where(client.id == 7, message, 1.0)))
+    for round, factor in ((1, 1.0), (2, jnp.nan)):
+        cohort = cohort_of(e, (0, 7), round, memory)
+        cohort.exchange(jnp.float32(factor), broken)
+        (store,) = memory.beside.values()
+        rest[round] = {i: row[""] for i, row in kept(store).items()}
+    np.testing.assert_array_equal(rest[2][7], rest[1][7])
+    assert np.abs(rest[2][0] - rest[1][0]).max() > 0 and np.isfinite(rest[2][7]).all()
+
+
 def test_a_codec_that_finds_nothing_is_not_ignored() -> None:
     for option in ("up", "down"):
         e = engine(tiny_problem(), **{option: wire.codec("bfloat16")})
@@ -557,6 +570,28 @@ def test_a_reply_that_is_not_finite_is_heard_by_nobody() -> None:
     assert (int(info.reported), int(info.nonfinite)) == (3, 1)
 
 
+def test_the_time_of_a_member_is_that_of_what_it_hears_and_is_heard_by() -> None:
+    graph, rng = irregular(len(PEERS)), np.random.default_rng(4)
+    e = engine(tiny_problem())
+    c = network.reliable(np.array(PEERS))
+    links = {n: rng.uniform(1e3, 1e4, len(PEERS)) for n in ("download", "upload")}
+    c = c._replace(**links, latency=rng.random(len(PEERS)), timed=True, present=np.array(PEERS) != 7)
+    cohort = Cohort(e, np.array(PEERS), 1, Memory(nothing, e.held), c)
+    cohort.exchange({"w": jnp.zeros(3)}, saying(), link=Peers(graph, lambda memory, mixed, client: memory))
+    travels = mixing(graph, c.present)[1]
+    hears = [
+        sum(
+            w != 0 and c.present[j] and c.present[i] and i != j
+            for w, j in zip(graph.weight[i], graph.whom[i], strict=True)
+        )
+        for i in range(len(PEERS))
+    ]
+    expected = 2 * c.latency + 8 * (12 + 28 * np.array(hears)) / c.download + 8 * 28 * travels / c.upload
+    found = cohort.done[0].outcome
+    np.testing.assert_allclose(found.communication[c.present], expected[c.present])
+    assert found.seconds == pytest.approx(expected[c.present].max())
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -720,6 +755,55 @@ def test_groups_do_not_draw_the_same() -> None:
         found.append(np.asarray(replies))
     np.testing.assert_array_equal(found[1], found[3])
     assert not (found[0] == found[1]).any() and not (found[1] == found[2]).any()
+
+
+# --- rows of one's own
+
+
+def chosen(labels: np.ndarray, rng: np.random.Generator) -> Any:
+    """Blocks of four rows: at random, one class at a time, with holes anywhere; and a block of holes."""
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))[:7]
+        block = np.full((2, 4), -1)
+        block.reshape(-1)[rng.choice(8, len(rows), replace=False)] = rows
+        yield block
+    while True:
+        yield np.full((1, 4), -1)
+
+
+@by_grid(*GRIDS)
+@pytest.mark.parametrize("resident", ["on", "off"])
+def test_clients_that_choose_their_rows_equal_a_loop(resident: str, lanes: int, devices: int) -> None:
+    """Holes, steps without a row, a client without examples, and one that takes no step."""
+    problem, ids = tiny_problem(), (2, 0, 7, 3, 1, 9)
+    passes = Passes(steps=lambda labels: len(labels) // 3, batch_size=4, rows=chosen, stream="mine")
+    task = tiny_task(lr=lambda client, message: jnp.float32(0.1))
+
+    def loss(held: Tree, params: Any, batch: Batch) -> Any:
+        value, metrics = task.loss(held, params, batch)
+        return value, {**metrics, "steps": jnp.ones(())}
+
+    base = fit(loss, task.optimizer, task.lr, passes)
+
+    def finish(held: Tree, message: Tree, carry: Any, client: Client) -> Any:
+        reply, _, _ = base.finish(held, message, carry, client)
+        return {"c": wire.unmarked(reply), "key": jax.random.uniform(client.key)}, client.steps, {}
+
+    local, params = base._replace(finish=finish), task.init(jax.random.key(1))
+    e = engine(problem, lanes=lanes, devices=devices, segment_steps=3, resident=resident)
+    memory = Memory(lambda key, held: jnp.zeros((), jnp.int32), e.held)
+    cohort = cohort_of(e, ids, 2, memory)
+    for turn in range(2):
+        found, _ = cohort.exchange(params, local, stack(lambda client, reply: jnp.ones(())))
+        rows = [visits(problem, passes, i, 2, exchange=turn) for i in ids]
+        for place, i in enumerate(ids):
+            reply, steps = one_client(problem, local, params, jnp.int32(0), i, 2, exchange=turn)
+            assert int(steps) == SIZES[i] // 3 == len(rows[place])
+            same(jax.tree.map(lambda r, p=place: r[p], found.replies), reply, f"client {i}", rtol=1e-5)
+        assert cohort.done[turn].examples == sum(int((r >= 0).sum()) for r in rows)
+    cohort.settle()
+    assert kept(memory) == {i: SIZES[i] // 3 for i in ids}
+    assert any((r < 0).all(axis=1).any() for r in rows) and not len(rows[3]) and not len(rows[4]), "or nothing is shown"
 
 
 # --- finishing
