@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import fedsim
+from fedsim import wire
 from fedsim.algorithms.fed_avg import Server
 
 
@@ -18,10 +19,11 @@ def fed_remembers(task):
     plain = fedsim.fit(task.loss, task.optimizer, task.lr, task.passes)
 
     def finish(held, message, carry, client):
-        change, _, metrics = plain.finish(held, message, carry, client)
+        marked, _, metrics = plain.finish(held, message, carry, client)
+        change = wire.unmarked(marked)
         last, visits = client.memory["last"], client.memory["visits"] + 1
         reply = jax.tree.map(lambda c, m: c + 0.1 * m, change, last)
-        return reply, {"last": change, "visits": visits}, {**metrics, "visits": visits.astype(jnp.float32)}
+        return wire.coded(reply), {"last": change, "visits": visits}, {**metrics, "visits": visits.astype(jnp.float32)}
 
     local, reduce = plain._replace(finish=finish), fedsim.mean(task.weight)
     add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))

@@ -32,11 +32,12 @@ from fedsim.engine.packing import Labels
 from fedsim.engine.programs import Programs, make_programs
 from fedsim.engine.replies import Reply, reply_bytes, reply_shapes, split_message, takes_rows
 from fedsim.engine.state import Clock, Parts, Slots
-from fedsim.folds import stack, uniform
+from fedsim.folds import stack
 
 PREFETCH_BYTES = 256 * 2**20  # of batches that a segment may hold on a device at once
 RESIDENT_SHARE = 0.4  # of a device's memory that the examples may take; larger sets stay on the host
 MEMORY_SHARE = 0.8  # of a device's free memory that "auto" lets the program take; the rest is for fragments
+SPOKEN = stack(lambda client, reply: jnp.ones((), jnp.float32))  # every reply that came, whatever a fold weighs it by
 
 
 class Request(NamedTuple):
@@ -250,7 +251,7 @@ class Lanes:
         _, _, (structure, own) = split_message(request.message)
         fold = request.reduce if request.into else None  # peers keep their replies until all are there
         parts = Parts(
-            reduce=stack(uniform) if fold else request.reduce, members=members, lanes=lanes, widths=widths, reply=reply,
+            reduce=SPOKEN if fold else request.reduce, members=members, lanes=lanes, widths=widths, reply=reply,
             local=request.local, averages=request.averages, init_memory=request.init_memory, codec=self.up,
             name=self.name(request.local), message=structure, own=own,
         )  # fmt: skip
