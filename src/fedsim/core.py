@@ -165,6 +165,10 @@ class Cohort(Protocol):
     @property
     def reports(self) -> np.ndarray: ...  # (M,), bool: still in the round; who does not report in an exchange is out
     @property
+    def public(self) -> Tree: ...  # x (n, ...) of examples that the server holds without labels; None for none
+    @property
+    def shard(self) -> Any: ...  # (x, y) of those that it holds with labels, on the devices; None for none
+    @property
     def exchange(self) -> Exchange: ...
     @property
     def fetch(self) -> Callable[[Tree], Tree]: ...  # device values -> NumPy, the same in every process

@@ -89,6 +89,7 @@ class Cohort:
         if met is not None:
             self.last[self.places] = met[real]
         self.done: list[Exchanged] = []
+        self.read: set[str] = set()  # options whose examples of the server the algorithm has read
         self.outbox, self.coded_up, self.averages = Outbox(), False, 0
         self._rows: tuple[np.ndarray, Tree] | None = None  # members by slot, and their memory on the devices
 
@@ -96,6 +97,18 @@ class Cohort:
     def population(self) -> int:
         """Number of clients N."""
         return self.engine.population
+
+    @property
+    def public(self) -> Tree:
+        """x (n, ...) of the examples that the server holds without labels, whole on every device; None for none."""
+        self.read.add("public_share")
+        return self.engine.public
+
+    @property
+    def shard(self) -> Any:
+        """(x, y) of the examples that the server holds with labels, whole on every device; None for none."""
+        self.read.add("server_share")
+        return self.engine.shard
 
     def rng(self, purpose: str) -> np.random.Generator:
         """A generator on the host, of (seed, round, purpose)."""
