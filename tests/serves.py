@@ -18,9 +18,9 @@ class Server(NamedTuple):
     optimizer: Any
 
 
-def fed_tuned(task: Any, steps: int = 6, batch: int = 8, lr: float = 0.05) -> fedsim.Algorithm:
-    """FedAvg whose server then takes Adam's steps on its own examples, with one optimizer for all rounds."""
-    optimizer = optax.adam(optax.linear_schedule(lr, 0.0, 100))
+def fed_tuned(task: Any, steps: int = 6, batch: int = 8, optimizer: Any = None) -> fedsim.Algorithm:
+    """FedAvg whose server then takes steps on its own examples, with one optimizer for all rounds; Adam unless said otherwise."""
+    optimizer = optimizer or optax.adam(optax.linear_schedule(0.05, 0.0, 100))
     run = fedsim.trainer(lambda held, params, batch, args: task.loss(held, params, batch), optimizer, batch, steps)
     local = fedsim.fit(task.loss, task.optimizer, task.lr, task.passes)
     add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))

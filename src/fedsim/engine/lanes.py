@@ -73,8 +73,8 @@ class Lanes:
         may_refuse: whether a program that should not fit by its own analysis is an error; else it is tried.
         up, down: codecs of replies and messages; None for none.
         group: its name, where several engines are one cohort's: no two draw the same.
-        public, shard: rows of the examples that the server holds, without and with labels; None for none. They are put
-            whole on every device, whether the others are or not.
+        public, shard: rows of the examples that the server holds, without and with labels; they are put whole on every
+            device, whether the others are or not.
     """
 
     def __init__(
@@ -112,8 +112,7 @@ class Lanes:
         self.held, self.root = self.keep((held, jax.random.key(seed)))
         self.x, self.y = x, np.asarray(y, np.int32)
         self.labels = self.y  # on the host, for plans that read them
-        self.public = None if public is None else self.keep(jax.tree.map(lambda leaf: leaf[public], x))
-        self.shard = None if shard is None else self.keep(jax.tree.map(lambda leaf: leaf[shard], (x, self.y)))
+        self.public, self.shard = self._of_server(x, public), self._of_server((x, self.y), shard)
         size = sum(wire.array_bytes(leaf) for leaf in jax.tree.leaves(x))
         self.row_bytes = size // max(len(self.y), 1)
         self.resident = resident == "on" or (
@@ -137,6 +136,12 @@ class Lanes:
         if self.resident:
             return self._gather(self.x, self.y, self.split(rows))
         return processes.put_rows((self.x, self.y), rows, self.apart)
+
+    def _of_server(self, tree: Tree, rows: np.ndarray | None) -> Tree:
+        """These rows whole on every device; None for none."""
+        if rows is None or not len(rows):
+            return None
+        return self.keep(jax.tree.map(lambda leaf: leaf[rows], tree))
 
     @property
     def shapes(self) -> tuple[Tree, Any]:

@@ -308,7 +308,7 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         frozen = {name: leaf for name, leaf in frozen.items() if name not in model.below}
     elif texts is not None:
         x = texts.cut(x, texts.longest)
-    held = servers_rows(problem, config)
+    held = partitions.held_apart(config, dataset.train, problem.partition)
     engine = Lanes(
         frozen,
         x,
@@ -323,8 +323,8 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         resident=speed.resident,
         up=wire.codec(config.codec_up, "codec_up"),
         down=wire.codec(config.codec_down, "codec_down"),
-        public=held.public if len(held.public) else None,
-        shard=held.shard if len(held.shard) else None,
+        public=held.public,
+        shard=held.shard,
     )
     made = Trainer(
         config=config,
@@ -342,22 +342,6 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
     if problem.trainers is not None:
         problem.trainers[key] = made
     return made
-
-
-def servers_rows(problem: Problem, config: Config) -> partitions.Holders:
-    """Who holds which training rows.
-
-    Raises:
-        ValueError: a problem whose clients own what the config gives to the server.
-    """
-    held = partitions.holders(config, problem.dataset.train)
-    both = np.isin(problem.partition.rows, np.concatenate([held.public, held.shard])).sum()
-    if both:
-        raise ValueError(
-            f"Expected no client to own an example that the server holds by public_share={config.public_share} and "
-            f"server_share={config.server_share}, not {both} of them; make the problem with the same shares and seed."
-        )
-    return held
 
 
 def example_flops(problem: Problem, trainer: Trainer) -> flops.Flops:

@@ -13,7 +13,7 @@ from fedsim.data.gate import require_memory
 from fedsim.data.partition.index import Partition, split_local
 from fedsim.data.partition.keys import domain, natural
 from fedsim.data.partition.labels import dirichlet, dirichlet_balanced, dirichlet_pfllib, shards
-from fedsim.data.partition.server import Holders, holders
+from fedsim.data.partition.server import Holders, held_apart, holders
 from fedsim.data.partition.sizes import iid, quantity
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "dirichlet_balanced",
     "dirichlet_pfllib",
     "domain",
+    "held_apart",
     "holders",
     "iid",
     "make",

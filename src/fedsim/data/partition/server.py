@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedsim.config import Data
+from fedsim.data.partition.index import Partition
 from fedsim.randomness import stream
 
 
@@ -39,3 +40,19 @@ def holders(options: Data, rows: np.ndarray) -> Holders:
     mixed = stream(options.seed, "server").permutation(rows)
     parts = np.split(mixed, [shard, len(rows) - public])
     return Holders(clients=np.sort(parts[1]), public=np.sort(parts[2]), shard=np.sort(parts[0]))
+
+
+def held_apart(options: Data, rows: np.ndarray, partition: Partition) -> Holders:
+    """As `holders`, after a look at the clients' partition, which may have been made for other options.
+
+    Raises:
+        ValueError: clients own what the options give to the server.
+    """
+    held = holders(options, rows)
+    both = int(np.isin(partition.rows, np.concatenate([held.public, held.shard])).sum())
+    if both:
+        raise ValueError(
+            f"Expected no client to own an example that the server holds by public_share={options.public_share} and "
+            f"server_share={options.server_share}, not {both} of them; make the problem with the same shares and seed."
+        )
+    return held
