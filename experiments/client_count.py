@@ -183,7 +183,7 @@ def measure(o: Options, form: str, members: int, population: int) -> dict[str, A
         ids = algorithm.select(stream(0, f"sample {round}"), server, Population(population, members))
         sampled = time.perf_counter()
         with stopwatch(spent):
-            cohort = Cohort(engine, ids, round, kept, met=met, lr=trainer.lr(round))
+            cohort = Cohort(engine, ids, round, kept, met=met, lr=trainer.lr(round), average=trainer.average)
             server, _ = algorithm.round(key_for(engine.root, "server", round), engine.held, server, cohort)
         jax.block_until_ready(server)
         down, up = cohort.traffic()

@@ -49,7 +49,7 @@ def trained(problem: build.Problem, config: fedsim.Config, overlay: Any = None) 
         stand = stand._replace(round=round)
         server, _ = train(now, select(config, fleet, now, stand))
         now = now._replace(server=server)
-    found = now.trainer.validate(now.server)["accuracy"]
+    found = now.validate().scores["accuracy"]
     return now, found if math.isfinite(found) else None
 
 

@@ -24,11 +24,11 @@ class Server(NamedTuple):
 
 def scaffold(task: Task) -> Algorithm:
     def correction(params: Params, message: Server, own: Params) -> Array:  # its gradient is c - c_i
-        return sum(jnp.vdot(message.control[k] - own[k], params[k]) for k in params)
+        return sum((jnp.vdot(message.control[k] - own[k], params[k]) for k in params), jnp.zeros(()))
 
     def reply(carry: Fit, message: Server, client: Client) -> tuple[Tree, Tree]:
         change = jax.tree.map(jnp.subtract, carry.params, message.params)
-        scale = 1 / (jnp.maximum(client.steps, 1) * carry.lr)  # c_i+ - c_i = -c - change / (K lr)
+        scale = 1 / (jnp.maximum(client.steps, 1).astype(jnp.float32) * carry.lr)  # c_i+ - c_i = -c - change / (K lr)
         return coded((change, jax.tree.map(lambda c, d: -c - d * scale, message.control, change))), client.memory
 
     local = fit(

@@ -1,10 +1,9 @@
-"""What the documents say is so: commands parse, options and modules exist, links lead somewhere, examples run."""
+"""What the documents say is so: commands parse, options and modules exist, links lead somewhere; Python: `test_pages`."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
-import doctest
 import io
 import re
 import shlex
@@ -13,7 +12,6 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ import pytest
 import fedsim
 from fedsim import algorithms, data
 from fedsim.cli import main as cli
+from fedsim.cli.options import parse
 from fedsim.config import main_job
 from fedsim.profiling import profile
 from fedsim.simulation.loaded import Run
@@ -66,12 +65,12 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert command in cli.COMMANDS or command.startswith("-"), f"no command {command}"
     if command == "run" or words[:2] == ["data", "show"]:
         kind = cli.RunOptions if command == "run" else cli.ShowOptions
-        options = cli.parse(kind, argv if command == "run" else argv[1:], "fedsim")
+        options = parse(kind, argv if command == "run" else argv[1:], "fedsim")
         config = options.config()
         if command == "run" and options.resume is None:
             algorithms.find(config.algorithm)
     elif command == "profile":
-        options = cli.parse(cli.ProfileOptions, argv, "fedsim profile")
+        options = parse(cli.ProfileOptions, argv, "fedsim profile")
         options.config()
         profile.parse_sweep(options.sweep)
     elif command == "cost":
@@ -116,11 +115,11 @@ def test_options_exist(document: Path) -> None:
     text = FENCE.sub("", document.read_text(encoding="utf-8"))
     help_text = io.StringIO()
     with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
-        cli.parse(cli.RunOptions, ["--help"], "fedsim run")
+        parse(cli.RunOptions, ["--help"], "fedsim run")
     with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
         cli.CostOptions.parsed(["--help"])
     with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
-        cli.parse(cli.ProfileOptions, ["--help"], "fedsim profile")
+        parse(cli.ProfileOptions, ["--help"], "fedsim profile")
     known = set(re.findall(r"--[a-z][a-z-]*", help_text.getvalue()))
     others = {"--help", "--debug", "--exclude-editable"}
     said = {
@@ -267,6 +266,26 @@ def test_the_house_stays_small() -> None:
     assert max(functions.values()) <= 100, {name: n for name, n in functions.items() if n > 100}
 
 
+# A line that no checker looks at, and what stands behind it.
+MUTED = re.compile(r"# (?:noqa|(?:type|pyrefly): ignore)\b:? ?(?:\[[\w,-]+\]|[A-Z]+\d+)?(?P<reason>.*)")
+UNSAID = ("src/fedsim/simulation/rehearsal.py",)  # an engine that answers ones, as the docstring above the line says
+
+
+def test_a_muted_line_says_why() -> None:
+    """A reason behind `noqa` and `type: ignore`, in all that is ours."""
+    silent = []
+    for folder in ("src", "tests", "experiments", "benchmarks"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            where = file.relative_to(ROOT)
+            if ".envs" in where.parts or file == Path(__file__):
+                continue
+            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+                muted = MUTED.search(line)
+                if muted and len(re.findall(r"\w+", muted["reason"])) < 2:
+                    silent.append(f"{where}:{number}")
+    assert [line for line in silent if not line.startswith(UNSAID)] == []
+
+
 def test_six_files_have_the_lines_that_design_says() -> None:
     said = {cells[0].strip("`"): int(cells[1]) for cells in rows("The code in six files")}
     assert len(said) == 6
@@ -280,19 +299,9 @@ def test_each_way_through_the_code_is_five_sentences() -> None:
         assert len(re.findall(r"\.(?=\s|$)", text)) == 5, name
 
 
-def test_the_tour_of_design_runs() -> None:
-    """One batch and one message, as docs/design.md prints them."""
-    tour = doctest.DocTestParser().get_doctest(
-        "\n".join(blocks(ROOT / "docs" / "design.md", "pycon")), {}, "tour", None, 0
-    )
-    assert len(tour.examples) > 15
-    out = io.StringIO()
-    assert doctest.DocTestRunner().run(tour, out=out.write).failed == 0, out.getvalue()
-
-
 def sentences(document: Path) -> Iterator[str]:
     """The prose of a page, sentence by sentence: no code, no tables, no headings."""
-    text = FENCE.sub("", document.read_text(encoding="utf-8"))
+    text = re.sub(r"<!--.*?-->", "", FENCE.sub("", document.read_text(encoding="utf-8")), flags=re.DOTALL)
     kept = [line for line in text.splitlines() if not line.startswith(("|", "#", "!"))]
     for paragraph in re.split(r"\n\s*\n|\n- ", "\n".join(kept)):
         plain = re.sub(r"\]\([^)]*\)|[*`\[\]]", "", paragraph).replace("\n", " ")
@@ -339,7 +348,7 @@ def test_every_dependency_is_locked() -> None:
 
 def test_main_job_is_the_default() -> None:
     """`fedsim run` and `fedsim run experiments/main_job.py` are the same run."""
-    options = cli.parse(cli.RunOptions, [str(ROOT / "experiments" / "main_job.py")], "fedsim run")
+    options = parse(cli.RunOptions, [str(ROOT / "experiments" / "main_job.py")], "fedsim run")
     assert options.config() == main_job()
 
 
@@ -349,40 +358,15 @@ def test_own_texts_of_the_first_hour_load(tmp_path: Path, monkeypatch: pytest.Mo
     body = next(b for b in blocks(ROOT / "docs" / "first_hour.md", "python") if "tickets.csv" in b and "open(" in b)
     exec(compile(body, "first_hour.md", "exec"), {})
     words = next(w for where, w in COMMANDS if where.name == "first_hour.md" and "tickets.csv" in w)
-    source = data.read(cli.parse(cli.RunOptions, words[1:], "fedsim run").config())
+    source = data.read(parse(cli.RunOptions, words[1:], "fedsim run").config())
     assert len(source.y) == 600
     assert source.classes == ("billing", "hardware")
 
 
-def test_arrays_of_the_data_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example of docs/data.md as written, in a few rounds."""
-    monkeypatch.chdir(tmp_path)
-    body = next(b for b in blocks(ROOT / "docs" / "data.md", "python") if "fedsim.run(" in b)
-    names: dict[str, Any] = {}
-    exec(compile(body, "data.md", "exec"), names)
-    assert names["run"].summary["final"]["test"]["accuracy"] > 0.8
-
-
-def test_the_network_page_runs_to_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example of docs/network.md as written, on toy data, in a few rounds."""
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    y = np.arange(600) % 3
-    np.savez("toy.npz", x=(rng.normal(size=(600, 6)) + 2 * np.eye(6)[y]).astype(np.float32), y=y)
-    body = next(b for b in blocks(ROOT / "docs" / "network.md", "python") if "plots.overview" in b)
-    smaller = re.sub(r'dataset="[^"]*"', 'dataset="toy.npz"', body)
-    for name, value in {"clients": 40, "rounds": 3}.items():
-        smaller = re.sub(rf"\b{name}=\d+", f"{name}={value}", smaller)
-    exec(compile(smaller, "network.md", "exec"), {})
-    assert (tmp_path / "network.png").is_file()
-
-
 @pytest.mark.slow
-def test_own_model_of_its_page_runs(
-    tmp_path: Path, blobs: Callable[..., Path], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The model, the commands and the export of docs/own_model.md as written; the model in at most 15 lines."""
-    model, result = blocks(ROOT / "docs" / "own_model.md", "python")
+def test_own_model_of_its_page_runs(tmp_path: Path, blobs: Callable[..., Path], environment: dict[str, str]) -> None:
+    """The model and the commands of docs/own_model.md as written; the model in at most 15 lines."""
+    model, _ = blocks(ROOT / "docs" / "own_model.md", "python")
     assert sum(bool(line.strip()) for line in model.splitlines()) <= 15
     (tmp_path / "my_model.py").write_text(model)
     blobs(tmp_path).rename(tmp_path / "my_data.npz")
@@ -396,13 +380,6 @@ def test_own_model_of_its_page_runs(
         )
         assert done.returncode == 0, done.stderr
         assert words[0] == "run" or f"{3 * 17 + 2 * (6 + 32 + 32 + 16):,}" in done.stdout  # head and LoRA
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(compile(model + result, "own_model.md", "exec"), names)
-    x = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
-    leaves = names["leaves"]
-    logits = names["make"]().apply(names["params"], x) @ leaves["head/kernel"] + leaves["head/bias"]
-    assert names["run"].predict(x) == [str(i) for i in np.argmax(logits, axis=1)]
 
 
 def test_own_algorithm_is_short() -> None:

@@ -42,12 +42,12 @@ import tyro
 from fedsim import peft, record
 from fedsim.backbones import forms as kernel_forms
 from fedsim.core import Passes
-from fedsim.folds import mean
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.host import compile_clock, tune_host
-from fedsim.engine.lanes import Lanes
+from fedsim.engine.lanes import Lanes, Request
 from fedsim.evaluation.evaluate import classification_loss
+from fedsim.folds import mean
 from fedsim.peft import precision
 from fedsim.peft.flops import training_flops
 from fedsim.training.local import fit
@@ -345,9 +345,9 @@ def federated(
     offsets = np.arange(o.clients + 1) * owned
     engine = Lanes(held, x, y, rows, offsets, lanes=lanes, devices=1)
     passes, reduce = Passes(epochs=1, batch_size=case.batch), mean()
-    local = fit(classification_loss(model.apply), optax.sgd, lambda client: jnp.float32(LR), passes)
+    local = fit(classification_loss(model.apply), optax.sgd, lambda client, message: jnp.float32(LR), passes)
     memory, params, ids = Memory(lambda key, held: (), engine.held), engine.put(trained), np.arange(o.clients)
-    engine.programs(local, reduce, memory.init, params, np.diff(offsets))
+    engine.programs(Request(local, reduce, False, memory.init, params), o.clients, np.diff(offsets))
 
     def round() -> Any:
         cohort = Cohort(engine, ids, ROUND, memory)

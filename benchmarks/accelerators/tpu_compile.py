@@ -86,12 +86,12 @@ def main(o: Options) -> None:
     from fedsim import peft
     from fedsim.backbones import backbone
     from fedsim.core import Passes
-    from fedsim.folds import mean
     from fedsim.engine.client_memory import Memory
     from fedsim.engine.cohort import Cohort
     from fedsim.engine.device_memory import Need
-    from fedsim.engine.lanes import Lanes
+    from fedsim.engine.lanes import Lanes, Request
     from fedsim.evaluation.evaluate import classification_loss
+    from fedsim.folds import mean
     from fedsim.training.local import fit
     from fedsim.units import size
 
@@ -107,7 +107,9 @@ def main(o: Options) -> None:
     model = peft.build(o.backbone, 20, input_shape=shape, peft=o.peft)
     params, frozen = peft.start(model, "random", 0)
     owned = np.arange(len(x), dtype=np.int32), np.arange(clients + 1) * o.batch_size
-    local = fit(classification_loss(model.apply), optax.sgd, lambda client: client.lr, Passes(1, None, o.batch_size))
+    local = fit(
+        classification_loss(model.apply), optax.sgd, lambda client, message: client.lr, Passes(1, None, o.batch_size)
+    )
     mesh = Mesh(np.array([chip]), ("clients",), axis_types=(AxisType.Auto,))
 
     def moved(a: Any) -> Any:
@@ -124,7 +126,8 @@ def main(o: Options) -> None:
         )
         engine.mesh, engine._programs = mesh, {}  # the same programs over the chip instead of this machine's device
         engine.everywhere, engine.apart = NamedSharding(mesh, P()), NamedSharding(mesh, P("clients"))
-        made = engine.programs(local, mean(), lambda key, held: (), params, cohort.sizes)
+        request = Request(local, mean(), False, lambda key, held: (), params)
+        made = engine.programs(request, lanes, cohort.sizes)
         use = made.segment.lower(*jax.tree.map(moved, args)).compile().memory_analysis()
         row = {
             "arguments": use.argument_size_in_bytes,

@@ -102,7 +102,7 @@ def measure(o: Options, clients: int, examples: int) -> dict[str, Any]:
         for round in range(1, o.repeats + 3):
             begin = time.process_time()
             ids = algorithm.select(stream(0, f"sample {round}"), server, Population(engine.population, size))
-            cohort = Cohort(engine, ids, round, kept, met=met)
+            cohort = Cohort(engine, ids, round, kept, met=met, average=trainer.average)
             sampled = time.process_time()
             server, _ = algorithm.round(key_for(engine.root, "server", round), engine.held, server, cohort)
             jax.block_until_ready(server)

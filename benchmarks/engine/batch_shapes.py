@@ -27,12 +27,12 @@ import tyro
 
 from fedsim import peft
 from fedsim.core import Passes
-from fedsim.folds import mean
 from fedsim.engine import packing
 from fedsim.engine.cohort import Cohort, Memory
 from fedsim.engine.host import divide_cpu, tune_host
 from fedsim.engine.lanes import Lanes
 from fedsim.evaluation.evaluate import classification_loss
+from fedsim.folds import mean
 from fedsim.training.local import fit
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -86,7 +86,7 @@ def measure(work: str, o: Options) -> list[dict[str, Any]]:
     rows = (np.arange(total) % len(x)).astype(np.int32)
     model = peft.build(o.backbone, CLASSES, input_shape=x.shape[1:], peft="lora", rank=4)
     params, frozen = peft.start(model, "random", o.seed)
-    local = fit(classification_loss(model.apply), optax.sgd, lambda client: jnp.float32(LR), passes)
+    local = fit(classification_loss(model.apply), optax.sgd, lambda client, message: jnp.float32(LR), passes)
     chosen = packing.choose_widths(sizes, passes)
     kinds = {"whole": (passes.batch_size,)} | ({"narrow": chosen} if len(chosen) > 1 else {})
 

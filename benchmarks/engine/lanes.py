@@ -26,12 +26,12 @@ import tyro
 
 from fedsim import peft
 from fedsim.core import Passes
-from fedsim.folds import mean
 from fedsim.engine import plan
 from fedsim.engine.cohort import Cohort, Memory
 from fedsim.engine.host import tune_host
 from fedsim.engine.lanes import Lanes
 from fedsim.evaluation.evaluate import classification_loss, masked_sums
+from fedsim.folds import mean
 from fedsim.training.local import fit
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -165,7 +165,7 @@ def padded(p: Problem) -> Callable[[], Params]:
 
 def in_lanes(p: Problem, o: Options, lanes: int) -> tuple[Callable[[], Params], dict[str, float]]:
     """One exchange of fedsim's engine; what it says about occupancy is filled in by the first call."""
-    local = fit(classification_loss(p.model.apply), optax.sgd, lambda client: jnp.float32(LR), p.passes)
+    local = fit(classification_loss(p.model.apply), optax.sgd, lambda client, message: jnp.float32(LR), p.passes)
     engine = Lanes(p.frozen, p.x, p.y, p.rows, p.offsets, seed=o.seed, lanes=lanes, devices=1)
     memory, reduce, ids = Memory(lambda key, held: (), engine.held), mean(), np.arange(o.clients)
     params, about = engine.put(p.params), {}

@@ -131,12 +131,12 @@ def prepared(setting: Setting, kind: str, o: Options) -> tuple[Callable[[], Any]
 
     from fedsim import peft
     from fedsim.core import Passes
-    from fedsim.folds import mean
     from fedsim.engine import cohort as cohorts
     from fedsim.engine import processes
     from fedsim.engine.cohort import Cohort, Memory
-    from fedsim.engine.lanes import Lanes
+    from fedsim.engine.lanes import Lanes, Request
     from fedsim.evaluation.evaluate import classification_loss
+    from fedsim.folds import mean
     from fedsim.training.local import fit
 
     most = max(o.devices)
@@ -153,7 +153,10 @@ def prepared(setting: Setting, kind: str, o: Options) -> tuple[Callable[[], Any]
         devices=setting.devices // setting.processes, parallel="pmap" if setting.how == "pmap" else "shard_map",
     )  # fmt: skip
     local = fit(
-        classification_loss(model.apply), optax.sgd, lambda client: jnp.float32(LR), Passes(1, None, o.batch_size)
+        classification_loss(model.apply),
+        optax.sgd,
+        lambda client, message: jnp.float32(LR),
+        Passes(1, None, o.batch_size),
     )
     memory, reduce, message = Memory(lambda key, held: (), engine.held), mean(), engine.put(params)
 
@@ -177,10 +180,11 @@ def prepared(setting: Setting, kind: str, o: Options) -> tuple[Callable[[], Any]
             return waited
 
         plain = engine.programs, cohorts.planning.make
-        programs = engine.programs(local, reduce, memory.init, message, np.full(members, o.size))
-        compiled = {name: timed(name, getattr(programs, name)) for name in ("begin", "segment", "end")}
-        replaced: Any = programs._replace(**compiled)  # pyrefly: ignore[bad-argument-type]
-        engine.programs = lambda *args: replaced  # pyrefly: ignore[bad-assignment]
+        request = Request(local, reduce, False, memory.init, message)
+        programs = engine.programs(request, members, np.full(members, o.size))
+        compiled: dict[str, Any] = {name: timed(name, getattr(programs, name)) for name in ("begin", "segment", "end")}
+        replaced: Any = programs._replace(**compiled)
+        engine.programs = lambda *args: replaced  # pyrefly: ignore[bad-assignment] - timed ones, for these rounds
         cohorts.planning.make = timed("plan", cohorts.planning.make)
         start = time.perf_counter()
         try:

@@ -24,13 +24,13 @@ import tyro
 
 from fedsim import peft
 from fedsim.core import Passes
-from fedsim.folds import mean
 from fedsim.engine import plan
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.host import tune_host
 from fedsim.engine.lanes import Lanes
 from fedsim.evaluation.evaluate import classification_loss
+from fedsim.folds import mean
 from fedsim.training.local import fit
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -76,7 +76,7 @@ def main(o: Options) -> None:
     model = peft.build(o.backbone, CLASSES, input_shape=x.shape[1:], peft=o.peft)
     params, frozen = jax.device_put(peft.start(model, "random", 0))
     passes = Passes(epochs=1, batch_size=o.batch_size)
-    local = fit(classification_loss(model.apply), optax.sgd, lambda client: client.lr, passes)
+    local = fit(classification_loss(model.apply), optax.sgd, lambda client, message: client.lr, passes)
     reduce, ids, offsets = mean(), np.arange(o.clients), np.arange(o.clients + 1) * o.size
 
     def engine(resident: str) -> Lanes:

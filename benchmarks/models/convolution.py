@@ -29,12 +29,12 @@ import tyro
 from fedsim import peft
 from fedsim.backbones import convolution
 from fedsim.core import Passes
-from fedsim.folds import mean
 from fedsim.engine import plan
 from fedsim.engine.cohort import Cohort, Memory
 from fedsim.engine.host import tune_host
 from fedsim.engine.lanes import Lanes
 from fedsim.evaluation.evaluate import classification_loss, masked_sums
+from fedsim.folds import mean
 from fedsim.training.local import fit
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -106,7 +106,10 @@ def rounds(o: Options) -> tuple[dict[str, Callable[[], Any]], int]:
     model = peft.build("cnn", CLASSES, input_shape=(28, 28, 1), peft="full")
     trained = peft.start(model, "random", o.seed)[0]
     passes = Passes(epochs=1, batch_size=BATCH)
-    local, reduce = fit(classification_loss(model.apply), optax.sgd, lambda client: jnp.float32(LR), passes), mean()
+    local, reduce = (
+        fit(classification_loss(model.apply), optax.sgd, lambda client, message: jnp.float32(LR), passes),
+        mean(),
+    )
 
     def made(lanes: int) -> Callable[[], Any]:
         engine = Lanes({}, x, y, rows, offsets, seed=o.seed, lanes=lanes, devices=1)

@@ -111,9 +111,10 @@ def prepare(
 
     def round(number: int) -> None:
         nonlocal server
-        cohort = Cohort(engine, workloads.cohort(w, number), number, memory, lr=trainer.lr(number))
+        ids = workloads.cohort(w, number)
+        cohort = Cohort(engine, ids, number, memory, lr=trainer.lr(number), average=trainer.average)
         key = key_for(engine.root, "server", number)
-        server, _ = simulate.exchange_round(key, algorithm, server, cohort)
+        server, _, _ = simulate.exchange_round(key, trainer, server, cohort)
         jax.block_until_ready(server)
         cohort.traffic()
 

@@ -55,7 +55,7 @@ def short(seconds: float) -> str:
 
 
 def share(x: float | None, digits: int = 3) -> str:
-    """An accuracy or a loss: three digits, `1e+29` in a run that diverges, or a dash where there is none."""
+    """A score or a loss: three digits, `1e+29` in a run that diverges, or a dash where there is none."""
     if x is None or math.isnan(x):
         return "–"
     return f"{x:.{digits}f}" if abs(x) < 100 else f"{x:.1f}" if abs(x) < 9999.95 else f"{x:.0e}"

@@ -10,8 +10,8 @@ from fedsim import wire
 from fedsim.algorithms import ALGORITHMS, find
 from fedsim.algorithms.fed_avg import fed_avg, fed_prox
 from fedsim.core import Passes
-from fedsim.folds import uniform
 from fedsim.engine.plan import batches
+from fedsim.folds import uniform
 from fedsim.testing.contract import same
 from fedsim.testing.toys import COHORT, run, tiny_problem, tiny_task
 
@@ -47,7 +47,9 @@ def numpy_fed_avg(problem, start, cohorts, rate, passes):
 def test_numpy_loop_gives_the_same_parameters(passes):
     problem, cohorts = tiny_problem(), (COHORT, (3, 11, 10, 6, 5, 8), (7, 8))
     start = tiny_task().init(jax.random.key(5))
-    task = tiny_task(init=lambda key: start, optimizer=optax.sgd, lr=lambda client: jnp.float32(0.3), passes=passes)
+    task = tiny_task(
+        init=lambda key: start, optimizer=optax.sgd, lr=lambda client, message: jnp.float32(0.3), passes=passes
+    )
     server, _, _ = run(fed_avg, problem, cohorts, task=task)
     for name, leaf in numpy_fed_avg(problem, start, cohorts, 0.3, passes).items():
         np.testing.assert_allclose(server.params[name], leaf, rtol=2e-5, atol=1e-6)
@@ -61,7 +63,7 @@ def test_fed_prox_without_pull_is_fed_avg():
 def test_fed_prox_pulls_to_the_start():
     """The stronger the pull, the less the server moves; a very strong one (with a rate it bears) hardly at all."""
     problem = tiny_problem()
-    task = tiny_task(optimizer=optax.sgd, lr=lambda client: jnp.float32(0.01))
+    task = tiny_task(optimizer=optax.sgd, lr=lambda client, message: jnp.float32(0.01))
     start = task.init(jax.random.key(0))
     task = task._replace(init=lambda key: start)
 
@@ -75,7 +77,7 @@ def test_fed_prox_pulls_to_the_start():
 def test_one_client_is_plain_training():
     """With one client, FedAvg of two rounds of plain SGD is SGD for two epochs."""
     problem = tiny_problem()
-    task = tiny_task(optimizer=optax.sgd, passes=Passes(1, None, 64), lr=lambda client: jnp.float32(0.5))
+    task = tiny_task(optimizer=optax.sgd, passes=Passes(1, None, 64), lr=lambda client, message: jnp.float32(0.5))
     server, _, _ = run(fed_avg, problem, ((7,), (7,)), task=task)
     # One batch holds all 40 examples, so their order does not matter and two epochs are one client's two steps.
     twice, _, _ = run(fed_avg, problem, ((7,),), task=task._replace(passes=Passes(2, None, 64)))
@@ -106,7 +108,7 @@ def test_server_schedule_counts_rounds():
 def test_client_schedule_is_data():
     """The learning rate follows the round without a recompilation (`check_structure` runs with lr = 0.1 / round)."""
     problem = tiny_problem()
-    task = tiny_task(lr=lambda client: jnp.where(client.round == 1, 0.1, 0.0).astype(jnp.float32))
+    task = tiny_task(lr=lambda client, message: jnp.where(client.round == 1, 0.1, 0.0).astype(jnp.float32))
     one, _, _ = run(fed_avg, problem, (COHORT,), task=task)
     two, _, _ = run(fed_avg, problem, (COHORT, COHORT), task=task)
     same(one.params, two.params, "a rate of zero in round two", rtol=1e-7)
@@ -121,8 +123,7 @@ def test_any_optax_optimizer_under_strict_promotion(optimizer):
 def test_codecs_halve_the_bytes_and_change_the_values():
     problem, codec = tiny_problem(), wire.cast("bfloat16")
     plain, _, (before,) = run(fed_avg, problem)
-    task = tiny_task(encode_up=codec.encode, encode_down=codec.encode)
-    coded, _, (after,) = run(fed_avg, problem, task=task)
+    coded, _, (after,) = run(fed_avg, problem, up=codec, down=codec)
     for a, b in zip(before.traffic(), after.traffic(), strict=True):
         assert {k: v // 2 for k, v in a.items()} == b
     assert not np.array_equal(plain.params["kernel"], coded.params["kernel"])

@@ -17,13 +17,14 @@ from fedsim.algorithms import find
 from fedsim.algorithms.lora.factors import means
 from fedsim.algorithms.lora.flex_lora import leading
 from fedsim.core import Algorithm, Client, Factors, Info, Passes
-from fedsim.folds import by_examples, uniform
 from fedsim.engine.keys import key_for
 from fedsim.evaluation.evaluate import classification_loss
+from fedsim.folds import by_examples, mean, uniform
 from fedsim.peft import export
-from fedsim.simulation import build, needs
+from fedsim.simulation import needs, tasks
 from fedsim.testing.contract import CHECKS, same
 from fedsim.testing.toys import CLASSES, SIZES, one_client, run, tiny_problem, tiny_task
+from fedsim.training.local import fit
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -69,7 +70,7 @@ def lora_task(trains_a=True, **changes):
         loss=classification_loss(apply),
         logits=lambda held, params, x: apply(params, held, x),
         optimizer=optax.sgd,
-        lr=lambda client: jnp.float32(0.3),
+        lr=lambda client, message: jnp.float32(0.3),
         passes=Passes(2, None, 8),
         trained=frozenset(jax.eval_shape(init, jax.random.key(0))),
         factors=FACTORS,
@@ -87,7 +88,6 @@ class Round(NamedTuple):
     message: Any
     local: Any
     replies: list[Any]
-    packets: list[Any]  # the replies as priced
     memories: list[Any]  # before the round
     cohort: Any
     algorithm: Algorithm
@@ -110,19 +110,25 @@ def rounds(text: str, weight=by_examples, cohorts=COHORTS) -> list[Round]:
         return after, metrics
 
     sent: list[Any] = []
-    _, _, done = run(lambda task: made._replace(round=recorded), problem(), cohorts, task=lora_task(), sent=sent)
+    task = lora_task(weight=weight)
+    _, _, done = run(lambda task: made._replace(round=recorded), problem(), cohorts, task=task, sent=sent)
     out = []
     for r, (ids, (before, after), cohort) in enumerate(zip(cohorts, states, done, strict=True), 1):
         exchanges = len(cohort.done)
-        message, local = sent[r * exchanges - 1]
+        message, local = wire.unmarked(sent[r * exchanges - 1].message), sent[r * exchanges - 1].local
         args = [
             (wire.for_client(message, place), kept[r - 1][place], id, r, 0, exchanges - 1)
             for place, id in enumerate(ids)
         ]
-        packets = [one_client(problem(), local, *a)[0] for a in args]
-        replies = [jax.tree.map(np.asarray, wire.unwrap(p)) for p in packets]
-        out.append(Round(r, ids, before, after, message, local, replies, packets, kept[r - 1], cohort, made))
+        replies = [decoded(one_client(problem(), local, *a)[0]) for a in args]
+        out.append(Round(r, ids, before, after, message, local, replies, kept[r - 1], cohort, made))
     return out
+
+
+def decoded(reply):
+    """A reply as the server decodes it without a codec; zero where nothing travels."""
+    key = jax.random.key(0)  # of codecs, of which there is none
+    return jax.tree.map(np.asarray, wire.unwrap(wire.arrive(reply, None, key, key)[0]))
 
 
 def shares(ids, weight=by_examples):
@@ -246,7 +252,7 @@ def test_the_fold_gives_the_product_of_the_stacks():
     total = reduce.zero(jax.tree.map(lambda r: r[0], replies), 7)
     for lanes in ([0, 1, 2], [3, 4, 5], [6]):
         part = {k: jnp.asarray(v[lanes]) for k, v in replies.items()}
-        total = reduce.add(total, part, jnp.asarray(weights[lanes], jnp.float32), jnp.asarray(lanes))
+        total = reduce.add(total, part, jnp.asarray(weights[lanes], jnp.float32), jnp.asarray(lanes), ())
     found = reduce.done(total, (), jax.random.key(0))
     p = weights / weights.sum()
     for f in FACTORS:
@@ -284,20 +290,19 @@ def test_het_lora_weighs_by_the_norm_of_the_product():
 
 
 class Given:
-    """A cohort whose replies are given: the rule's own arithmetic alone."""
+    """A cohort whose replies are given: the rule's own arithmetic alone. The run's average is the plain mean."""
 
     def __init__(self, replies, clients):
         self.ids, self.sizes, self.round = np.arange(clients), np.ones(clients, np.int64), 1
         self.last, self.replies, self.fetch = np.zeros(clients, np.int64), replies, jax.device_get
 
-    def exchange(self, message, local, reduce, args=()):
+    def exchange(self, message, local, reduce=None, args=()):
         members, number = len(self.ids), jnp.asarray(self.ids, jnp.int32)
-        clients = Client(
-            number, jnp.ones_like(number), (), jax.random.split(jax.random.key(0), members), number, number
-        )
+        keys, reduce = jax.random.split(jax.random.key(0), members), reduce or mean(uniform)
+        clients = Client(number, jnp.ones_like(number), (), keys, number, number, number)
         weights = jax.vmap(reduce.weight)(clients, self.replies)
         total = reduce.add(
-            reduce.zero(jax.tree.map(lambda r: r[0], self.replies), members), self.replies, weights, number
+            reduce.zero(jax.tree.map(lambda r: r[0], self.replies), members), self.replies, weights, number, args
         )
         info = Info({}, {}, weights.sum(), jnp.int32(members), jnp.int32(0))
         return reduce.done(total, args, jax.random.key(0)), info
@@ -393,7 +398,7 @@ def test_a_client_reads_no_more_than_its_rank(text):
             message[f.a] = jnp.where(jnp.arange(RANK) < rank, message[f.a], 1e6)
             message[f.b] = jnp.where(jnp.arange(RANK)[:, None] < rank, message[f.b], -1e6)
         reply, _ = one_client(problem(), one.local, message, one.memories[place], id, one.number)
-        same(wire.unwrap(reply), one.replies[place], f"client {id}")
+        same(decoded(reply), one.replies[place], f"client {id}")
         for f in FACTORS:
             assert not one.replies[place][f.a][:, rank:].any() and not one.replies[place][f.b][rank:].any()
 
@@ -531,9 +536,8 @@ def test_the_residual_has_the_rank_that_is_paid():
 @pytest.mark.slow
 def test_codecs_and_ranks_multiply():
     codec = wire.cast("bfloat16")
-    task = lora_task(encode_up=codec.encode, encode_down=codec.encode)
     for text in ("flora(ranks=(1, 2))", "flex_lora(ranks=(1, 2))"):
-        _, _, (cohort,) = run(find(text), problem(), COHORTS[:1], task=task)
+        _, _, (cohort,) = run(find(text), problem(), COHORTS[:1], task=lora_task(), up=codec, down=codec)
         _, up = rounds(text)[0].cohort.traffic()
         assert cohort.traffic()[1] == {name: n // 2 for name, n in up.items()}
 
@@ -554,23 +558,57 @@ def test_bytes_with_options(text):
     CHECKS["bytes equal the packed messages"](find(text))
 
 
-def test_a_packet_that_claims_too_little_is_found():
-    """The check of bytes can fail, for a reply and for a message."""
+@pytest.mark.parametrize(
+    ("text", "up"),
+    [
+        ("fed_avg", "topk(0.1)+quantise(5)"),
+        pytest.param("fed_sa_lora", "topk(0.1)+quantise(5)", marks=pytest.mark.slow),
+        pytest.param("fed_ex_lora", "topk(0.1)+quantise(5)", marks=pytest.mark.slow),
+        ("het_lora(ranks=(1, 2), gamma=0.5)", "quantise(3)"),
+        pytest.param("flora(ranks=(1, 2))", "quantise(3)", marks=pytest.mark.slow),
+        pytest.param("flex_lora(ranks=(1, 2))", "quantise(3)", marks=pytest.mark.slow),
+    ],
+)
+def test_bytes_under_codecs(text, up):
+    CHECKS["bytes equal the packed messages"](find(text), up=wire.codec(up), down=wire.codec("quantise(8)"))
 
-    def cheap(task):
-        return find("fed_avg")(task._replace(encode_up=cheaper))
+
+def test_a_packet_that_claims_too_little_is_found():
+    """The check of bytes can fail, for a reply and for a message, and for a codec that packs more than it says."""
+    check = CHECKS["bytes equal the packed messages"]
 
     def cheaper(tree):
         return jax.tree.map(lambda a: wire.Packet(a, jnp.uint32(a.size)), tree)
 
-    with pytest.raises(AssertionError, match="from which its value does not come back"):
-        CHECKS["bytes equal the packed messages"](cheap)
-    with pytest.raises(AssertionError, match="from which its value does not come back"):
-        CHECKS["bytes equal the packed messages"](lambda task: find("fed_avg")(task._replace(encode_down=cheaper)))
+    def sending(message=lambda tree: tree, reply=lambda tree: tree):
+        def make(task):
+            changed = lambda carry, message, client: (jax.tree.map(jnp.subtract, carry.params, message), ())  # noqa: E731
+            local = fit(
+                task.loss, task.optimizer, task.lr, task.passes, reply=lambda *now: (reply(changed(*now)[0]), ())
+            )
+
+            def round(key, held, server, cohort):
+                change, info = cohort.exchange(message(server), local)
+                return jax.tree.map(jnp.add, server, change), info.metrics
+
+            return Algorithm(lambda key, held: task.init(key), round, lambda *given: None)
+
+        return make
+
+    check(sending())
+    for ways in ({"message": cheaper}, {"reply": cheaper}):
+        with pytest.raises(AssertionError, match="from which its value does not come back"):
+            check(sending(**ways))
     codec = wire.cast("float16")
-    CHECKS["bytes equal the packed messages"](
-        lambda task: find("fed_avg")(task._replace(encode_up=codec.encode, encode_down=codec.encode))
-    )
+
+    def half_the_bits(*given):
+        coded, state = codec.encode(*given)
+        return {name: sent._replace(bits=8) for name, sent in coded.items()}, state
+
+    check(find("fed_avg"), up=codec, down=codec)
+    for ways in ({"up": codec._replace(encode=half_the_bits)}, {"down": codec._replace(encode=half_the_bits)}):
+        with pytest.raises(AssertionError, match=r"bytes claimed, \d+ packed"):
+            check(find("fed_avg"), **ways)
 
 
 # --- refusals
@@ -582,7 +620,7 @@ def of(**options):
         backbone="mlp", targets=("layers/*",), rank=2, **{"peft": "lora", "algorithm": "fed_it", **options}
     )
     model = peft.from_config(config, 3, (6,))
-    return build.task(config, model, {}, cached=False)
+    return tasks.task(config, model, {}, cached=False)
 
 
 def test_the_model_tells_its_factors():

@@ -13,9 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from fedsim import peft
 from fedsim.backbones import BACKBONES, Row, sources, vit
+from fedsim.backbones import load as load_module
 from fedsim.backbones.bert import BertConfig
 from fedsim.backbones.images import IMAGENET, Pixels, bicubic
-from fedsim.backbones.load import load, match
+from fedsim.backbones.load import load, match, stored_shapes
 from fedsim.backbones.resnet import Resnet, ResnetConfig
 from fedsim.backbones.shufflenet import Shufflenet, ShufflenetConfig
 from fedsim.backbones.vit import Vit, VitConfig
@@ -163,16 +164,21 @@ def test_hub_name_is_downloaded(known, monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked = []
 
-    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
-        asked.append(name)
+    def snapshot_download(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        asked.append((name, local_files_only))
+        if local_files_only and len(asked) == 1:
+            raise FileNotFoundError("not downloaded before")
         return str(FIXTURES / "vit")
 
     monkeypatch.setitem(
         __import__("sys").modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download)
     )
     shapes = peft.published(known("vit"))
+    with pytest.raises(ValueError, match=r"can be reached \(not downloaded before\)"):
+        stored_shapes("small", "someone/small-vit", shapes)
     got, expected = load("small", "someone/small-vit", shapes), load("small", str(FIXTURES / "vit"), shapes)
-    assert asked == ["someone/small-vit"]
+    assert stored_shapes("small", "someone/small-vit", shapes) == shapes
+    assert asked == [("someone/small-vit", only) for only in (True, False, True)]
     assert all(np.array_equal(got[path], expected[path]) for path in shapes)
 
 
@@ -260,6 +266,9 @@ def test_checkpoint_of_another_resolution_is_resampled_once(
     np.testing.assert_allclose(features, IMAGES[name][f"{pool} {size}"], atol=2e-5, rtol=0)
     fitted = peft.fitted(model, trained, frozen)
     assert {p: s.shape for p, s in fitted.frozen.items()} == {p: leaf.shape for p, leaf in frozen.items()}
+    monkeypatch.setattr(load_module, "_read", lambda *args: pytest.fail("a value was read"))
+    shapes = peft.fitted_to(model, str(FIXTURES / name))
+    assert (shapes.trained, shapes.frozen) == (fitted.trained, fitted.frozen)
 
 
 @pytest.mark.parametrize("name", VITS)

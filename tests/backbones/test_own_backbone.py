@@ -390,7 +390,7 @@ def test_texts_with_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     words = {"[PAD]": 0, "[UNK]": 1} | {f"w{i}": i + 2 for i in range(30)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[attr-defined]
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save("words.json")
     rng = np.random.default_rng(0)
     rows = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
 import resource
 import subprocess
 import sys
@@ -15,6 +17,8 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 from fedsim.cli import main as cli
+from fedsim.cli.forms import arities
+from fedsim.cli.options import CostOptions, ProfileOptions, RunOptions, ShowOptions, parse
 from fedsim.config import Config, Speed, main_job
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -86,7 +90,7 @@ def test_every_option_can_be_set(kind: type, name: str) -> None:
     value, argv = other(name, typing.get_type_hints(kind)[name], getattr(DEFAULTS[kind], name))
     needed = WITH.get(name, {})
     argv = argv + [part for k, v in needed.items() for part in (f"--{k.replace('_', '-')}", str(v))]
-    options = cli.parse(cli.RunOptions, argv, "fedsim run")
+    options = parse(RunOptions, argv, "fedsim run")
     config, speed = options.config(), options.speed
     if name == "backbone":  # another backbone starts from Config(), not from the main job that is made for MiniLM
         assert config == Config(backbone=value)
@@ -98,7 +102,7 @@ def test_every_option_can_be_set(kind: type, name: str) -> None:
 
 
 def test_no_option_is_named_twice() -> None:
-    names = [name for _, name in FIELDS] + [f.name for f in dataclasses.fields(cli.RunOptions)]
+    names = [name for _, name in FIELDS] + [f.name for f in dataclasses.fields(RunOptions)]
     assert len(names) == len(set(names))
 
 
@@ -116,7 +120,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (["run", "--rounds", "0"], "Expected rounds=0 > 0"),
         (["run", "--clients", "5"], "Expected clients_per_round=10 <= clients=5"),
-        (["run", "--target-accuracy", "62"], "Expected 0 < target_accuracy=62.0 <= 1; write 62 % as 0.62."),
+        (["run", "--target", "62"], "Expected 0 < target=62.0 <= 1 of metric=accuracy; write 62 % as 0.62."),
+        (["run", "--metric", "acuracy"], "the scores of task=classification (did you mean accuracy"),
+        (["run", "--task", "language_model"], "Expected backbone='minilm_l6' to be a decoder"),
         (["run", "--backbone", "minilm"], "did you mean minilm_l6"),
         (["run", "--optimizer", "adm"], "Expected optimizer='adm'"),
         (["run", "--optimizer", "sgd(momentum=x)"], "Expected optimizer='sgd(momentum=x)'"),
@@ -137,6 +143,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["data", "fetch", "minilm"], "minilm"),
         (["compare", "a", "b"], "Expected 'a' to hold a run"),
         (["compare", "a", "b", "c"], "Expected 'a' to hold a run"),
+        (["compare"], "Expected fedsim compare with two or more folders of runs, not 0"),
         (["compare", "a"], "Expected fedsim compare with two or more folders of runs, not 1"),
         (["run", "--lr", "0.1", "--rounds", "3", "--lr=0.2"], "Expected --lr once; leave out all but one."),
         (["run", "--head_rounds", "3", "--head-rounds", "2"], "Expected --head-rounds once"),
@@ -195,6 +202,10 @@ def test_nonsense_is_refused_before_any_work(
         (["run", "--rounds", "many"], "--rounds"),
         (["run", "--lr"], "--lr"),
         (["run", "--lanes", "0"], "Expected lanes=0 > 0"),
+        (["run", "--pool", "clss"], "not clss"),
+        (["run", "--devices", "many"], "--devices"),
+        (["data", "list", "--all"], "--all"),
+        (["data", "prepare"], "tfds:NAME"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -205,6 +216,54 @@ def test_unknown_options_are_refused_and_the_nearest_named(
         cli.main(argv)
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyError("leaf"), TypeError("first line\nsecond line"), ZeroDivisionError()])
+def test_an_unexpected_error_is_one_line_that_says_whose_fault_it_is(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where its traceback is to be had."""
+
+    def broken(argv: list[str]) -> int:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "list", broken)
+    assert cli.main(["list"]) == 2
+    said = capsys.readouterr()
+    first = str(error).partition("\n")[0]
+    assert said.err.startswith(f"fedsim: internal error: {type(error).__name__}: {first}; run with --debug")
+    assert "a fault of fedsim" in said.err and said.err.count("\n") == 1 and said.out == ""
+    for argv in (["--debug", "list"], ["list", "--debug"]):
+        assert cli.main(argv) == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith("Traceback (most recent call last):") and "in broken" in shown
+        assert shown.endswith(said.err), "the line is the last"
+
+
+def test_debug_shows_the_traceback_of_what_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a command as a user gives it, which is handed on without the word."""
+    assert cli.main(["run", "--rounds", "0"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fedsim: Expected rounds=0 > 0") and said.count("\n") == 1
+    assert cli.main(["run", "--rounds", "0", "--debug"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback") and "parse_from" in shown and shown.endswith(said)
+
+
+def test_debug_in_a_process_of_its_own(environment: dict[str, str], here: Path) -> None:
+    """A fault in code of the user's own is shown with the line of its file."""
+    (here / "mine.py").write_text("def fed_mine(task):\n    return 1 // 0\n")
+    (here / "d.csv").write_text("text,label\n" + "a b c,x\nd e f,y\n" * 60)
+    options = "--dataset d.csv --backbone bert_tiny --weights random --clients 4 --clients-per-round 2 --quiet"
+    command = [sys.executable, "-m", "fedsim", "run", "--algorithm", "mine.py:fed_mine", *options.split()]
+    plain, debug = (
+        subprocess.run([*command, *more], env=environment, cwd=here, capture_output=True, text=True, check=False)
+        for more in ([], ["--debug"])
+    )
+    assert plain.returncode == debug.returncode == 2
+    assert "Traceback" not in plain.stderr and "internal error: ZeroDivisionError" in plain.stderr.splitlines()[-1]
+    assert "Traceback" in debug.stderr and 'mine.py", line 2, in fed_mine' in debug.stderr
+    assert debug.stderr.splitlines()[-1] == plain.stderr.splitlines()[-1]
 
 
 HELP = """
@@ -245,6 +304,54 @@ def test_help_shows_every_option_with_what_it_is(capsys: pytest.CaptureFixture[s
     assert "--dry-run" in text and "--resume" in text and "Communication rounds" in text
 
 
+HELPS = [
+    *([command] for command in cli.COMMANDS),
+    *(["data", action] for action in cli.ACTIONS),
+]
+
+
+def help_of(argv: list[str], columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What `--help` prints, without frames and line breaks."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with contextlib.suppress(SystemExit):
+        assert cli.main([*argv, "--help"]) == 0
+    return re.sub(r"[\s│╭╮╰╯─]+", " ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+@pytest.mark.parametrize("argv", HELPS, ids=" ".join)
+def test_help_says_what_no_value_means(
+    argv: list[str], columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No option is shown as `{None}|PATH` or with a default of None."""
+    text = help_of(argv, columns, capsys, monkeypatch)
+    assert text.startswith(f"usage: fedsim {' '.join(argv)}")
+    assert "None" not in text and "(default: )" not in text and "True" not in text
+
+
+@pytest.mark.parametrize("kind", [RunOptions, ProfileOptions, ShowOptions, CostOptions], ids=lambda k: k.__name__)
+def test_every_option_says_its_default_once(
+    kind: type, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {RunOptions: ["run"], ProfileOptions: ["profile"], ShowOptions: ["data", "show"], CostOptions: ["cost"]}
+    text = help_of(names[kind], 100, capsys, monkeypatch)
+    flags = arities(kind)
+    assert all(flag + " " in text or flag + "," in text for flag in flags)
+    assert text.count("(default: ") == text.count("(default") == len(flags)
+
+
+def test_help_of_what_a_file_sets(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its value in the place of what no value means; the word None takes it back."""
+    (here / "mine.py").write_text('import fedsim\nconfig = fedsim.Config(pool="cls", steps=4, examples=300)\n')
+    text = help_of(["run", "mine.py"], 100, capsys, monkeypatch)
+    assert "that the head reads. (default: cls)" in text and "drawn by seed. (default: 300)" in text
+    assert "the backbone's own" not in text
+    options = parse(RunOptions, ["mine.py", "--pool", "None", "--steps", "None", "--examples", "9"], "fedsim run")
+    assert (options.config().pool, options.config().steps, options.config().examples) == (None, None, 9)
+
+
 EXPERIMENT = """
 import fedsim
 
@@ -255,15 +362,15 @@ speed = fedsim.Speed(lanes=3)
 
 def test_an_experiment_file_and_options_that_override_it(here: Path) -> None:
     (here / "mine.py").write_text(EXPERIMENT)
-    options = cli.parse(cli.RunOptions, ["mine.py", "--rounds", "5", "--eval-batch", "9"], "fedsim run")
+    options = parse(RunOptions, ["mine.py", "--rounds", "5", "--eval-batch", "9"], "fedsim run")
     wanted = Config(dataset="d.npz", backbone="mlp", peft="full", rounds=5, targets=("key",), lr=0.5)
     assert options.config() == wanted and options.speed == Speed(lanes=3, eval_batch=9)
     (here / "empty.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match=r"Expected empty.py to define config = fedsim.Config"):
-        cli.parse(cli.RunOptions, ["empty.py"], "fedsim run")
+        parse(RunOptions, ["empty.py"], "fedsim run")
     (here / "wrong.py").write_text("import fedsim\nconfig = fedsim.Config(rounds=0)\n")
     with pytest.raises(ValueError, match="Expected rounds=0 > 0"):
-        cli.parse(cli.RunOptions, ["wrong.py"], "fedsim run")
+        parse(RunOptions, ["wrong.py"], "fedsim run")
 
 
 def arguments(data: Path, *more: str) -> list[str]:
@@ -325,6 +432,33 @@ def test_data_list_and_show(here: Path, blobs: Callable[..., Path], capsys: pyte
     show = f"data show --dataset {blobs(here.parent)} --clients 8 --clients-per-round 3 --out p.png".split()
     assert cli.main(show) == 0
     assert "blobs" in capsys.readouterr().out and (here / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_profile_and_data_show_say_what_they_start_from(
+    here: Path, blobs: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line of `fedsim run`, and nothing where the options are refused."""
+    options = f"--dataset {blobs(here.parent)} --clients 8 --clients-per-round 3".split()
+    (here / "mine.py").write_text(
+        "import fedsim\nconfig = fedsim.Config(alpha=0.5, rank=3, peft='head', backbone='mlp')\n"
+    )
+    show = ["data", "show", *options]
+    for argv, said in (
+        (show, "Starting from: the main job."),
+        ([*show, "--preset", "plain"], "Starting from: plain FedAvg."),
+        ([*show, "--backbone", "mlp"], "Starting from: plain FedAvg (the main job is made for minilm_l6;"),
+        (["data", "show", "mine.py", *options], "Starting from: mine.py.\nNot read: rank=3 with peft=lora or ffa_lora"),
+    ):
+        assert cli.main(argv) == 0 and capsys.readouterr().out.startswith(said)
+    profile = f"profile --backbone mlp --peft full --repeats 1 --sweep lanes=2 --no-trace {' '.join(options)}".split()
+    assert cli.main(profile) == 0
+    assert capsys.readouterr().out.startswith("Starting from: plain FedAvg (the main job is made for minilm_l6;")
+    for argv in (
+        [*profile, "--tokens", "8"],
+        [*profile, "--devices", "99"],
+        ["data", "show", "--dataset", "none.npz"],
+    ):
+        assert cli.main(argv) == 2 and capsys.readouterr().out == ""
 
 
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,10 +17,14 @@ import pytest
 
 import fedsim
 from fedsim import peft, wire
-from fedsim.backbones import BACKBONES
+from fedsim.backbones import BACKBONES, Row, load
+from fedsim.backbones.vit import Vit, VitConfig
 from fedsim.cli import cost
 from fedsim.cli import main as cli
+from fedsim.cli.estimate import dry_run
 from fedsim.config import Config
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "backbones"
 
 CLASSES = {"CIFAR-100": 100, "Resisc45": 45, "PCam": 2}
 # Method -> (backbone, options, trained parameters for 100, 45, 2 classes), computed from the architectures.
@@ -114,11 +118,29 @@ def test_a_row_equals_the_serialised_message(kind: str, codec: str) -> None:
     row = cost.cost(Config(backbone="vit_tiny", peft=kind, codec_up=codec), 7)
     trained, frozen = peft.start(peft.build("vit_tiny", 7, peft=kind), "random", 0)
     sent = {name: np.asarray(leaf, np.float32) for name, leaf in trained.items()}
-    coder = wire.codec(codec)
-    assert row.bytes_up == len(wire.serialise(coder.encode(sent) if coder else sent, coder))
+    coder, key, leaves = wire.codec(codec), jax.random.key(0), wire.changes(wire.coded(sent))
+    assert row.bytes_up == len(wire.pack(coder.encode(leaves, key, key, ())[0] if coder else leaves, coder))
     assert row.bytes_down == len(wire.serialise(sent))
     assert row.setup_bytes == len(wire.serialise(frozen))
     assert row.trainable_parameters == sum(leaf.size for leaf in sent.values())
+
+
+@pytest.mark.parametrize(("codec", "expected"), [(None, 4 * 112), (wire.quantise(3), 300 // 8 + 1 + 36 // 8 + 1 + 16)])
+def test_codecs_are_priced_by_shapes(codec: wire.Codec | None, expected: int) -> None:
+    """Both ways, and as a reply that is really packed; of sparse changes only the whole can be known."""
+    shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in (("a", (10, 10)), ("b", (12,)))}
+    ways = {
+        "up": lambda tree, key: wire.arrive(wire.coded(tree), codec, key, key)[0],
+        "down": lambda tree, key: wire.depart(codec, wire.coded(tree, change=False), key),
+    }
+    assert {way: cost.sent_bytes(shapes, send) for way, send in ways.items()} == {"up": expected, "down": expected}
+    leaves, key = (
+        wire.changes(wire.coded({n: np.ones(s.shape, np.float32) for n, s in shapes.items()})),
+        jax.random.key(0),
+    )
+    assert len(wire.pack(codec.encode(leaves, key, key, ())[0] if codec else leaves, codec)) == expected
+    sparse = cost.sent_bytes(shapes, lambda tree, key: wire.arrive(wire.coded(tree), wire.topk(0.1), key, key)[0])
+    assert sparse == 4 * 112
 
 
 @pytest.mark.parametrize(("kind", "head_rounds"), [("bias", 1), ("full", 0), ("head", 0)])
@@ -141,6 +163,73 @@ def test_a_row_equals_what_a_run_reports(
     assert given < row.run_setup_bytes if head_rounds else given == row.run_setup_bytes
     assert summary["parameters"]["trained"] == row.trainable_parameters
     assert row.head_rounds == head_rounds
+
+
+@pytest.fixture
+def small_vit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Options of a ViT of the table for 20 px, a checkpoint learned at 12 px, and images."""
+    config = VitConfig(width=16, depth=2, heads=4, hidden=24, patch=4, image=20)
+    monkeypatch.setitem(BACKBONES, "small", Row("image", Vit, config, formats=BACKBONES["vit_b16"].formats))
+    y = np.arange(60) % 3
+    np.savez(
+        tmp_path / "images.npz", x=np.random.default_rng(0).integers(0, 255, (60, 20, 20, 3)).astype(np.uint8), y=y
+    )
+    return {"dataset": str(tmp_path / "images.npz"), "backbone": "small", "weights": str(FIXTURES / "vit")}
+
+
+@pytest.mark.parametrize(("kind", "head_rounds"), [("full", 0), ("bias", 1)])
+def test_a_checkpoint_with_its_own_positions_counts_as_in_its_run(
+    kind: str,
+    head_rounds: int,
+    small_vit: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    compile_once: None,
+) -> None:
+    """9 + 1 positions in the place of 25 + 1: in the trained part, in what a client is given once, and in full fine-tuning."""
+    config = Config(
+        **small_vit, peft=kind, head_rounds=head_rounds, rounds=2, clients=4, clients_per_round=2, min_size=1
+    )
+    run = fedsim.run(config, out=tmp_path / "run", quiet=True)
+    summary = run.summary or {}
+    found = dry_run(config, run.speed)
+    capsys.readouterr()
+    monkeypatch.setattr(load, "_read", lambda *args: pytest.fail("a value was read"))
+    row = cost.cost(config, 3)
+
+    last = run.rounds[-1]
+    for e, line in zip(found, (run.rounds[0], last)[-len(found) :], strict=True):
+        assert (2 * e.up, 2 * e.down) == (line["bytes_up"], line["bytes_down"])
+    assert (found[-1].trained, found[-1].frozen) == tuple(summary["parameters"][n] for n in ("trained", "frozen"))
+    assert found[-1].full == row.full_bytes and 4 * row.full_bytes == summary["full_fine_tuning_bytes"]["up"]
+    assert 2 * found[0].setup == 2 * row.setup_bytes == run.rounds[0]["setup_bytes"]
+    assert row.trainable_parameters == summary["parameters"]["trained"]
+    assert (row.round_bytes_up, row.run_bytes_up) == (last["bytes_up"], last["total_bytes_up"])
+    positions = next(leaf for leaf in cost.rules(config, 3) if leaf.path == load.POSITION)
+    assert (positions.shape, positions.rule) == ((10, 16), "full" if kind == "full" else "frozen")
+
+    table = cost.cost(config.replace(weights=None), 3)
+    assert table.full_bytes - row.full_bytes == 4 * 16 * (26 - 10)
+    assert cost.cost(config.replace(weights="random"), 3) == table
+
+
+def test_weights_of_a_row_are_compared_and_not_fetched(
+    small_vit: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the command line, where each row is of the same file."""
+    argv = f"cost --backbone small --weights {small_vit['weights']} --peft full bias --classes 3 --json".split()
+    assert cli.main(argv) == 0
+    full, bias = json.loads(capsys.readouterr().out)
+    table = cost.cost(Config(backbone="small", peft="full"), 3)
+    assert full["bytes_up"] == bias["full_bytes"] == 4 * (table.total_parameters - 16 * 16)
+    for weights, backbone, message in (
+        (tmp_path / "none.safetensors", "small", "to be a file or a directory"),
+        (small_vit["weights"], "vit_b16", "choose the backbone that it is of"),
+        (small_vit["weights"], "mlp --input-shape 6", "to be 'random'; it has no checkpoint"),
+    ):
+        assert cli.main(f"cost --peft full --weights {weights} --backbone {backbone}".split()) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [n for n in BACKBONES if n != "linear"])  # which has nothing but the head

@@ -34,7 +34,7 @@ class _Small(tfds.core.GeneratorBasedBuilder):
     """What the sets share; no set of its own."""
 
     VERSION = tfds.core.Version("1.0.0")
-    SIZES: dict[str, int] = {}  # noqa: RUF012 - rows of each split
+    SIZES: dict[str, int] = {}  # noqa: RUF012 - rows of each split, only read
     FORM = "png"
     by_tensorflow = False
 
@@ -62,7 +62,7 @@ class FedsimCifar100(_Small):
     """As cifar100: 32 x 32, `label` of 100 classes, `coarse_label` of 20, `id`."""
 
     VERSION = tfds.core.Version("3.0.2")
-    SIZES = {"train": 100, "test": 20}  # noqa: RUF012
+    SIZES = {"train": 100, "test": 20}  # noqa: RUF012 - as in _Small
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self._described(
@@ -82,7 +82,7 @@ class FedsimResisc45(_Small):
     """As resisc45: 256 x 256 JPEGs of 45 scenes, `filename`, and a training split only."""
 
     VERSION = tfds.core.Version("3.0.0")
-    SIZES = {"train": 90}  # noqa: RUF012
+    SIZES = {"train": 90}  # noqa: RUF012 - as in _Small
     FORM = "jpeg"
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -102,7 +102,7 @@ class FedsimPatchCamelyon(_Small):
     """As patch_camelyon: 96 x 96, two classes without names, `id`, three splits."""
 
     VERSION = tfds.core.Version("2.0.0")
-    SIZES = {"train": 24, "validation": 8, "test": 10}  # noqa: RUF012
+    SIZES = {"train": 24, "validation": 8, "test": 10}  # noqa: RUF012 - as in _Small
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self._described(
@@ -120,7 +120,7 @@ class FedsimPatchCamelyon(_Small):
 class FedsimFlowers(_Small):
     """As oxford_flowers102: images of mixed sizes, `file_name`; here also who took it, and where."""
 
-    SIZES = {"train": 12, "validation": 4, "test": 6}  # noqa: RUF012
+    SIZES = {"train": 12, "validation": 4, "test": 6}  # noqa: RUF012 - as in _Small
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self._described(

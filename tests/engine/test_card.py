@@ -36,7 +36,7 @@ def stacked():
     rows = np.zeros((CLIENTS, STEPS, BATCH), np.int64)
     rows[who, step, column] = offsets[who] + example
     held = {"frozen": rng.normal(size=(FEATURES, FEATURES)).astype(np.float32)}
-    task = tiny_task(optimizer=optax.sgd, lr=lambda client: jnp.float32(RATE), passes=passes)
+    task = tiny_task(optimizer=optax.sgd, lr=lambda client, message: jnp.float32(RATE), passes=passes)
     return held, x, y, offsets, rows, task
 
 

@@ -12,13 +12,14 @@ import pytest
 from fedsim import network, wire
 from fedsim.algorithms import ALGORITHMS
 from fedsim.core import Algorithm, Local, Passes, Reduce
-from fedsim.folds import by_examples, mean, stack, uniform
 from fedsim.engine import lane_count
 from fedsim.engine import lanes as lanes_module
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.device_memory import Need
 from fedsim.engine.keys import key_for
+from fedsim.engine.lanes import Request
+from fedsim.folds import by_examples, mean, stack, uniform
 from fedsim.testing.contract import CHECKS, same
 from fedsim.testing.toys import COHORT, SIZES, engine, one_client, run, tiny_problem, tiny_task
 from fedsim.training.local import fit
@@ -47,9 +48,9 @@ def counting(task):
         task.optimizer,
         task.lr,
         task.passes,
-        reply=lambda params, message, memory: (
-            {"change": jax.tree.map(jnp.subtract, params, message), "visits": memory + 1.0},
-            memory + 1.0,
+        reply=lambda carry, message, client: (
+            {"change": jax.tree.map(jnp.subtract, carry.params, message), "visits": client.memory + 1.0},
+            client.memory + 1.0,
         ),
     )
     finish = plain.finish
@@ -84,7 +85,7 @@ def test_engine_equals_client_by_client(passes):
     problem, task = tiny_problem(), tiny_task(passes=passes)
     sent = []
     server, memory, _ = run(counting, problem, task=task, sent=sent, lanes=3)
-    message, local = sent[0]
+    message, local, _ = sent[0]
     replies = [one_client(problem, local, message, jnp.zeros(()), id, 1) for id in COHORT]
     weights = np.array([SIZES[id] for id in COHORT], np.float64)
     for name in message:
@@ -265,7 +266,7 @@ def test_keys_of_another_round_and_exchange_are_others():
     held = cohorts[0].engine
     again = Cohort(held, np.array(COHORT), 1, Memory(lambda key, held: jnp.zeros(()), held.held))
     for _ in range(2):
-        again.exchange(*sent[0])
+        again.exchange(sent[0].message, sent[0].local)
     first, second, same, exchange = (
         np.asarray(done.info.clients["key"]).tolist() for done in (*(c.done[0] for c in cohorts), *again.done)
     )
@@ -316,7 +317,7 @@ def exchange(local, message=(), reduce=None, cohort=COHORT, reports=None, **opti
     """One exchange of a bare `Local`."""
     lanes = engine(tiny_problem(), **options)
     reports = np.ones(len(cohort), bool) if reports is None else reports
-    conditions = network.reliable(len(cohort))._replace(drops=~reports)
+    conditions = network.reliable(np.array(cohort))._replace(drops=~reports)
     made = Cohort(lanes, np.array(cohort), 1, Memory(lambda key, held: (), lanes.held), conditions)
     result, info = made.exchange(message, local, reduce)
     return result, jax.device_get(info), made
@@ -396,7 +397,7 @@ def test_per_client_messages_reach_their_clients():
     message = {
         "all": jnp.ones((3,)),
         "own": wire.PerClient({"tag": jnp.asarray(COHORT, jnp.float32) * 10}),
-        "factor": wire.PerClient(jax.vmap(lambda r: wire.ranked(jnp.ones((5, 8)), r, 1))(ranks)),
+        "factor": wire.PerClient(wire.kept(jnp.ones((6, 5, 8)), ranks, 1)),
     }
     local = replying(
         lambda m, carry, client: m["own"]["tag"] - 10.0 * number(client) + m["all"].sum() + 0 * m["factor"][0, 0]
@@ -428,7 +429,7 @@ def test_cohort_knows_when_each_member_was_there_last():
 
 
 def test_packets_are_priced_by_client():
-    local = replying(lambda message, carry, client: wire.ranked({"a": jnp.ones((4, 7))}, client.id % 3, 1))
+    local = replying(lambda message, carry, client: wire.kept({"a": jnp.ones((4, 7))}, client.id % 3, 1))
     _, _, cohort = exchange(local, devices=2)
     assert cohort.traffic()[1] == {"a": sum(4 * 4 * (id % 3) for id in COHORT)}
 
@@ -462,7 +463,7 @@ def test_memory_of_the_program_does_not_grow_with_the_cohort():
             lambda held, message, carry, client: (carry, (), {}),
             Passes(1, None, 4),
         )
-        programs = lanes.programs(local, MEAN, NOTHING, jnp.zeros(width), sizes)
+        programs = lanes.programs(Request(local, MEAN, False, NOTHING, jnp.zeros(width)), members, sizes)
         used = programs.segment.memory_analysis()  # compiled ahead of its first call
         return used.temp_size_in_bytes + used.output_size_in_bytes
 
@@ -476,7 +477,7 @@ MEAN, NOTHING = mean(by_examples), lambda key, held: ()
 def test_reduce_done_runs_once_with_args():
     calls = Reduce(
         zero=lambda reply, clients: jnp.zeros(reply.shape),
-        add=lambda total, replies, weights, slots: (
+        add=lambda total, replies, weights, slots, args: (
             total + (weights[:, None] * replies).sum(0) if replies.ndim > 1 else total + weights @ replies
         ),
         done=lambda total, args, key: total / args,

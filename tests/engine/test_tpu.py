@@ -19,13 +19,13 @@ from fedsim.algorithms import ALGORITHMS
 from fedsim.backbones import BACKBONES, Row
 from fedsim.backbones.resnet import Resnet, ResnetConfig
 from fedsim.core import Passes
-from fedsim.folds import mean
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.device_memory import Need
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Lanes
 from fedsim.evaluation.evaluate import classification_loss, evaluator
+from fedsim.folds import mean
 from fedsim.peft import precision
 from fedsim.testing import toys as testing
 from fedsim.training import features
@@ -118,7 +118,7 @@ def case(backbone: str, kind: str, precise: str = "float32", remat: str = "none"
 def exchange(case: Case) -> Texts:
     """The programs of plain training, lowered."""
     passes = Passes(epochs=1, batch_size=4)
-    local = fit(classification_loss(case.model.apply), optax.sgd, lambda client: client.lr, passes)
+    local = fit(classification_loss(case.model.apply), optax.sgd, lambda client, message: client.lr, passes)
     texts = lowering(case.engine)
     cohort = Cohort(case.engine, np.arange(2), 1, Memory(lambda key, held: (), case.engine.held), lr=0.1)
     cohort.exchange(case.params, local, mean())

@@ -10,10 +10,10 @@ import pytest
 
 from fedsim.algorithms import ALGORITHMS
 from fedsim.core import Algorithm, Local, Passes
-from fedsim.folds import mean
 from fedsim.engine import packing
 from fedsim.engine.lane_count import choose_lanes
 from fedsim.engine.lanes import Lanes
+from fedsim.folds import mean
 from fedsim.testing.contract import same
 from fedsim.testing.toys import SIZES, run, tiny_problem, tiny_task
 from fedsim.training import augment

@@ -66,7 +66,7 @@ def test_sums_leave_out_what_is_not_a_number_beside_the_mask() -> None:
     logits = jnp.array([[2.0, 0.0], [jnp.nan, jnp.inf], [0.0, 1.0]])
     sums = masked_sums(logits, jnp.array([0, 1, 0], jnp.int32), jnp.array([1.0, 0.0, 1.0]))
     np.testing.assert_allclose(sums["loss"], np.log1p(np.exp(-2)) + np.log1p(np.exp(1)), rtol=1e-6)
-    assert (float(sums["correct"]), float(sums["rows"])) == (1, 2)
+    assert (float(sums["correct"]), float(sums["weight"])) == (1, 2)
 
 
 @pytest.mark.parametrize("devices", [1, 8])

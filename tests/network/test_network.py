@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from fedsim.engine import plan
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.keys import key_for
+from fedsim.folds import plain
 from fedsim.record import Run
 from fedsim.simulation import build, simulate
 from fedsim.testing.contract import same
@@ -42,7 +44,7 @@ def settled(**options: Any) -> network.Conditions:
     """Conditions of clients with these arrays; the rest is free."""
     members = len(next(v for v in options.values() if np.ndim(v)))
     given = {k: np.asarray(v) if np.ndim(v) else v for k, v in options.items()}
-    return network.reliable(members)._replace(**given)
+    return network.reliable(np.arange(members))._replace(**given)
 
 
 def met(conditions: network.Conditions, steps: Any, down: int = 0, up: int = 0, left: float | None = None) -> Any:
@@ -114,7 +116,7 @@ def test_everybody_available_is_the_draw_of_before() -> None:
 
 
 def test_a_cohort_is_drawn_evenly_from_who_is_there() -> None:
-    available = lambda ids: ids % 3 == 0  # noqa: E731
+    available = lambda ids: ids % 3 == 0  # noqa: E731 - one expression, used twice
     rng, counts = np.random.default_rng(0), np.zeros(30)
     for _ in range(4000):
         ids = core.draw(rng, (), Population(30, 4, available))
@@ -128,7 +130,7 @@ def test_absent_clients_fill_a_cohort_and_a_large_population_is_not_looked_throu
     ids = core.draw(np.random.default_rng(0), (), Population(20, 6, lambda ids: ids < 2))
     assert len(set(ids.tolist())) == 6 and sorted(ids[:2].tolist()) == [0, 1]
     looked = []
-    available = lambda ids: looked.append(len(ids)) or ids % 2 == 0  # noqa: E731
+    available = lambda ids: looked.append(len(ids)) or ids % 2 == 0  # noqa: E731 - one expression
     assert len(core.draw(np.random.default_rng(0), (), Population(10**9, 10, available))) == 10
     assert sum(looked) <= 10 * 2 * 7
 
@@ -166,7 +168,7 @@ def test_the_first_to_report_count_and_ties_go_by_place() -> None:
     assert found.surplus.tolist() == [True, False, False, False, True]
     found = met(c._replace(drops=np.array([False, True, False, False, False])), [4] * 5)
     assert found.reports.tolist() == [True, False, True, True, False] and found.seconds == 4.0
-    untimed = network.reliable(4)._replace(wanted=3)
+    untimed = network.reliable(np.arange(4))._replace(wanted=3)
     assert met(untimed, [1] * 4).reports.tolist() == [True, True, True, False]
 
 
@@ -185,12 +187,12 @@ def test_a_drop_out_is_noticed_when_the_message_is_there_or_at_the_deadline() ->
 def test_outcomes_keep_their_rules(data: st.DataObject) -> None:
     """Every invited client is in exactly one place, nobody reports late work in full, and no round passes its deadline."""
     members = data.draw(st.integers(1, 6))
-    rows = lambda what: np.array(data.draw(st.lists(what, min_size=members, max_size=members)))  # noqa: E731
+    rows = lambda what: np.array(data.draw(st.lists(what, min_size=members, max_size=members)))  # noqa: E731 - a word
     number = st.one_of(st.just(math.inf), st.floats(0.01, 100))
     c = network.Conditions(
         present := rows(st.booleans()), present & rows(st.booleans()), rows(number), rows(number),
         rows(st.floats(0, 2)), rows(number), data.draw(st.integers(1, members)), data.draw(number),
-        data.draw(st.booleans()), True,
+        data.draw(st.booleans()), True, int((~present).sum()),
     )  # fmt: skip
     steps = rows(st.integers(0, 20))
     found = met(c, steps, down=data.draw(st.integers(0, 100)), up=data.draw(st.integers(0, 100)))
@@ -221,7 +223,11 @@ def exchange(
 def counter(task: Task) -> Algorithm:
     """FedAvg whose clients count their visits."""
     local = fit(
-        task.loss, task.optimizer, task.lr, task.passes, reply=lambda params, message, memory: (params, memory + 1)
+        task.loss,
+        task.optimizer,
+        task.lr,
+        task.passes,
+        reply=lambda carry, message, client: (carry.params, client.memory + 1),
     )
 
     def round(key: Any, held: Any, server: Any, cohort: Any) -> Any:
@@ -313,7 +319,7 @@ def test_partial_work_equals_a_loop_with_fewer_steps() -> None:
                 (carry, own.step(held, message, carry, batch)[1]),
             )
         )
-        replies.append(one_client(problem, local, server.params, (), id, 1)[0])
+        replies.append(wire.unmarked(one_client(problem, local, server.params, (), id, 1)[0]))
         weights.append(SIZES[id])
     change = jax.tree.map(lambda *r: sum(w * x for w, x in zip(weights, r, strict=True)) / sum(weights), *replies)
     same(after.params, jax.tree.map(jnp.add, server.params, change), "partial work", rtol=1e-5)
@@ -424,18 +430,22 @@ def adding(task: Task) -> Algorithm:
     return Algorithm(lambda key, held: jnp.zeros(()), round, lambda *a: a[3])
 
 
+@pytest.mark.parametrize("says", ["algorithm", "average"])
 @pytest.mark.parametrize("there", [True, False], ids=["all drop out", "nobody there"])
-def test_only_an_algorithm_that_says_so_goes_on_without_a_reply(there: bool) -> None:
+def test_only_an_algorithm_or_average_that_says_so_goes_on_without_a_reply(there: bool, says: str) -> None:
     lanes, algorithm = engine(tiny_problem()), adding(tiny_task())
     memory, everybody = Memory(algorithm.memory, lanes.held), np.ones(6, bool)
     nobody = settled(present=everybody & there, drops=everybody & there)
     server = lanes.put(jnp.zeros(()))
     for runs_empty in (False, True):
-        cohort = Cohort(lanes, np.array(COHORT), 1, memory, nobody)
-        made = algorithm._replace(runs_empty=runs_empty)
-        after, metrics = simulate.exchange_round(key_for(lanes.root, "server", 1), made, server, cohort)
+        made = {"algorithm": algorithm, "average": plain()}
+        made[says] = made[says]._replace(runs_empty=runs_empty)
+        cohort = Cohort(lanes, np.array(COHORT), 1, memory, nobody, average=made["average"])
+        trainer: Any = SimpleNamespace(**made)
+        after, averaging, metrics = simulate.exchange_round(key_for(lanes.root, "server", 1), trainer, server, cohort)
         assert float(after) == runs_empty and (after is server) != runs_empty
         assert bool(metrics) == runs_empty, "a loss over nothing is no loss"
+        assert averaging == ()
         assert (sum(cohort.traffic()[0].values()) > 0) == there
 
 

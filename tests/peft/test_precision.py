@@ -16,7 +16,7 @@ from fedsim import peft
 from fedsim.config import Config, Speed
 from fedsim.peft import precision
 from fedsim.peft.flops import equations
-from fedsim.simulation import build
+from fedsim.simulation import build, tasks
 
 CASES = [("vit_tiny", (16, 16, 3), kind) for kind in ("bias", "lora", "adapter", "prompt", "prefix", "ia3", "full")] + [
     ("bert_tiny", (8,), "lora+bias"),
@@ -106,7 +106,7 @@ def test_what_an_algorithm_writes_stays_float32() -> None:
     config = Config(backbone="vit_tiny", peft="lora", algorithm="fed_ex_lora", clients=4, clients_per_round=2)
     model = precision.computed(peft.build("vit_tiny", 3, peft="lora"), "bfloat16")
     trained, frozen = peft.start(model, "random", 0)
-    algorithm = build.check(config)(build.task(config, model, trained, cached=False))
+    algorithm = build.check(config)(tasks.task(config, model, trained, cached=False))
     written = build.written(algorithm, frozen)
     assert written == {f.kernel for f in peft.factors(model)}
     held = precision.held(frozen, "bfloat16", written)

@@ -12,12 +12,12 @@ import optax
 import pytest
 
 import fedsim
-from fedsim import peft
+from fedsim import peft, wire
 from fedsim.backbones.load import random
 from fedsim.config import Config, Speed
 from fedsim.core import Client
 from fedsim.engine import host
-from fedsim.simulation import build, needs
+from fedsim.simulation import build, needs, tasks
 from fedsim.training import features, optimizers
 
 
@@ -218,24 +218,37 @@ def test_the_task_of_a_config(tmp_path: Path, blobs: Callable[..., Path]) -> Non
     )  # fmt: skip
     model = peft.build("mlp", 3, peft="head", input_shape=(6,))
     trained, frozen = peft.start(model, "random", 0)
-    task = build.task(config, model, trained, cached=False)
+    task = tasks.task(config, model, trained, cached=False)
     assert (task.passes.epochs, task.passes.steps, task.passes.batch_size) == (3, None, 5)
-    client = Client(jnp.int32(0), jnp.int32(9), (), jax.random.key(0), jnp.int32(1), jnp.float32(0.5))
-    assert float(task.lr(client)) == 0.5
+    client = Client(jnp.int32(0), jnp.int32(9), (), jax.random.key(0), jnp.int32(1), jnp.float32(0.5), jnp.int32(2))
+    assert float(task.lr(client, ())) == 0.5
     assert float(task.weight(client, ())) == 1
-    examples = build.task(config.replace(weighting="examples"), model, trained, cached=False)
+    examples = tasks.task(config.replace(weighting="examples"), model, trained, cached=False)
     assert float(examples.weight(client, ())) == 9
     assert {k: v.tolist() for k, v in task.init(jax.random.key(0)).items()} == {
         k: v.tolist() for k, v in trained.items()
     }
-    packet = task.encode_up({"a": jnp.array([1 / 3], jnp.float32)})["a"]
-    assert int(packet.nbytes) == 2 and float(packet.value[0]) == float(jnp.bfloat16(1 / 3))
-    assert task.encode_down({"a": 1}) == {"a": 1}
     x = np.ones((2, 6), np.float32)
     whole = task.logits(frozen, trained, x)
-    cached = build.task(config, model, trained, cached=True)
+    cached = tasks.task(config, model, trained, cached=True)
     held = {k: v for k, v in frozen.items() if k not in model.below}
     np.testing.assert_allclose(cached.logits(held, trained, model.prefix(frozen, x)), whole, rtol=1e-6)
+
+
+def test_the_engine_of_a_config_has_its_codecs_and_the_run_its_average(
+    tmp_path: Path, blobs: Callable[..., Path]
+) -> None:
+    config = Config(
+        dataset=str(blobs(tmp_path)), backbone="mlp", clients=4, clients_per_round=2, min_size=3, peft="head",
+        weighting="uniform", codec_up="bfloat16",
+    )  # fmt: skip
+    trainer = build.trainer(build.problem(config, Speed(devices=1)), build.phases(config)[0])
+    assert trainer.engine.up is not None and trainer.engine.down is None
+    reply, key = wire.coded({"a": jnp.array([1 / 3], jnp.float32)}), jax.random.key(0)
+    packet = wire.arrive(reply, trainer.engine.up, key, key)[0]["a"]
+    assert int(packet.nbytes) == 2 and float(packet.value[0]) == float(jnp.bfloat16(1 / 3))
+    client = Client(*(jnp.int32(n) for n in (0, 9)), (), key, jnp.int32(1), jnp.float32(0.5), jnp.int32(2))
+    assert float(trainer.average.reduce.weight(client, ())) == 1
 
 
 def test_phases_hand_on_what_was_trained(tmp_path: Path, blobs: Callable[..., Path]) -> None:

@@ -36,7 +36,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, blobs: Callable[..., Path]) -
         dataset=str(blobs(folder)), backbone="mlp", peft="full", clients=4, clients_per_round=2, rounds=3, head_rounds=1,
         optimizer="sgd", lr=0.05, min_size=6, local_test=0.3,
     )  # fmt: skip
-    return tuple(fedsim.run(config.replace(seed=s), SPEED, out=folder / str(s), quiet=True) for s in (0, 1))  # type: ignore[return-value]
+    one, other = (fedsim.run(config.replace(seed=s), SPEED, out=folder / str(s), quiet=True) for s in (0, 1))
+    return one, other
 
 
 @pytest.fixture

@@ -43,7 +43,11 @@ def test_scores_equal_a_loop_over_clients(config: Config, devices: int) -> None:
     """Tuned: two epochs of SGD with momentum over the client's rows in their order, written out."""
     problem, now = ready(config, Speed(devices=devices, lanes=2, compilation_cache=False))
     found = personal.local_scores(problem, now.trainer, now.server, now.memory)
-    assert found is not None and found.ids.tolist() == list(range(7)) and set(found.accuracy) == {"global", "tuned"}
+    assert (
+        found is not None
+        and found.ids.tolist() == list(range(7))
+        and set(found.scores["accuracy"]) == {"global", "tuned"}
+    )
     model, held = now.trainer.model, jax.device_get(now.trainer.engine.held)
     apply = model.suffix if now.trainer.cached else model.apply
     x, y, start = jax.device_get(now.trainer.engine.x), problem.dataset.y, now.parameters()
@@ -58,7 +62,9 @@ def test_scores_equal_a_loop_over_clients(config: Config, devices: int) -> None:
     for client in range(7):
         mine, test = problem.partition.client(client), problem.local_test.client(client)
         assert not set(mine) & set(test) and len(test)
-        assert found.accuracy["global"][client] == pytest.approx(correct(apply(start, held, x[test]), y[test]))
+        assert found.scores["accuracy"]["global"][client] == pytest.approx(
+            correct(apply(start, held, x[test]), y[test])
+        )
         params, velocity = dict(start), {k: np.zeros_like(v) for k, v in start.items()}
         visits = np.tile(mine, 2)  # an epoch ends where it ends: the second one goes on in the same batch
         for first in range(0, len(visits), 4):
@@ -66,9 +72,11 @@ def test_scores_equal_a_loop_over_clients(config: Config, devices: int) -> None:
             step = gradient(params, x[rows], y[rows])
             velocity = {k: 0.9 * velocity[k] + step[k] for k in params}
             params = {k: params[k] - 0.05 * velocity[k] for k in params}
-        assert found.accuracy["tuned"][client] == pytest.approx(correct(apply(params, held, x[test]), y[test]))
+        assert found.scores["accuracy"]["tuned"][client] == pytest.approx(
+            correct(apply(params, held, x[test]), y[test])
+        )
         losses = -np.asarray(jax.nn.log_softmax(apply(params, held, x[test])))[np.arange(len(test)), y[test]]
-        np.testing.assert_allclose(found.loss["tuned"][client], losses.mean(), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found.scores["loss"]["tuned"][client], losses.mean(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -84,7 +92,7 @@ def test_what_a_client_keeps_is_tested_and_left_alone(config: Config, tmp_path: 
     before, order = now.memory.state()
     before = {k: v.copy() for k, v in before.items()}
     found = personal.local_scores(problem, now.trainer, server, now.memory)
-    assert found is not None and set(found.loss) == {"global", "memory"}
+    assert found is not None and set(found.scores["loss"]) == {"global", "memory"}
     after, same_order = now.memory.state()
     assert order.tolist() == same_order.tolist() == [1, 4, 6]
     jax.tree.map(np.testing.assert_array_equal, before, after)
@@ -94,8 +102,8 @@ def test_what_a_client_keeps_is_tested_and_left_alone(config: Config, tmp_path: 
         memory = () if client not in ids else {k: v[order.tolist().index(client)] for k, v in before.items()}
         logits = np.asarray(now.trainer.algorithm.predict(held, server, memory, x[rows]), np.float64)
         losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(rows)), y[rows]]
-        np.testing.assert_allclose(found.loss["memory"][client], losses.mean(), rtol=1e-4, atol=1e-6)
-    differ = np.abs(found.loss["memory"] - found.loss["global"]) > 1e-6
+        np.testing.assert_allclose(found.scores["loss"]["memory"][client], losses.mean(), rtol=1e-4, atol=1e-6)
+    differ = np.abs(found.scores["loss"]["memory"] - found.scores["loss"]["global"]) > 1e-6
     assert np.flatnonzero(differ).tolist() == [1, 4, 6]
 
 
@@ -103,8 +111,8 @@ def test_a_client_that_diverges_has_no_scores(config: Config) -> None:
     """Neither accuracy nor loss, instead of the zeros of an empty reply; the summary counts such clients."""
     problem, now = ready(config.replace(optimizer="sgd", personal_lr=1e30))
     found = personal.local_scores(problem, now.trainer, now.server, now.memory)
-    assert found is not None and np.isfinite(found.loss["global"]).all()
-    assert np.isnan(found.loss["tuned"]).all() and np.isnan(found.accuracy["tuned"]).all()
+    assert found is not None and np.isfinite(found.scores["loss"]["global"]).all()
+    assert np.isnan(found.scores["loss"]["tuned"]).all() and np.isnan(found.scores["accuracy"]["tuned"]).all()
     assert found.summary()["tuned"] == {"clients": 0, "nonfinite": 7}
 
 

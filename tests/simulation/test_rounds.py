@@ -98,13 +98,13 @@ def test_patience_counts_evaluations_without_a_better_one() -> None:
 
 
 def test_a_target_ends_the_run_before_patience_does() -> None:
-    config = Config(patience=1, target_accuracy=0.6)
+    config = Config(patience=1, target=0.6)
     assert judged(config, standing(best=0.7), {"accuracy": 0.6}, patient=True).stopped == "target"
     assert judged(config, standing(best=0.7), {"accuracy": 0.59}, patient=True).stopped == "patience"
 
 
 def test_scores_that_are_no_numbers_are_never_better_and_reach_no_target() -> None:
-    config = Config(target_accuracy=0.1, patience=2)
+    config = Config(target=0.1, patience=2)
     stand = judged(config, standing(best=0.05, stale=0), {"accuracy": math.nan}, patient=True)
     assert (stand.best, stand.stale, stand.stopped) == (0.05, 1, "rounds")
     stand = judged(config, stand, {"accuracy": math.nan}, patient=True)

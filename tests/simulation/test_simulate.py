@@ -181,8 +181,8 @@ def test_the_head_comes_first(config: Config, run: Callable[..., Run]) -> None:
     assert result.rounds[2]["validation"]["loss"] < result.rounds[0]["validation"]["loss"]
 
 
-def test_target_accuracy_stops_the_run(config: Config, run: Callable[..., Run]) -> None:
-    result = run(config.replace(rounds=50, target_accuracy=0.8))
+def test_a_target_stops_the_run(config: Config, run: Callable[..., Run]) -> None:
+    result = run(config.replace(rounds=50, target=0.8))
     seen = [line["validation"]["accuracy"] for line in result.rounds]
     assert result.summary["stopped"] == "target" and len(seen) < 50
     assert seen[-1] >= 0.8 and all(a < 0.8 for a in seen[:-1])
@@ -401,7 +401,7 @@ def diverging(**changes: Any) -> tuple[Config, Any]:
 def test_a_model_that_is_no_number_has_no_scores_and_reaches_no_target(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, data = diverging(target_accuracy=0.8)
+    config, data = diverging(target=0.8)
     run = fedsim.run(config, out=tmp_path / "run", data=data)
     summary = run.summary or {}
     assert summary["stopped"] == "rounds" and len(run.rounds) == 3 and summary["best"] is None

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fedsim import peft
+from fedsim.backbones import row
 from fedsim.config import Config, Speed
 from fedsim.simulation import build
 from fedsim.training import features, lengths
@@ -57,11 +58,13 @@ def test_texts_of_one_length_run_in_one_program_and_in_order() -> None:
 def test_features_equal_those_of_padded_texts(name: str, pool: str, cuts: tuple[int, ...]) -> None:
     """Inside of the encoder what lies beyond a text may differ, what is made of it may not."""
     ids, _ = texts()
-    ids = np.where(ids == 0, build.backbone(name).pad, ids).astype(np.int32)  # type: ignore[union-attr]
+    pad = row(name).pad
+    assert pad is not None
+    ids = np.where(ids == 0, pad, ids).astype(np.int32)
     ids[:, 0] = 5
     model = peft.build(name, 3, peft="head", pool=pool)
     trained, frozen = peft.start(model, "random", 0)
-    found = lengths.measure(ids, build.backbone(name).pad, 2)  # type: ignore[union-attr,arg-type]
+    found = lengths.measure(ids, pad, 2)
     expected = np.asarray(jax.jit(model.prefix)(frozen, ids))
     assert len({length for _, length in lengths.batches(np.arange(200), features.FEATURE_BATCH, found)}) > 1
     for cut in (*cuts, model.cut):

@@ -15,6 +15,7 @@ from flax import nnx
 
 from fedsim.backbones.bert import Bert, BertConfig
 from fedsim.backbones.cnn import Cnn, CnnConfig
+from fedsim.backbones.decoder import Decoder, DecoderConfig
 from fedsim.backbones.images import IMAGENET_PIXELS
 from fedsim.backbones.layers import Shape, Stage
 from fedsim.backbones.mlp import Mlp, MlpConfig
@@ -56,6 +57,11 @@ class Row(NamedTuple):
 def bert_row(config: BertConfig, asset: str | None = None, formats: tuple[str, ...] = ("bert",)) -> Row:
     """The row of any BERT or RoBERTa."""
     return Row("text", Bert, config, pad=config.pad, tokens=config.tokens, asset=asset, formats=formats)
+
+
+def decoder_row(config: DecoderConfig, formats: tuple[str, ...] = ()) -> Row:
+    """The row of a decoder, a language model or a classifier as the task asks."""
+    return Row("text", Decoder, config, pad=config.pad, tokens=config.tokens, formats=formats)
 
 
 def vit_row(width: int, depth: int, heads: int, patch: int) -> Row:
@@ -107,19 +113,28 @@ BACKBONES: dict[str, Row] = {
     "vit_tiny": Row("image", Vit, VitConfig(width=32, depth=2, heads=2, hidden=64, patch=4, image=16)),
     "bert_tiny": bert_row(TINY),
     "roberta_tiny": bert_row(dataclasses.replace(TINY, positions=130, offset=2, types=1, pad=1), formats=("roberta",)),
+    "decoder_tiny": decoder_row(DecoderConfig()),
 }
 
 
 def backbone(
-    name: str, *, pool: str | None = None, image_size: int | None = None, interpolation: str = "bilinear"
+    name: str,
+    *,
+    pool: str | None = None,
+    image_size: int | None = None,
+    interpolation: str = "bilinear",
+    task: str = "classification",
 ) -> Row | Backbone:
     """The row of the table, with pooling of features and resizing of images changed where given; or the user's own.
 
     Raises:
-        ValueError: an unknown name; the nearest ones are given. A change that the backbone does not know.
+        ValueError: an unknown name; the nearest ones are given. A change that the backbone does not know, or a task that it
+            has no answer to.
     """
+    if task == "language_model":
+        require_decoder(name)
     if ":" not in name:
-        return row(name, pool=pool, image_size=image_size, interpolation=interpolation)
+        return row(name, pool=pool, image_size=image_size, interpolation=interpolation, task=task)
     other = None if interpolation == "bilinear" else interpolation
     for option, value in (("pool", pool), ("image_size", image_size), ("interpolation", other)):
         if value is not None:
@@ -127,14 +142,33 @@ def backbone(
     return find(name)
 
 
-def row(name: str, *, pool: str | None = None, image_size: int | None = None, interpolation: str = "bilinear") -> Row:
+def require_decoder(name: str) -> None:
+    """Raises `ValueError` for a backbone that cannot be a language model, and names those that can."""
+    able = [known for known, row in BACKBONES.items() if row.architecture is Decoder]
+    if name not in able:
+        raise ValueError(
+            f"Expected backbone={name!r} to be a decoder for task='language_model', one of {', '.join(able)}; choose one."
+        )
+
+
+def row(
+    name: str,
+    *,
+    pool: str | None = None,
+    image_size: int | None = None,
+    interpolation: str = "bilinear",
+    task: str = "classification",
+) -> Row:
     """The row of the table, as `backbone`.
 
     Raises:
-        ValueError: an unknown name; the nearest ones are given. A change that the backbone does not know.
+        ValueError: as `backbone`.
     """
     one_of(tuple(BACKBONES), backbone=name)
     row = BACKBONES[name]
+    if task == "language_model":
+        require_decoder(name)
+        row = row._replace(config=dataclasses.replace(row.config, language_model=True))
     if pool is not None:
         pools = {"text": ("mean", "cls", "pooler"), "image": ("cls", "mean")}.get(row.kind, ())
         pools = pools if hasattr(row.config, "pool") else ()

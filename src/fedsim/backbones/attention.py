@@ -18,7 +18,13 @@ HIDDEN = -30_000.0  # added to a score that is not to count: bfloat16 holds it, 
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None, keys: int | None = None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None = None,
+    keys: int | None = None,
+    *,
+    causal: bool = False,
 ) -> jax.Array:
     """Mixes values by softmax(query key^T).
 
@@ -27,16 +33,19 @@ def attend(
         key, value: (B, K, H, d).
         mask: (B, K) bool, true where a key may be looked at.
         keys: only so many of the keys, the first ones, count (default: all); fewer where `may_take_cudnn` alone.
+        causal: the queries are the last Q of the K tokens, and none looks at a token behind its own.
 
     Returns:
         (B, Q, H, d).
     """
-    if may_take_cudnn(query.shape[1], query.shape[3], query.dtype):
+    if not causal and may_take_cudnn(query.shape[1], query.shape[3], query.dtype):
         return by_cudnn(query, key, value, mask, keys)
-    return plain(query, key, value, mask)
+    return plain(query, key, value, mask, causal=causal)
 
 
-def plain(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def plain(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None, *, causal: bool = False
+) -> jax.Array:
     """As `attend`; the scores are materialised."""
     size, _, heads, depth = query.shape
 
@@ -46,9 +55,13 @@ def plain(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | 
 
     query, key, value = split(query), split(key), split(value)
     scores = wide(jnp.einsum("nqd,nkd->nqk", query, key))
-    if mask is not None:
+    seen = None if mask is None else jnp.repeat(mask, heads, axis=0)[:, None, :]
+    if causal:
+        past = jnp.tril(jnp.ones(scores.shape[1:], bool), scores.shape[2] - scores.shape[1])
+        seen = past if seen is None else seen & past
+    if seen is not None:
         # Finite, so that a row without any token (an empty slot of a batch) has no NaN, nor its gradient.
-        scores = jnp.where(jnp.repeat(mask, heads, axis=0)[:, None, :], scores, -1e9)
+        scores = jnp.where(seen, scores, -1e9)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     mixed = jnp.einsum("nqk,nkd->nqd", weights, value)
     return mixed.reshape(size, heads, -1, depth).transpose(0, 2, 1, 3)

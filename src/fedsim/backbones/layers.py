@@ -100,6 +100,8 @@ class Skeleton(NamedTuple):
     """Prefix of each stage's leaves, in the order of the forward pass, the head's last."""
     run: Callable[[Mapping[str, Any], Any, int, int], Any]
     """(leaves, h, start, stop) -> h after the stages start..stop - 1; leaves of other stages may be absent."""
+    again: frozenset[str] = frozenset()
+    """Leaves that the last stage reads beside its own: a token embedding that is the output too."""
 
 
 class Linear(nnx.Module):
@@ -214,24 +216,29 @@ class LayerNorm(nnx.Module):
         return layer_norm(x, self.scale[...], self.bias[...], self.eps)
 
 
-class Attention(nnx.Module):
-    """Multi-head self-attention for short sequences."""
+class Projections(nnx.Module):
+    """The four linear maps of a multi-head attention, and what PEFT attaches to it; its kinds know an attention by it."""
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs) -> None:
-        self.query = Linear(width, width, rngs=rngs)
-        self.key = Linear(width, width, rngs=rngs)
-        self.value = Linear(width, width, rngs=rngs)
-        self.output = Linear(width, width, rngs=rngs)
+    def __init__(self, width: int, heads: int, shared: int = 1, *, bias: bool = True, rngs: nnx.Rngs) -> None:
+        """The maps of `heads` heads, of which `shared` have keys and values in common."""
+        self.query = Linear(width, width, bias=bias, rngs=rngs)
+        self.key = Linear(width, width // shared, bias=bias, rngs=rngs)
+        self.value = Linear(width, width // shared, bias=bias, rngs=rngs)
+        self.output = Linear(width, width, bias=bias, rngs=rngs)
         self.heads = heads
         self.adapter: Adapter | None = nnx.data(None)
         self.prefix_key: nnx.Param | None = nnx.data(None)
         self.prefix_value: nnx.Param | None = nnx.data(None)
 
     def attach_prefix(self, tokens: int, rngs: nnx.Rngs) -> None:
-        """Adds trained keys and values (tokens, D) that every query may look at."""
+        """Adds trained keys and values (tokens, width of the keys) that every query may look at."""
         width = self.key.kernel.shape[1]
         self.prefix_key = param("prefix_key", (tokens, width), rngs)
         self.prefix_value = param("prefix_value", (tokens, width), rngs)
+
+
+class Attention(Projections):
+    """Multi-head self-attention for short sequences."""
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None, read: int | None = None) -> jax.Array:
         """x (B, T, D), mask (B, T) bool, true where a token may be looked at -> (B, T, D).
@@ -272,16 +279,20 @@ def append_true(mask: jax.Array, count: int) -> jax.Array:
 class MLP(nnx.Module):
     """x (..., D) -> down(activation(up(x))) (..., D), the feed-forward half of a transformer block."""
 
-    def __init__(self, width: int, hidden: int, activation: Activation, *, rngs: nnx.Rngs) -> None:
-        self.up = Linear(width, hidden, rngs=rngs)
-        self.down = Linear(hidden, width, rngs=rngs)
+    def __init__(self, width: int, hidden: int, activation: Activation, *, bias: bool = True, rngs: nnx.Rngs) -> None:
+        self.up = Linear(width, hidden, bias=bias, rngs=rngs)
+        self.down = Linear(hidden, width, bias=bias, rngs=rngs)
         self.activation = activation
         self.adapter: Adapter | None = nnx.data(None)
         self.parallel = False
 
+    def inner(self, x: jax.Array) -> jax.Array:
+        """x (..., D) -> its hidden features (..., hidden)."""
+        return self.activation(self.up(x))
+
     def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
         """x, and what the block adds the result to where that is not x (pre-norm): a parallel adapter reads it."""
-        y = self.down(self.activation(self.up(x)))
+        y = self.down(self.inner(x))
         if self.adapter is None:
             return y
         if self.parallel:

@@ -71,6 +71,25 @@ def load(name: str, weights: Weights, shapes: Shapes, seed: int = 0) -> dict[str
     return {path: _read(found.source, place, shapes[path].shape) for path, place in found.places.items()}
 
 
+def stored_shapes(name: str, weights: Weights, shapes: Shapes) -> dict[str, jax.ShapeDtypeStruct]:
+    """The published leaves with the shapes that `load` would give them: a given checkpoint's positions keep their grid.
+
+    Reads the names and shapes of a file, a folder or a hub model that was downloaded before, no values. Random and packaged
+    weights have the table's shapes.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    if isinstance(backbone(name), Backbone):
+        refuse_weights(name, weights)
+    elif weights is not None and os.fspath(weights) != "random":
+        found = find(name, weights, shapes, fetch=False)
+        if POSITION in shapes:
+            grid = found.source.shapes[found.places[POSITION].name][1:]  # without the axis of one example
+            return {**shapes, POSITION: jax.ShapeDtypeStruct(grid, shapes[POSITION].dtype)}
+    return dict(shapes)
+
+
 def refuse_weights(name: str, weights: Weights) -> None:
     """Raises `ValueError` for weights beside those that a user's own backbone brings."""
     if weights is not None:
@@ -93,8 +112,11 @@ def draw(key: jax.Array, shapes: Shapes) -> dict[str, jax.Array]:
     }
 
 
-def find(name: str, weights: Weights, shapes: Shapes) -> Match:
+def find(name: str, weights: Weights, shapes: Shapes, *, fetch: bool = True) -> Match:
     """The checkpoint, compared with the backbone's config and leaves; no array is read.
+
+    Args:
+        fetch: whether a hub model may be downloaded.
 
     Raises:
         ValueError: as `load`.
@@ -103,19 +125,19 @@ def find(name: str, weights: Weights, shapes: Shapes) -> Match:
     if not row.formats:
         given = None if weights is None else os.fspath(weights)
         raise ValueError(f"Expected weights={given!r} of backbone={name!r} to be 'random'; it has no checkpoint.")
-    return match(open_source(locate(name, weights)), row, shapes)
+    return match(open_source(locate(name, weights, fetch=fetch)), row, shapes)
 
 
-def locate(name: str, weights: Weights) -> Path:
+def locate(name: str, weights: Weights, *, fetch: bool = True) -> Path:
     """File or folder of a backbone's weights: as given, of the hub, or packaged.
 
     Raises:
-        ValueError: none are packaged, or the hub cannot be reached.
+        ValueError: none are packaged, or the hub cannot be reached; without `fetch`, the model was not downloaded before.
     """
     if weights is None:
         return packaged(name, backbone(name).asset)
     weights = os.fspath(weights)
-    return hub(weights) if is_hub_name(weights) else Path(weights).expanduser()
+    return hub(weights, fetch=fetch) if is_hub_name(weights) else Path(weights).expanduser()
 
 
 def check_config(file: Path, expected: Mapping[str, Any]) -> None:

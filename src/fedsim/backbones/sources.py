@@ -285,11 +285,12 @@ def _varints(data: mmap.mmap, at: int, end: int) -> list[int]:
     return values
 
 
-def hub(name: str) -> Path:
+def hub(name: str, *, fetch: bool = True) -> Path:
     """Folder with a model of the Hugging Face hub (`google/vit-base-patch16-224`), downloaded if need be.
 
     Raises:
-        ValueError: huggingface_hub is not installed, there is no way to the hub, or no such model.
+        ValueError: huggingface_hub is not installed, there is no way to the hub, or no such model; without `fetch`, it was
+            not downloaded before.
     """
     try:
         from huggingface_hub import snapshot_download
@@ -300,7 +301,7 @@ def hub(name: str) -> Path:
         ) from None
     try:
         wanted = ["*.json", "model.safetensors", "model-*-of-*.safetensors", "*.npz", "*.txt"]
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=not fetch))
     except Exception as error:  # its own classes, those of its HTTP client, OSError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(

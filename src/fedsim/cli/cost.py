@@ -1,5 +1,7 @@
 """`fedsim cost`: parameters and bytes of a setting, from shapes alone. Reads no weights and no data, allocates nothing.
 
+Of a checkpoint that is given it reads names and shapes: a vision transformer's positions have a grid of their own.
+
 The prices are those of a run: the same model, split by the same rules, priced by `wire`. They hold for algorithms that
 send the trained part each way (FedAvg, FedProx); what others send besides is counted when they run.
 """
@@ -10,7 +12,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -25,6 +27,7 @@ from fedsim.simulation import build
 from fedsim.units import mebibytes, times
 
 DType = Literal["float32", "bfloat16", "float16"]
+Send = Callable[[Any, Any], Any]  # (what is sent, key) -> the message with packets
 
 
 class LeafCost(NamedTuple):
@@ -84,29 +87,31 @@ def cost(config: Config, classes: int, *, input_shape: tuple[int, ...] | None = 
         dtype: of all parameters; a run has float32.
 
     Raises:
-        ValueError: an unknown name or an option that does not fit the backbone, as `peft.build`.
+        ValueError: an unknown name or an option that does not fit the backbone, as `peft.build`; weights that do not fit it,
+            or are not here, as nothing is downloaded.
     """
     one_of(get_args(DType), dtype=dtype)
-    models = [(p, peft.from_config(p.config, classes, input_shape)) for p in build.phases(config)]
-    codecs = {"up": wire.codec(config.codec_up), "down": wire.codec(config.codec_down)}
-    rounds = [phase.last - phase.first + 1 for phase, _ in models]
-    sent = {
-        way: [total(wire.price_shapes(typed(model.trained, dtype), codec)) for _, model in models]
-        for way, codec in codecs.items()
+    models = [(phase, split(phase.config, classes, input_shape)) for phase in build.phases(config)]
+    up, down = wire.codec(config.codec_up, "codec_up"), wire.codec(config.codec_down, "codec_down")
+    ways: dict[str, Send] = {
+        "up": lambda tree, key: wire.arrive(wire.coded(tree), up, key, key)[0],
+        "down": lambda tree, key: wire.depart(down, wire.coded(tree, change=False), key),
     }
+    rounds = [phase.last - phase.first + 1 for phase, _ in models]
+    sent = {way: [sent_bytes(typed(model.trained, dtype), send) for _, model in models] for way, send in ways.items()}
     run = {
         way: config.clients_per_round * sum(n * b for n, b in zip(rounds, each, strict=True))
         for way, each in sent.items()
     }
     first, model = models[0][1], models[-1][1]
-    up, down = sent["up"][-1], sent["down"][-1]
+    bytes_up, bytes_down = sent["up"][-1], sent["down"][-1]
     trainable, whole = count(model.trained), count(peft.parameters(model))
     full = total(wire.price(typed(peft.parameters(model), dtype)))
     setup = total(wire.price(typed(first.frozen, dtype)))
     return Cost(
         backbone=config.backbone,
         peft=config.peft,
-        classes=classes,
+        classes=model.classes,
         options=chosen(model.options),
         dtype=dtype,
         codec_up=config.codec_up,
@@ -114,21 +119,41 @@ def cost(config: Config, classes: int, *, input_shape: tuple[int, ...] | None = 
         trainable_parameters=trainable,
         total_parameters=whole,
         share=trainable / whole,
-        bytes_up=up,
-        bytes_down=down,
+        bytes_up=bytes_up,
+        bytes_down=bytes_down,
         setup_bytes=setup,
         full_bytes=full,
-        full_ratio=2 * full / (up + down),
+        full_ratio=2 * full / (bytes_up + bytes_down),
         clients=config.clients,
         clients_per_round=config.clients_per_round,
         rounds=config.rounds,
         head_rounds=sum(rounds[:-1]),
-        round_bytes_up=config.clients_per_round * up,
-        round_bytes_down=config.clients_per_round * down,
+        round_bytes_up=config.clients_per_round * bytes_up,
+        round_bytes_down=config.clients_per_round * bytes_down,
         run_bytes_up=run["up"],
         run_bytes_down=run["down"],
         run_setup_bytes=setup * min(config.clients, config.rounds * config.clients_per_round),
     )
+
+
+def sent_bytes(shapes: peft.Shapes, send: Send) -> int:
+    """Bytes of one message; a leaf whose price depends on values counts as not encoded. Allocates nothing."""
+    prices: list[int] = []
+
+    def priced(tree: Any, key: Any) -> None:
+        with jax.ensure_compile_time_eval():  # a price that follows from shapes is a number here, else a tracer
+            message = send(tree, key)
+        for _, leaf in wire.named_leaves(message):
+            known = wire.is_packet(leaf) and not isinstance(leaf.nbytes, jax.core.Tracer)
+            prices.append(int(leaf.nbytes) if known else wire.array_bytes(wire.unwrap(leaf)))
+
+    jax.eval_shape(priced, shapes, jax.eval_shape(jax.random.key, 0))
+    return sum(prices)
+
+
+def split(config: Config, classes: int, input_shape: tuple[int, ...] | None) -> peft.Model:
+    """The model whose leaves a run would train, send and hold."""
+    return peft.fitted_to(peft.from_config(config, classes, input_shape), config.weights)
 
 
 def chosen(options: peft.Options) -> dict[str, Any]:
@@ -149,7 +174,7 @@ def rules(config: Config, classes: int, *, input_shape: tuple[int, ...] | None =
     Raises:
         ValueError: as `cost`.
     """
-    model = peft.from_config(build.phases(config)[-1].config, classes, input_shape)
+    model = split(build.phases(config)[-1].config, classes, input_shape)
     leaves = {**model.trained, **model.frozen}
     return [LeafCost(path, model.rules[path], leaf.shape, math.prod(leaf.shape)) for path, leaf in leaves.items()]
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedsim import peft
 from fedsim.backbones.load import draw
 from fedsim.config import Config, Speed
 from fedsim.core import Passes
@@ -17,7 +18,7 @@ from fedsim.engine import plan
 from fedsim.engine.host import tune_host
 from fedsim.peft import flops
 from fedsim.randomness import stream
-from fedsim.simulation import build
+from fedsim.simulation import build, needs
 from fedsim.simulation.build import Phase, Problem
 from fedsim.simulation.rehearsal import rehearse
 from fedsim.training.features import use_cache
@@ -66,17 +67,18 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
         ValueError: lanes that were asked for and do not fit into the memory.
     """
     config, dataset, parts = phase.config, problem.dataset, problem.partition
-    model = build.split_model(config, dataset, problem.speed)
-    plain = build.split_model(config, dataset)  # without what is computed twice to save memory
     passes = Passes(config.epochs, config.steps, config.batch_size)
     devices = problem.speed.devices or jax.local_device_count()
-    cached = use_cache(problem.speed, model, dataset.x, config)
     cohorts = [
         stream(config.seed, f"sample {round}").choice(parts.clients, config.clients_per_round, replace=False)
         for round in range(1, SAMPLED_ROUNDS + 1)
     ]
     rehearsed = rehearse(problem, phase, cohorts[0])
     lanes, widths = rehearsed.lanes, rehearsed.widths
+    weights = needs.weights(config)  # which the rehearsal has read, and downloaded before where they are the hub's
+    model = peft.fitted_to(build.split_model(config, dataset, problem.speed), weights)
+    plain = peft.fitted_to(build.split_model(config, dataset), weights)  # without what is computed twice to save memory
+    cached = use_cache(problem.speed, model, dataset.x, config)
     plans = [
         plan.make(ids, parts.rows, parts.offsets, passes, config.seed, round, devices, lanes, widths=widths)
         for round, ids in enumerate(cohorts, 1)

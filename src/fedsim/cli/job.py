@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim import record
-from fedsim.config import RATES, RELIABLE, Config, Speed, nearest
+from fedsim.config import RATES, RELIABLE, SMALLER, USUAL, Config, Speed, metric_of, nearest
 from fedsim.engine import processes
 from fedsim.report import tables as report
 from fedsim.units import size, words
@@ -19,7 +19,7 @@ HEAD, BASELINES = (
     ("bias", "lora", "full", "centralised"),
 )  # names of comparisons, and of their folders
 COMPARISONS = "comparisons"  # field of config.json: what the run is compared with, so that a resumed one is too
-HEAD_ROUNDS, HEAD_PATIENCE = 500, 100  # the head run ends when its validation accuracy stands still
+HEAD_ROUNDS, HEAD_PATIENCE = 500, 100  # the head run ends when its metric on validation stands still
 CENTRAL_LR = 4e-3  # of the centralised run there, which lacks the mean over a cohort that bears a higher one
 
 
@@ -31,7 +31,7 @@ def head_config(config: Config) -> Config:
         lr=config.head_lr or config.lr,
         rounds=config.rounds if config.traced else HEAD_ROUNDS,  # a trace may say nothing of later rounds
         patience=HEAD_PATIENCE,
-        target_accuracy=None,
+        target=None,
         eval_every=1,
     )
 
@@ -99,7 +99,8 @@ def run_job(
         problem = owned_by(problem, config)
     if start and not quiet and processes.is_first():
         print(start, flush=True)
-    names = [HEAD] * (head and config.peft != "head") + [*BASELINES] * baselines
+    has_head = config.task == "classification"  # the outputs of a language model are its token embedding's
+    names = [HEAD] * (head and has_head and config.peft != "head") + [*BASELINES] * baselines
     done = simulate.run(config, speed, out=out, quiet=quiet, problem=problem, about={COMPARISONS: names})
     _compared(done, config, problem, speed, names, quiet)
     return done
@@ -162,7 +163,8 @@ def resume_job(directory: Path, *, quiet: bool = False, trust_code: bool = False
     def planned() -> list[str]:
         """What the run's record says; for one made without this command, the head and what is there."""
         there = [name for name in BASELINES if (directory / "baselines" / name / record.SUMMARY).is_file()]
-        return stopped.about.get(COMPARISONS, [HEAD] * (stopped.config.peft != "head") + there)
+        has_head = stopped.config.task == "classification" and stopped.config.peft != "head"
+        return stopped.about.get(COMPARISONS, [HEAD] * has_head + there)
 
     known = (HEAD, *BASELINES)
     names = [name for name in processes.by_first(planned) if name in known]
@@ -171,12 +173,7 @@ def resume_job(directory: Path, *, quiet: bool = False, trust_code: bool = False
 
 
 def _row(name: str, run: record.Run) -> report.Row:
-    result = run.summary or {}
-    sent = result["bytes"]
-    accuracy = {split: (result["final"][split] or {}).get("accuracy") for split in ("validation", "test")}
-    return report.Row(
-        name, accuracy["validation"], accuracy["test"], result["rounds"], sent["up"], sent["down"], result["seconds"]
-    )
+    return report.rows(run.summary or {}, name, is_full=True)[-1]
 
 
 def close(run: record.Run, rows: list[report.Row]) -> None:
@@ -197,7 +194,7 @@ def close(run: record.Run, rows: list[report.Row]) -> None:
         )
     head = next((row for row in rows if row.name == HEAD), None)
     own = next(row for row in report.rows(run.summary, name, is_full=True) if row.name == name)
-    if head is not None and (said := beside_head(run.config.peft, own, head)):
+    if head is not None and (said := beside_head(run.config.peft, own, head, metric_of(run.config))):
         print(said)
     if run.config.clients == 1:
         print(
@@ -206,16 +203,16 @@ def close(run: record.Run, rows: list[report.Row]) -> None:
     print(f"Folder: {words(run.directory)}")
 
 
-def beside_head(peft: str, own: report.Row, head: report.Row) -> str:
+def beside_head(peft: str, own: report.Row, head: report.Row, metric: str = USUAL) -> str:
     """The gap of the run to the head alone, and both budgets; a verdict only where the head wins with no larger one."""
     if own.test is None or head.test is None:
         return ""
     sent, of_head = report.total(own) or 0, report.total(head) or 0
     gap = own.test - head.test
-    wins = gap < 0 and (head.rounds or 0) <= (own.rounds or 0) and of_head <= sent
+    wins = (gap > 0 if metric in SMALLER else gap < 0) and (head.rounds or 0) <= (own.rounds or 0) and of_head <= sent
     verdict = " The head alone wins, with no larger budget." if wins else ""
     return (
-        f"{peft} minus head, test accuracy: {gap:+.4f}, after {own.rounds} rounds and {size(sent)} against {head.rounds} rounds "
+        f"{peft} minus head, test {metric}: {gap:+.4f}, after {own.rounds} rounds and {size(sent)} against {head.rounds} rounds "
         f"and {size(of_head)}.{verdict}"
     )
 

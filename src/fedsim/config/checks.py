@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from fedsim.config.calls import parse_call
 from fedsim.config.fields import gate
+from fedsim.config.groups import check_groups
 from fedsim.config.limits import in_range, plan_fits
+from fedsim.config.scores import check_scores
 from fedsim.config.words import one_of
 
 if TYPE_CHECKING:
@@ -38,8 +40,8 @@ def check(config: Config) -> None:
     if not 0 < c.validation < 1:
         raise ValueError(f"Expected 0 < validation={c.validation} < 1; it is the share held out, e.g. 0.1.")
     check_shares(c)
-    if c.target_accuracy is not None and not 0 < c.target_accuracy <= 1:
-        raise ValueError(f"Expected 0 < target_accuracy={c.target_accuracy} <= 1; write 62 % as 0.62.")
+    check_scores(c)
+    check_groups(c)
     for call in c.augment:
         parse_call(call, "augment")
     if not 0 <= c.seed < 2**32:

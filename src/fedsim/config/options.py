@@ -14,6 +14,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fedsim.config import older
 from fedsim.config.checks import PartitionLaw, check
 from fedsim.config.fields import gate
 from fedsim.config.limits import in_range
@@ -28,7 +29,7 @@ class Data:
     """Packaged name (`fedsim data list`), `tfds:NAME`, `hf:NAME`, a folder of images by class, a file (.csv, .jsonl,
     .parquet, .npz), or `arrays` for those given to `fedsim.run` (docs/data.md)."""
     accept_licence: str | None = None
-    """Name of a licence that you accept; some packaged sets are neither fetched nor read without it."""
+    """Name of a licence that you accept; some packaged sets are neither fetched nor read without it (default: none)."""
     data_dir: str | None = None
     """Where TFDS looks for prepared sets (default: TFDS' own)."""
     text_column: str = "text"
@@ -36,9 +37,10 @@ class Data:
     label_column: str = "label"
     """Column or feature with the class."""
     client_column: str | None = None
-    """Column or feature that names the client of an example (author, writer, episode), for a partition by clients."""
+    """Column or feature that names the client of an example (author, writer, episode), for a partition by clients
+    (default: none)."""
     domain_column: str | None = None
-    """Column or feature that names the domain of an example (camera, hospital), for `partition=domain`."""
+    """Column or feature that names the domain of an example (camera, hospital), for `partition=domain` (default: none)."""
     image_store: int | None = None
     """Side to which images are resized once, when they are read: the shorter side, then the centre is cut out (default:
     they stay as they are, and must be of one size)."""
@@ -75,6 +77,8 @@ class Data:
 class Model:
     """The frozen backbone and the small part of it that is trained and travels."""
 
+    task: Literal["classification", "language_model"] = "classification"
+    """What the model answers: the class of an input, or each next token of a text (docs/language_models.md)."""
     backbone: str = "minilm_l6"
     """Name of a backbone (`fedsim list backbones`), or `file.py:name` of your own (docs/own_model.md)."""
     weights: str | None = None
@@ -122,6 +126,9 @@ class Training:
 
     algorithm: str = "fed_avg"
     """Name (`fedsim list algorithms`) or `file.py:function`, with options as a call: `"fed_prox(mu=0.1)"`."""
+    groups: tuple[str, ...] = ()
+    """Several architectures at once, for algorithms that train such: a call for each with its model's options and its share
+    of the clients, `"small(backbone='mlp', share=0.5)"`; without a share the server alone has it (docs/own_algorithm.md)."""
     rounds: int = 20
     """Communication rounds in all, head_rounds included."""
     clients_per_round: int = 10
@@ -129,11 +136,12 @@ class Training:
     epochs: int = 1
     """Passes of a client over its examples in a round."""
     steps: int | None = None
-    """Exact number of local steps instead of epochs."""
+    """Exact number of local steps instead of epochs (default: as many as the epochs take)."""
     batch_size: int = 8
     """Examples in a local step."""
     augment: tuple[str, ...] = ()
-    """Random changes of images in training: `flip`, `"crop(padding=4)"`, `"resized_crop(scale=0.08)"`, in this order."""
+    """Random changes of images in training: `flip`, `"crop(padding=4)"`, `"resized_crop(scale=0.08)"`, in this
+    order (default: none)."""
     optimizer: str = "adam"
     """Clients' optax optimizer, as a name or a call: `"sgd(momentum=0.9)"`."""
     lr: float = 2e-3
@@ -169,7 +177,7 @@ class Network:
     over_selection: float = 1.0
     """Invite this many times clients_per_round; the first clients_per_round that report count."""
     deadline: float | None = None
-    """Simulated seconds after which a round ends."""
+    """Simulated seconds after which a round ends (default: none)."""
     late: Literal["discard", "partial"] = "discard"
     """Clients that cannot be ready by the deadline are left out, or report after the local steps that fit."""
     download: str | None = None
@@ -181,7 +189,8 @@ class Network:
     compute: str | None = None
     """Law of the clients' local steps per second (default: take no time)."""
     device_table: str | None = None
-    """A .csv with a row for each client: client, and any of download, upload, latency, compute instead of their laws."""
+    """A .csv with a row for each client: client, and any of download, upload, latency, compute instead of their laws
+    (default: none)."""
 
     @property
     def timed(self) -> bool:
@@ -205,8 +214,11 @@ class Evaluation:
 
     eval_every: int = 1
     """Rounds between evaluations on the validation set; the last round is always evaluated. The test set is read once, at the end."""
-    target_accuracy: float | None = None
-    """Stop once the validation accuracy reaches this."""
+    metric: str | None = None
+    """Score on the validation set that judges the run (docs/evaluation.md; default: accuracy, of a language model
+    perplexity)."""
+    target: float | None = None
+    """Stop once the metric reaches this value: from below, but a loss or perplexity from above (default: never)."""
     personal_epochs: int = 0
     """At the end also tune the global model on each client's own examples, this many epochs, before its local test."""
     personal_lr: float | None = None
@@ -214,7 +226,7 @@ class Evaluation:
     eval_clients: int = 1000
     """Most clients whose local tests (`local_test`) are read at the end; more are drawn by seed."""
     patience: int | None = None
-    """Stop after this many evaluations without a better validation accuracy (default: never)."""
+    """Stop after this many evaluations without a better value of the metric (default: never)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,8 +246,8 @@ class Config(Data, Model, Training, Network, Evaluation):
         return dataclasses.replace(self, **changes)
 
     def hash(self) -> str:
-        """First 12 hex digits of the SHA-256 of the canonical JSON of all options."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """First 12 hex digits of the SHA-256 of the canonical JSON of all options (`older.hashed`)."""
+        text = json.dumps(older.hashed(dataclasses.asdict(self)), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -246,7 +258,7 @@ class Speed:
     lanes: int | Literal["auto"] = "auto"
     """Clients that train side by side on one device."""
     devices: int | None = None
-    """Local devices to use (default: all). A CPU is divided into so many, which share its cores (default: two)."""
+    """Local devices to use; a CPU is divided into so many, which share its cores (default: all; two of a CPU)."""
     parallel: Literal["shard_map", "pmap"] = "shard_map"
     """How lanes are spread over devices."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -266,7 +278,7 @@ class Speed:
     checkpoint_every: int = 5
     """Rounds between checkpoints; the last round is always saved."""
     keep_checkpoints: int | None = None
-    """Checkpoints that stay in the run's folder, the newest (default: three; 0: none once the run is over)."""
+    """Checkpoints that stay in the run's folder, the newest; 0 keeps none once the run is over (default: three)."""
     compilation_cache: bool = True
     """Keep compiled programs on disk between runs."""
 
@@ -298,7 +310,14 @@ MAIN_JOB: dict[str, Any] = {
 
 # Learning rates of other PEFT kinds in the main job, whose own is LoRA's: each chosen once, on validation
 # (`python experiments/peft_rates.py`; docs/peft.md has the table).
-RATES: dict[str, float] = {"full": 1e-4}
+RATES: dict[str, float] = {
+    "adapter": 3.2e-2,
+    "full": 1e-4,
+    "ia3": 3.2e-2,
+    "last_k": 5e-4,
+    "prefix": 2e-3,
+    "prompt": 5e-4,
+}
 
 
 def main_job(**changes: Any) -> Config:

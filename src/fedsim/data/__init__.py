@@ -146,12 +146,13 @@ def load(
     backbone: str | None = None,
     vocabulary: int | None = None,
     learn: tuple[int, int] | None = None,
+    taught: bool = True,
 ) -> Dataset:
     """The config's data set, tokenised and with distinct train, validation and test rows.
 
     Own splits are kept. Where they are missing, a fifth of the rows becomes test, then the share `options.validation`
     of the training rows becomes validation, and last `options.examples` training rows are kept, all drawn by seed.
-    Warns where a class is tested that no training row has.
+    Warns where a class is taught and tested that no training row has.
 
     Args:
         tokenizer_file: of the backbone; None where it reads no texts.
@@ -159,6 +160,7 @@ def load(
         vocabulary: tokens that it knows; None where that is not known, or where it takes any.
         learn: where the backbone brings no tokenizer, one is trained on the training texts: its tokens at most, and the id
             of padding (`text.trained_tokenizer`).
+        taught: labels are what is learned; else they only say who owns what.
 
     Raises:
         ValueError: as `read`; texts without a tokenizer; token ids beyond the vocabulary; splits that would be empty.
@@ -169,7 +171,7 @@ def load(
     )
     tested = source.y[np.concatenate([validation, test])]
     missing = np.intersect1d(unheld(source.y, train, len(source.classes)), tested)
-    if len(missing):
+    if taught and len(missing):
         named = ", ".join(printable(source.classes[c]) for c in missing[:5]) + (" ..." if len(missing) > 5 else "")
         warnings.warn(
             f"{source.name}: {len(missing)} of {len(source.classes)} classes are in validation or test and have no training "

@@ -65,7 +65,7 @@ def read_hugging_face(name: str, columns: Columns, side: int | None = None) -> S
 def _loaded(name: str) -> dict[str, Any]:
     """The parts train, validation and test of the set, as far as it has them; one part without a name is train."""
     try:
-        import datasets  # pyrefly: ignore[missing-import]
+        import datasets  # pyrefly: ignore[missing-import] - of the extra `hf`
     except ImportError:
         raise ValueError(
             f"Expected `datasets` to be installed for dataset='hf:{name}'; run pip install -e '.[hf]'."
@@ -93,7 +93,7 @@ def _loaded(name: str) -> dict[str, Any]:
 def _images(
     parts: dict[str, Any], splits: dict[str, np.ndarray], column: str, where: Any, side: int | None
 ) -> np.ndarray:
-    import datasets  # pyrefly: ignore[missing-import]
+    import datasets  # pyrefly: ignore[missing-import] - of the extra `hf`
     from PIL import Image
 
     encoded = {split: part.cast_column(column, datasets.Image(decode=False)) for split, part in parts.items()}

@@ -73,10 +73,16 @@ def data_prepare(name: str, data_dir: str | None = None) -> Path:
     return folder
 
 
-def data_show(options: Data, out: Path | None = None) -> Path:
-    """Prints the config's data set and partition, and draws clients x classes into a PNG; returns its path."""
+def data_show(options: Data, out: Path | None = None, start: str = "") -> Path:
+    """Prints the config's data set and partition, and draws clients x classes into a PNG; returns its path.
+
+    Args:
+        start: what the options start from, printed before.
+    """
     dataset = labels_only(options)
     partition = make(options, dataset)
+    if start:
+        print(start, flush=True)
     Console(markup=False).print(summary(options, dataset, partition))
     out = Path(f"{_slug(dataset.name)}-{options.partition}.png") if out is None else out
     draw(options, dataset, partition, out)

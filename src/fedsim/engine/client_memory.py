@@ -88,7 +88,7 @@ class Memory:
 
     def row_types(self) -> list[np.dtype]:
         """The dtypes of a row's leaves, their shapes included."""
-        return [self.row.fields[name][0] for name in self._leaves()] if self.row.fields else []
+        return [self.row[name] for name in self._leaves()]
 
     def make_beside(self, described: Mapping[str, Any]) -> None:
         """Makes the stores that a checkpoint describes, before anything has used them."""

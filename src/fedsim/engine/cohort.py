@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +20,9 @@ from fedsim.engine.device_memory import all_fit
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Lanes, Request
 from fedsim.engine.messages import Outbox
-from fedsim.engine.programs import Clock, Programs, Slots, State, named
-from fedsim.engine.replies import split_message
+from fedsim.engine.programs import Programs
+from fedsim.engine.replies import allow, split_message
+from fedsim.engine.state import Clock, Slots, State, named
 from fedsim.folds import plain
 from fedsim.randomness import stream
 
@@ -35,6 +37,8 @@ class Exchanged(NamedTuple):
     up: dict[str, int]
     up_packets: dict[str, Array]  # (D, S) each, uint32: packets' prices, by client; 0 where none replied
     times: np.ndarray  # (D, S): how often each reply travels; more than once from peer to peer
+    linked: bool  # from peer to peer
+    once: int  # bytes of leaves without a packet, if each reply travelled once
     outcome: network.Outcome  # who reported, and when
     steps: int  # of the plan
     occupancy: tuple[float, float]  # of lanes, of rows computed
@@ -52,7 +56,10 @@ class Cohort:
         lr: the clients' learning rate in this round, `Client.lr`.
         average: the run's fold, and `averaging` its state.
         releases: exchanges that the average may fold where it is no plain mean; `Algorithm.releases`.
+        stores: where codecs keep their state beside it; default: `memory`.
     """
+
+    groups: Mapping[str, Cohort] = {}
 
     def __init__(
         self,
@@ -66,6 +73,7 @@ class Cohort:
         average: Average = MEAN,
         averaging: Tree = (),
         releases: int = 1,
+        stores: Memory | None = None,
     ) -> None:
         self.engine, self.round, self.memory, self.lr = engine, round, memory, lr
         self.average, self.averaging, self.releases = average, averaging, releases
@@ -82,14 +90,13 @@ class Cohort:
         self.sizes[self.places] = engine.offsets[real + 1] - engine.offsets[real]
         self.conditions = conditions or network.reliable(self.ids)
         self.present = self.conditions.present
-        self.reports = (
-            self.present
-        )  # (M,) bool: still in the round; whoever does not report in an exchange is out of it
+        self.reports = self.present  # (M,) bool: still in the round; who does not report in an exchange is out of it
         self.last = np.zeros(len(self.ids), np.int64)
         if met is not None:
             self.last[self.places] = met[real]
         self.done: list[Exchanged] = []
         self.read: set[str] = set()  # options whose examples of the server the algorithm has read
+        self.stores = stores or memory
         self.outbox, self.coded_up, self.averages = Outbox(), False, 0
         self._rows: tuple[np.ndarray, Tree] | None = None  # members by slot, and their memory on the devices
 
@@ -145,7 +152,12 @@ class Cohort:
         args = engine.put(args)
         request = Request(local, reduce, averages, self.memory.init, decoded, args, link.into if link else None)
         reply = engine.reply(request)
-        self._allow(reduce, averages, reply, link)
+        self.averages += allow(self.average, None if averages else reduce, reply, linked=link is not None)
+        if self.averages > self.releases:
+            raise ValueError(
+                f"Expected average={self.average.name!r} to fold {self.releases} exchanges a round, the algorithm's `releases`, "
+                f"not {self.averages}; name their number there."
+            )
         self.coded_up |= reply.coded
         programs = engine.programs(request, members, self.sizes[self.places], self._labels)
         edges = peers.edges(link.graph, self.ids) if link else None
@@ -162,17 +174,16 @@ class Cohort:
             self.averaging = self.average.next(self.averaging, seen)
         self._keep(plan, state, programs, local, turn)
         replies = edges.hearers(outcome.reports) if edges is not None else outcome.reports
+        plain = {n: wire.array_bytes(leaf) for n, leaf in wire.named_leaves(reply.sent) if not wire.is_packet(leaf)}
         self.done.append(
             Exchanged(
                 stream=local.passes.stream,
                 down={name: int(each[self.reports].sum()) for name, each in down.items()},
-                up={
-                    name: int(replies.sum()) * wire.array_bytes(leaf)
-                    for name, leaf in wire.named_leaves(programs.reply.sent)
-                    if not wire.is_packet(leaf)
-                },
+                up={name: int(replies.sum()) * nbytes for name, nbytes in plain.items()},
                 up_packets=state.nbytes,
                 times=times,
+                linked=edges is not None,
+                once=int((replies > 0).sum()) * sum(plain.values()),
                 outcome=outcome,
                 steps=int(plan.length.max()),
                 occupancy=plan.occupancy,
@@ -182,33 +193,6 @@ class Cohort:
         )
         self.reports = outcome.reports
         return result, info
-
-    def _allow(self, reduce: Reduce, averages: bool, reply: Any, link: Peers | None) -> None:
-        """Raises `ValueError` for what an average that is no plain mean cannot honour, so that nothing is ignored."""
-        if self.average.plain or not jax.tree.leaves(reply.sent):
-            return
-        name = self.average.name
-        if link is not None or not averages:
-            what = (
-                "replies that go from peer to peer"
-                if link
-                else f"the fold {reduce.done.__qualname__.partition('.')[0]}"
-            )
-            raise ValueError(
-                f"Expected average={name!r} to fold all replies, but this algorithm brings {what}; choose mean, or an algorithm "
-                "that leaves the fold to the run."
-            )
-        if reply.others:
-            raise ValueError(
-                f"Expected every part of a reply to be a change for average={name!r}, but {reply.others[0]!r} is not marked by "
-                "wire.coded(..., change=True); mark it, or choose mean."
-            )
-        self.averages += 1
-        if self.averages > self.releases:
-            raise ValueError(
-                f"Expected average={name!r} to fold {self.releases} exchanges a round, the algorithm's `releases`, not "
-                f"{self.averages}; name their number there."
-            )
 
     def _plan(self, programs: Programs, local: Local, outcome: network.Outcome, turn: int) -> planning.Plan:
         """Who runs where, at which step, on which rows."""
@@ -322,6 +306,29 @@ class Cohort:
                 up[name] += int(np.sum(each * one.times.astype(np.uint64), dtype=np.uint64))
         return dict(down), dict(up)
 
+    def outcomes(self) -> list[network.Outcome]:
+        """Who reported in each exchange, and when."""
+        return [one.outcome for one in self.done]
+
+    def peers(self) -> dict[str, int] | None:
+        """Replies that went from peer to peer, and what they would cost if each was sent once to all; None for none.
+
+        Their bytes are in `traffic`, up, once for each transmission.
+        """
+        linked = [one for one in self.done if one.linked]
+        if not linked:
+            return None
+        leaves = sum(one.once for one in linked)
+        packets = [
+            int(np.sum(each[one.times > 0], dtype=np.uint64))
+            for one in linked
+            for each in self.fetch(one.up_packets).values()
+        ]
+        return {
+            "transmissions": int(sum(one.times.sum() for one in linked)),
+            "broadcast_bytes": leaves + sum(packets),
+        }
+
     def _slots(
         self, plan: planning.Plan, outcome: network.Outcome, programs: Programs, local: Local, turn: int
     ) -> Slots:
@@ -348,7 +355,7 @@ class Cohort:
             return None
         changes = programs.reply.changes
         name = "-".join(filter(None, ("codec", engine.name(local).replace("/", "-"), str(turn))))
-        return self.memory.store(name, lambda key, held: engine.up.init(key, changes), ())
+        return self.stores.store(name, lambda key, held: engine.up.init(key, changes), ())
 
     def _by_slot(self, plan: planning.Plan, leaf: Any) -> Any:
         return leaf[np.minimum(plan.member, max(len(self.ids) - 1, 0))]

@@ -29,8 +29,9 @@ from fedsim.engine.device_memory import Need, device_memory, exhausted, free_mem
 from fedsim.engine.host import aligned
 from fedsim.engine.lane_count import choose_lanes, own_convolutions
 from fedsim.engine.packing import Labels
-from fedsim.engine.programs import Clock, Parts, Programs, Slots, make_programs
+from fedsim.engine.programs import Programs, make_programs
 from fedsim.engine.replies import Reply, reply_bytes, reply_shapes, split_message, takes_rows
+from fedsim.engine.state import Clock, Parts, Slots
 from fedsim.folds import stack, uniform
 
 PREFETCH_BYTES = 256 * 2**20  # of batches that a segment may hold on a device at once

@@ -22,31 +22,56 @@ from fedsim.training import lengths
 from fedsim.training.lengths import Lengths
 
 Predict = Callable[[Tree, Tree, Tree, Tree], Array]
+Score = Callable[[Array, Batch], Metrics]
 
 CPU_BATCH, ACCELERATOR_BATCH = 64, 256  # examples of a step; the first measured, the second a choice
+
+
+def loss_of(
+    criterion: Callable[[Array, Batch], tuple[Array, Metrics]],
+    apply: Callable[[Params, Tree, Tree], Array],
+    augment: Callable[[Array, Tree], Tree] = lambda key, x: x,
+) -> Callable[[Tree, Params, Batch], tuple[Array, Metrics]]:
+    """A `Task.loss`: what the criterion says of the model's outputs for a batch.
+
+    Args:
+        apply: (trained, frozen, x (B, ...)) -> outputs (B, ...).
+        augment: (batch's key, x) -> x, before it; in training only.
+    """
+
+    def loss(held: Tree, params: Params, batch: Batch) -> tuple[Array, Metrics]:
+        return criterion(apply(params, held, augment(batch.key, batch.x)), batch)
+
+    return loss
 
 
 def classification_loss(
     apply: Callable[[Params, Tree, Tree], Array],
     augment: Callable[[Array, Tree], Tree] = lambda key, x: x,
 ) -> Callable[[Tree, Params, Batch], tuple[Array, Metrics]]:
-    """Mean cross-entropy over a batch's real rows, with `loss` and `accuracy` as metrics.
+    """Mean cross-entropy over a batch's real rows, with `loss` and `accuracy` as metrics; `loss_of` has the arguments."""
+    return loss_of(classification_criterion, apply, augment)
 
-    Args:
-        apply: (trained, frozen, x (B, ...)) -> logits (B, classes).
-        augment: (batch's key, x) -> x, before it; in training only.
-    """
 
-    def loss(held: Tree, params: Params, batch: Batch) -> tuple[Array, Metrics]:
-        sums = masked_sums(apply(params, held, augment(batch.key, batch.x)), batch.y, batch.mask)
-        rows = jnp.maximum(batch.mask.sum(), 1.0)
-        return sums["loss"] / rows, {"loss": sums["loss"] / rows, "accuracy": sums["correct"] / rows}
+def classification_criterion(logits: Array, batch: Batch) -> tuple[Array, Metrics]:
+    """A `Task.criterion`: the mean loss of a batch's real rows, and its metrics. logits (B, C)."""
+    metrics = means(classification_score(logits, batch))
+    return metrics["loss"], metrics
 
-    return loss
+
+def classification_score(logits: Array, batch: Batch) -> Metrics:
+    """A `Task.score`: `masked_sums` of a batch. logits (B, C)."""
+    return masked_sums(logits, batch.y, batch.mask)
+
+
+def means(sums: Metrics) -> Metrics:
+    """`loss` and `accuracy` of a batch from a task's sums; 0 where nothing counts."""
+    weight = jnp.maximum(sums["weight"], 1.0)
+    return {"loss": sums["loss"] / weight, "accuracy": sums["correct"] / weight}
 
 
 def masked_sums(logits: Array, y: Array, mask: Array) -> dict[str, Array]:
-    """Sums over the real rows of a batch: loss (nats), correct answers, rows. logits (B, C), y (B,), mask (B,).
+    """Sums over the real rows of a batch: loss (nats), correct answers, their weight. logits (B, C), y (B,), mask (B,).
 
     Outputs that are not finite answer nothing, though argmax names a class: `correct` is NaN where a real row has some.
     """
@@ -57,8 +82,13 @@ def masked_sums(logits: Array, y: Array, mask: Array) -> dict[str, Array]:
     return {
         "loss": jnp.where(real, losses, 0.0).sum(),
         "correct": jnp.where(real, right, 0.0).sum(),
-        "rows": mask.sum(),
+        "weight": mask.sum(),
     }
+
+
+def whole_batch(x: Tree, y: Array, mask: Array) -> Batch:
+    """Rows (B, ...) as a task's score takes them, which reads no key and no step."""
+    return Batch(x, y, mask, jax.random.key(0), jnp.zeros((), jnp.int32), jnp.ones((), bool))
 
 
 class Counts(NamedTuple):
@@ -78,20 +108,33 @@ def counted(before: Counts, logits: Array, y: Array, mask: Array) -> Counts:
     return Counts(confusion, before.top + (real & (ahead.sum(axis=1) < metrics.TOP)).sum(dtype=jnp.int32))
 
 
+class Asked(NamedTuple):
+    """What an evaluation asks of a task."""
+
+    score: Score = classification_score  # `Task.score`
+    classes: bool = True  # `y` is the class of a row, so that confusion is counted; else outputs are next tokens
+
+
 def evaluator(
-    engine: Lanes, predict: Predict, rows: np.ndarray, batch: int | str = "auto", texts: Lengths | None = None
+    engine: Lanes,
+    predict: Predict,
+    rows: np.ndarray,
+    batch: int | str = "auto",
+    texts: Lengths | None = None,
+    asked: Asked = Asked(),  # noqa: B008 - a value that nobody changes
 ) -> Callable[[Tree], dict[str, float]]:
     """A function server -> metrics over these rows of the engine's examples (docs/evaluation.md defines them).
 
     Where a device's memory runs out, it warns and halves the batch until it fits; nothing of the server is lost by that.
-    `loss`, `accuracy`, `balanced_accuracy`, `macro_f1`, and `top5` of more than five classes or `auroc` of two; all NaN
-    where the model's outputs for a row are not finite. One
+    Of classes `loss`, `accuracy`, `balanced_accuracy`, `macro_f1`, and `top5` of more than five classes or `auroc` of two;
+    of a language model `loss`, `accuracy` and `perplexity`; all NaN where the model's outputs for a row are not finite. One
     compiled step over batches of equal shape; each batch is split over the devices. Sums of losses are float32 per batch and
     device, and added on the host in float64; counts are whole numbers.
 
     Args:
         batch: examples of a step; "auto" as `Speed.eval_batch` says.
         texts: lengths of the engine's examples, where they are texts: one step is compiled for each bucket in use.
+        asked: of the task (default: classification).
 
     Raises, of the function:
         ValueError: not even one example of each device fits.
@@ -100,7 +143,7 @@ def evaluator(
     if isinstance(batch, str):
         batch = CPU_BATCH if engine.devices[0].platform == "cpu" else ACCELERATOR_BATCH
     size = -(-min(batch, max(len(rows), 1)) // devices) * devices
-    whole = one_pass(engine, predict, rows, size, texts)
+    whole = one_pass(engine, predict, rows, size, texts, asked)
 
     def evaluate(server: Tree) -> dict[str, float]:
         nonlocal size, whole
@@ -122,13 +165,13 @@ def evaluator(
                     f"--eval-batch {half} starts with that.",
                     stacklevel=2,
                 )
-            size, whole = half, one_pass(engine, predict, rows, half, texts)
+            size, whole = half, one_pass(engine, predict, rows, half, texts, asked)
 
     return evaluate
 
 
 def one_pass(
-    engine: Lanes, predict: Predict, rows: np.ndarray, size: int, texts: Lengths | None
+    engine: Lanes, predict: Predict, rows: np.ndarray, size: int, texts: Lengths | None, asked: Asked
 ) -> Callable[[Tree], dict[str, float]]:
     """What `evaluator` does, in batches of `size` examples, a multiple of the devices' number."""
     devices = len(engine.devices)
@@ -139,11 +182,13 @@ def one_pass(
     def scored(length: int | None) -> Callable[..., tuple[Counts, dict[str, Array]]]:
         """The program of one length: each device counts and sums its own rows, and none waits for another."""
 
-        def step(held: Tree, server: Tree, before: Counts, x: Tree, y: Array, mask: Array) -> Any:
+        def step(held: Tree, server: Tree, before: Counts | None, x: Tree, y: Array, mask: Array) -> Any:
             if texts is not None and length is not None:
                 x = texts.cut(x, length)
             logits = predict(held, server, (), x)
-            sums = masked_sums(logits, y, mask)
+            sums = asked.score(logits, whole_batch(x, y, mask))
+            if before is None:
+                return None, sums
             if logits.shape[1] == 2:
                 sums["margin"] = logits[:, 1] - logits[:, 0]
             return counted(before, logits, y, mask), sums
@@ -156,7 +201,7 @@ def one_pass(
         one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), engine.x)
         return jax.eval_shape(lambda server, x: predict(engine.held, server, (), x), server, one).shape[1]
 
-    zero: list[Counts] = []  # made by the first call, which knows the server
+    zero: list[Counts | None] = [] if asked.classes else [None]  # made by the first call, which knows the server
 
     def evaluate(server: Tree) -> dict[str, float]:
         if not zero:
@@ -164,7 +209,7 @@ def one_pass(
             none = np.zeros((devices, count, count), np.int32), np.zeros(devices, np.int32)
             zero.append(Counts(*engine.split(none)))
 
-        def answered() -> tuple[Counts, list[dict[str, Array]]]:
+        def answered() -> tuple[Counts | None, list[dict[str, Array]]]:
             counts, parts = zero[0], []
             for rows, mask, (_, length) in zip(index, masks, batches, strict=True):
                 jax.block_until_ready(parts[-2:-1])  # so that two batches at most lie on the devices
@@ -175,8 +220,12 @@ def one_pass(
             return counts, parts
 
         split, host = processes.fetch(all_fit(answered))
+        names = ("loss", "correct", "weight")
+        loss, correct, weight = (float(np.sum([p[name] for p in host], dtype=np.float64)) for name in names)
+        if split is None:
+            found = metrics.from_sums({"loss": loss, "correct": correct, "weight": weight}, language=True)
+            return {name: float(value) for name, value in found.items()}
         confusion, top = split.confusion.sum(axis=0), split.top.sum(axis=0)
-        loss, correct = (float(np.sum([p[name] for p in host], dtype=np.float64)) for name in ("loss", "correct"))
         margins, labels = np.zeros(0), np.zeros(0)
         if len(confusion) == 2 and host:
             parts = [p["margin"].reshape(-1)[: len(part)] for p, (part, _) in zip(host, batches, strict=True)]

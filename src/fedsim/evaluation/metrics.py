@@ -1,10 +1,13 @@
-"""What is said of a classifier, from its confusion counts and scores, and of many clients, from a value of each. NumPy only."""
+"""What is said of a model, from its sums, of a classifier, from its confusion counts, and of many clients. NumPy only."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from fedsim.config import TASKS, TRAINED
 
 TOP = 5  # `top5`, where there are more classes than that
 
@@ -34,6 +37,45 @@ def scores(
     if classes == 2:
         found["auroc"] = auroc(margins, positive)
     return found if answered else dict.fromkeys(found, float("nan"))
+
+
+def from_sums(sums: Mapping[str, Any], *, language: bool = False) -> dict[str, Any]:
+    """`loss` and `accuracy` of a task's sums, and of a language model `perplexity`, exp(loss), infinite where that overflows.
+
+    Args:
+        sums: `loss`, `correct`, `weight`; numbers, or arrays (K,) of many clients.
+
+    Returns:
+        float64 of the same shape; NaN where nothing was asked, or an answer was no number.
+    """
+    loss, correct, weight = (np.asarray(sums[name], np.float64) for name in ("loss", "correct", "weight"))
+    answered = (weight > 0) & np.isfinite(correct)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = {"loss": loss / weight, "accuracy": correct / weight}
+    if language:
+        found["perplexity"] = perplexity(found["loss"])
+    return {name: np.where(answered, value, np.nan) for name, value in found.items()}
+
+
+def perplexity(loss: Any) -> Any:
+    """exp of the mean loss of a token, nats."""
+    with np.errstate(over="ignore"):
+        return np.exp(loss)
+
+
+def of_training(task: str, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The task's scores of a round's training batches, from the means of its criterion's metrics; NaN where there are none."""
+    found = {name: float(metrics.get(name, np.nan)) for name in TRAINED[task]}
+    return found | ({"perplexity": float(perplexity(found["loss"]))} if "perplexity" in found else {})
+
+
+def require_classes(metric: str, classes: int) -> None:
+    """Raises `ValueError` for a metric that is not defined for so many classes."""
+    kept = {f"top{TOP}": classes > TOP, "auroc": classes == 2}
+    if not kept.get(metric, True):
+        rule = "two classes" if metric == "auroc" else f"more than {TOP} classes"
+        others = [name for name in TASKS["classification"] if kept.get(name, True)]
+        raise ValueError(f"Expected metric={metric!r} with {rule}, not {classes}; take one of {', '.join(others)}.")
 
 
 def from_counts(confusion: np.ndarray) -> dict[str, float]:
@@ -69,11 +111,14 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float((ranks[positive].sum() - p * (p + 1) / 2) / (p * n))
 
 
-def spread(values: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+def spread(values: np.ndarray, weights: np.ndarray, *, larger: bool = True) -> dict[str, Any]:
     """How a value is spread over clients: mean, mean by `weights`, worst, best, the nine deciles; (K,) each.
 
     Clients of weight zero, which have no value, are left out. Where a client's value is not finite, as of a model that
     diverged, `nonfinite` counts them, and the other numbers are those of the rest.
+
+    Args:
+        larger: whether a larger value is better.
     """
     asked = np.asarray(weights) > 0
     kept = asked & np.isfinite(values)
@@ -86,7 +131,7 @@ def spread(values: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
         **broken,
         "mean": float(values.mean()),
         "weighted_mean": float(np.average(values, weights=weights)),
-        "worst": float(values.min()),
-        "best": float(values.max()),
+        "worst": float(values.min() if larger else values.max()),
+        "best": float(values.max() if larger else values.min()),
         "deciles": np.quantile(values, np.arange(1, 10) / 10).tolist(),
     }

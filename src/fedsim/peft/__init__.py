@@ -14,6 +14,7 @@ from fedsim.peft.split import (
     build,
     factors,
     fitted,
+    fitted_to,
     from_config,
     parameters,
     published,

@@ -73,7 +73,8 @@ def merge(model: Model, trained: Arrays, frozen: Arrays) -> dict[str, np.ndarray
             kernel = part["ia3"][:, None] * kernel
         elif "ia3" in part:
             kernel = kernel * part["ia3"]
-            merged[f"{layer}/bias"] = leaves[f"{layer}/bias"] * part["ia3"]
+            if f"{layer}/bias" in leaves:
+                merged[f"{layer}/bias"] = leaves[f"{layer}/bias"] * part["ia3"]
         merged[name] = kernel.astype(np.float32)
     _require_finite(merged, "merged")
     return merged
@@ -298,7 +299,7 @@ def _row(model: Model) -> Row:
             f"Expected backbone={model.name!r} to have a published layout; merge the leaves, and Backbone.restore them."
         )
     o = model.options
-    return row(model.name, pool=o.pool, image_size=o.image_size, interpolation=o.interpolation)
+    return row(model.name, pool=o.pool, image_size=o.image_size, interpolation=o.interpolation, task=o.task)
 
 
 def _hugging_face(model: Model) -> Format:

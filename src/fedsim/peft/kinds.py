@@ -15,7 +15,7 @@ import jax
 from flax import nnx
 
 from fedsim.backbones.kernels import gelu
-from fedsim.backbones.layers import ADDED, MLP, STATISTICS, Adapter, Attention, Linear, NoRngs, param
+from fedsim.backbones.layers import ADDED, MLP, STATISTICS, Adapter, Linear, NoRngs, Projections, param
 from fedsim.config import Model as Options
 from fedsim.config import nearest, one_of
 
@@ -123,14 +123,23 @@ def attach_adapter(module: Any, options: Options) -> None:
         mlp.adapter = Adapter(width, options.adapter_width, activation, scale, rngs=NoRngs())
         mlp.parallel = parallel
     if options.adapter == "houlsby":
-        for attention in _every(module, Attention, "adapter"):
+        for attention in _every(module, Projections, "adapter"):
             width = attention.output.kernel.shape[1]
             attention.adapter = Adapter(width, options.adapter_width, gelu, rngs=NoRngs())
 
 
 def attach_prompt(module: Any, options: Options) -> None:
-    """Tokens of its own for every block, or for the first one, from where they go on to the last."""
-    width = _every(module, Attention, "prompt")[0].query.kernel.shape[0]
+    """Tokens of its own for every block, or for the first one, from where they go on to the last.
+
+    Raises:
+        ValueError: tokens of this backbone do not look at those behind them, where a prompt stands.
+    """
+    width = _every(module, Projections, "prompt")[0].query.kernel.shape[0]
+    if not hasattr(module.blocks[0], "prompt"):
+        raise ValueError(
+            "Expected peft='prompt' to meet tokens that look at those behind them, where a prompt stands; those of a decoder "
+            "do not: take prefix, lora, ia3 or adapter."
+        )
     shallow = options.prompt_depth == "shallow"
     for block in list(module.blocks)[: 1 if shallow else None]:
         block.prompt = param("prompt", (options.prompt_tokens, width), NoRngs())
@@ -139,13 +148,13 @@ def attach_prompt(module: Any, options: Options) -> None:
 
 def attach_prefix(module: Any, options: Options) -> None:
     """Keys and values in every attention."""
-    for attention in _every(module, Attention, "prefix"):
+    for attention in _every(module, Projections, "prefix"):
         attention.attach_prefix(options.prefix_tokens, NoRngs())
 
 
 def attach_ia3(module: Any, options: Options) -> None:
     """A factor for each key, each value, and each hidden feature of the MLP."""
-    for attention in _every(module, Attention, "ia3"):
+    for attention in _every(module, Projections, "ia3"):
         attention.key.attach_ia3(NoRngs())
         attention.value.attach_ia3(NoRngs())
     for mlp in _every(module, MLP, "ia3"):
@@ -248,9 +257,10 @@ def rules(leaves: Iterable[Leaf], parts: Sequence[str], options: Options) -> dic
                 f"Expected each part of peft={options.peft!r} to take leaves; {' and '.join(rivals)} and {part} both "
                 f"take those of {part}: drop one."
             )
+        others = ", ".join(kind for kind in ("full", "head", "bias", "norm") if kind != part)
         raise ValueError(
             f"Expected peft={part!r} to take leaves of backbone={options.backbone!r}; it has none of that kind: "
-            "take full, head, bias or last_k."
+            f"take {others} or last_k."
         )
     return taken
 

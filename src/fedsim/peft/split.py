@@ -19,7 +19,7 @@ from flax import nnx
 
 from fedsim.backbones import Backbone, Module, Row, Shape, backbone, own
 from fedsim.backbones.layers import STATISTICS, NoRngs, Skeleton
-from fedsim.backbones.load import Weights, draw, load
+from fedsim.backbones.load import Weights, draw, load, stored_shapes
 from fedsim.config import Model as Options
 from fedsim.config import check_model, positive, require_known
 from fedsim.core import Factors
@@ -34,6 +34,7 @@ __all__ = [
     "build",
     "factors",
     "fitted",
+    "fitted_to",
     "from_config",
     "parameters",
     "parse",
@@ -50,6 +51,7 @@ class Model(NamedTuple):
 
     name: str
     classes: int
+    """Outputs: classes, or tokens of a language model's vocabulary."""
     trained: Shapes
     frozen: Shapes
     rules: dict[str, str]
@@ -74,6 +76,8 @@ class Model(NamedTuple):
     """Names of the leaves that only `prefix` reads: a run over cached features need not hold them."""
     options: Options = Options()
     """With which it was built."""
+    blocks: Mapping[str, int] = {}
+    """Leaf -> its block, from 0; what stands before the blocks counts as the first's, what stands behind them as the last's."""
 
 
 def build(backbone_name: str, classes: int, *, input_shape: Shape | None = None, **options: Any) -> Model:
@@ -81,7 +85,7 @@ def build(backbone_name: str, classes: int, *, input_shape: Shape | None = None,
 
     Args:
         backbone_name: key of `backbones.BACKBONES`, or `file.py:name` of a user's own.
-        classes: outputs of the head.
+        classes: outputs of the head; of a language model they are the backbone's vocabulary, whatever is said here.
         input_shape: of one example without the batch axis; backbones of fixed input size do not need it.
         options: those of `config.Model`: `peft="lora+bias"`, `rank=4`, ...
 
@@ -103,19 +107,31 @@ def from_config(config: Options, classes: int, input_shape: Shape | None = None,
     check_model(options)
     positive(classes=classes)
     found = backbone(
-        options.backbone, pool=options.pool, image_size=options.image_size, interpolation=options.interpolation
+        options.backbone,
+        pool=options.pool,
+        image_size=options.image_size,
+        interpolation=options.interpolation,
+        task=options.task,
     )
+    if options.task == "language_model" and isinstance(found, Row):  # a user's own is refused
+        classes = found.config.vocabulary
     parts = parse(options.peft)
-    shapes, stages, run = (
+    shapes, stages, run, again = (
         ours(found, parts, options, classes, input_shape)
         if isinstance(found, Row)
         else theirs(found, parts, options, classes, input_shape, input_dtype)
     )
     stage_of = locate(list(shapes), stages)
-    taken = rules(leaves(stage_of, stages), parts, options)
+    located = leaves(stage_of, stages)
+    taken = rules(located, parts, options)
     trained = {path: leaf for path, leaf in shapes.items() if taken[path] != "frozen"}
     frozen = {path: leaf for path, leaf in shapes.items() if taken[path] == "frozen"}
     fresh = {path: leaf for path, leaf in shapes.items() if is_fresh(path)}
+    if not trained:
+        raise ValueError(
+            f"Expected peft={options.peft!r} of backbone={options.backbone!r} to have a head to train; its outputs are those of "
+            "its token embedding: take lora, last_k, full, ... (and head_rounds=0)."
+        )
     cut = min(stage_of[path] for path in trained)
 
     def prefix(frozen: Mapping[str, Any], x: Any) -> Any:
@@ -141,8 +157,9 @@ def from_config(config: Options, classes: int, input_shape: Shape | None = None,
         prefix=prefix,
         suffix=suffix,
         run=run,
-        below=frozenset(path for path, stage in stage_of.items() if stage < cut),
+        below=frozenset(path for path, stage in stage_of.items() if stage < cut and path not in again),
         options=options,
+        blocks={leaf.path: max(leaf.blocks - leaf.above - 1, 0) for leaf in located},
     )
 
 
@@ -169,7 +186,7 @@ def ours(row: Row, parts: Sequence[str], options: Options, classes: int, input_s
             x = stage.run(x)
         return x
 
-    return Skeleton(shapes, [stage.path for stage in module.stages()], run)
+    return Skeleton(shapes, [stage.path for stage in module.stages()], run, frozenset(getattr(module, "again", ())))
 
 
 def theirs(
@@ -250,6 +267,16 @@ def fitted(model: Model, trained: Mapping[str, Any], frozen: Mapping[str, Any]) 
         return {path: jax.ShapeDtypeStruct(leaves[path].shape, leaf.dtype) for path, leaf in said.items()}
 
     return model._replace(trained=shapes(model.trained, trained), frozen=shapes(model.frozen, frozen))
+
+
+def fitted_to(model: Model, weights: Weights) -> Model:
+    """`fitted` to what `start` would give, of which no value is read or made; see `backbones.load.stored_shapes`.
+
+    Raises:
+        ValueError: the checkpoint does not fit, or is not here.
+    """
+    leaves = {**model.trained, **model.frozen, **stored_shapes(model.name, weights, published(model))}
+    return fitted(model, leaves, leaves)
 
 
 def locate(paths: list[str], stages: list[str]) -> dict[str, int]:

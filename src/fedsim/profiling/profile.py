@@ -155,6 +155,7 @@ def profile(
     repeats: int = 5,
     trace: bool = True,
     problem: Problem | None = None,
+    start: str = "",
 ) -> dict[str, Any]:
     """Measures, prints tables, writes `profile.json`, `profile.png`, `roofline.png` and a trace into a folder.
 
@@ -163,6 +164,7 @@ def profile(
         head: profile the phase of the head alone, not the last one.
         repeats: timed rounds of every setting, after one that compiles.
         trace: also record one round with `jax.profiler`.
+        start: what the options start from, printed before anything is measured.
 
     Raises:
         ValueError: as `build.check` and `parse_sweep`, before anything is measured.
@@ -177,6 +179,8 @@ def profile(
     phase = build.phases(config)[0 if head else -1]
     problem = problem._replace(speed=speed, trainers=None)
     out.mkdir(parents=True, exist_ok=True)
+    if start:
+        print(start, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         said("rounds as set")

@@ -28,7 +28,7 @@ from fedsim.engine import host, packing, peaks
 from fedsim.engine import plan as planning
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.keys import key_for
-from fedsim.engine.programs import State
+from fedsim.engine.state import State
 from fedsim.randomness import stream
 from fedsim.record.checkpoint import Checkpoints
 from fedsim.simulation.build import Phase, Problem
@@ -47,12 +47,16 @@ class Seen(NamedTuple):
 
 def run_round(now: Current) -> tuple[Cohort, float, float]:
     """The phase's first round once more: the cohort, seconds until the host has nothing left to do, and then waits."""
-    engine, algorithm, round = now.trainer.engine, now.trainer.algorithm, now.phase.first
-    population = Population(engine.population, invited(now.trainer.config))
-    ids = algorithm.select(stream(now.trainer.config.seed, f"sample {round}"), now.server, population)
+    trainer, round = now.trainer, now.phase.first
+    engine, algorithm = trainer.engine, trainer.algorithm
+    population = Population(engine.population, invited(trainer.config))
+    ids = algorithm.select(stream(trainer.config.seed, f"sample {round}"), now.server, population)
     key = jax.block_until_ready(key_for(engine.root, "server", round))
     start = time.perf_counter()
-    cohort = Cohort(engine, ids, round, now.memory, lr=now.trainer.lr(round))
+    cohort = Cohort(
+        engine, ids, round, now.memory, lr=trainer.lr(round),
+        average=trainer.average, averaging=now.averaging, releases=algorithm.releases,
+    )  # fmt: skip
     result = algorithm.round(key, engine.held, now.server, cohort)
     dispatched = time.perf_counter()
     jax.block_until_ready(result)

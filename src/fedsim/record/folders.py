@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from fedsim.config import Config, Speed, require_known
+from fedsim.config import Config, Speed, older, require_known
 from fedsim.digests import shown
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Run(NamedTuple):
     trust_code: bool = False  # of the user: its own Python files may run, also where they are not those recorded
 
     def table(self) -> pd.DataFrame:
-        """The rounds as a pandas table: one row a round, `validation_loss` and `validation_accuracy` as columns.
+        """The rounds as a pandas table: one row a round, `validation_loss` and the other scores as columns.
 
         Raises:
             ValueError: pandas is not installed.
@@ -313,12 +313,13 @@ def require_digest(file: Path, data: bytes, known: str, remedy: str) -> None:
 
 
 def options(kind: type[T], stored: Mapping[str, Any], directory: Path) -> T:
-    """`Config` or `Speed` from its JSON; options added since the run was made take their default.
+    """`Config` or `Speed` from its JSON, renamed ones too; options added since the run was made take their default.
 
     Raises:
         ValueError: an unknown option or an impossible value; names the file.
     """
     known = [f.name for f in dataclasses.fields(kind)]
+    stored = older.today(stored)
     require_known(stored, known, f"option in {directory / CONFIG}")
     try:
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})

@@ -34,10 +34,13 @@ Round = Mapping[str, Any]  # one line of rounds.jsonl, as docs/record.md says
 
 def flat(line: Round) -> dict[str, Any]:
     """A round's line without its bytes per leaf, and with `validation_*`, `simulated_*` instead of the nested objects."""
-    kept = {k: v for k, v in line.items() if k not in (*LEAVES, "validation", "simulated")}
+    kept = {
+        k: v for k, v in line.items() if k not in (*LEAVES, "validation", "validation_clients", "simulated", "peers")
+    }
     seen = line["validation"] or {}
+    kept |= {f"peers_{k}": v for k, v in (line.get("peers") or {}).items()}
     kept |= {f"simulated_{k}": v for k, v in (line.get("simulated") or {}).items()}
-    return kept | {f"validation_{k}": seen.get(k, math.nan) for k in ("loss", "accuracy")}
+    return kept | {f"validation_{k}": seen.get(k, math.nan) for k in {"loss": None, **seen}}
 
 
 def append(directory: Path, line: Round) -> None:
@@ -107,8 +110,8 @@ def check_line(line: Round) -> None:
         total = sum(line[name].values())
         if total != line[name.removesuffix("_leaves")]:
             raise ValueError(f"Expected the sum of {name}={total} to be {line[name.removesuffix('_leaves')]}.")
-    if line["validation"] is not None and not {"loss", "accuracy"} <= set(line["validation"]):
-        raise ValueError(f"Expected validation={line['validation']!r} to hold loss and accuracy, or to be None.")
+    if line["validation"] is not None and "loss" not in line["validation"]:
+        raise ValueError(f"Expected validation={line['validation']!r} to hold a loss, or to be None.")
 
 
 def rounds(directory: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fedsim.config import SCORES as NAMES
+
 Shape = (
     Any  # a type; (shape, ...): any of them, None for null; [shape]: a list; {name: shape}: an object, "name?" may lack
 )
@@ -19,7 +21,7 @@ WORDS = {
 HUGE = 10**300  # beyond it a whole number is no float
 
 MAYBE = (None, float)
-SCORES = {"loss": MAYBE, "accuracy": MAYBE}
+SCORES = {"loss": MAYBE, **{f"{name}?": MAYBE for name in NAMES if name != "loss"}}
 BYTES = dict.fromkeys(("up", "down", "total", "setup", "with_setup"), int)
 SIMULATED = {
     **dict.fromkeys(("unavailable", "dropped", "late", "surplus"), int),
@@ -46,9 +48,9 @@ ABOUT: Shape = {
 
 INTEGERS = ("round", "bytes_up", "bytes_down", "setup_bytes", "total_bytes_up", "total_bytes_down")
 INTEGERS += ("clients", "reported", "nonfinite", "examples")
-NUMBERS = ("loss", "accuracy", "seconds", "compile_seconds", "clients_per_second", "examples_per_second")
+NUMBERS = ("loss", "seconds", "compile_seconds", "clients_per_second", "examples_per_second")
 NUMBERS += ("lane_occupancy", "row_occupancy")
-NULLABLE = ("loss", "accuracy", "clients_per_second", "examples_per_second")  # where nobody reported, or all compiled
+NULLABLE = ("loss", "clients_per_second", "examples_per_second")  # where nobody reported, or all compiled
 LEAVES = ("bytes_up_leaves", "bytes_down_leaves")
 LINE: Shape = {
     "schema": int,
@@ -56,7 +58,10 @@ LINE: Shape = {
     **dict.fromkeys(INTEGERS, int),
     **{name: MAYBE if name in NULLABLE else float for name in NUMBERS},
     **{name: {str: int} for name in LEAVES},
+    **{name: shape for name, shape in SCORES.items() if name != "loss"},
     "validation": (None, SCORES),
+    "validation_clients?": (None, [MAYBE]),
+    "peers?": (None, {"transmissions": int, "broadcast_bytes": int}),
     "simulated?": (None, SIMULATED),
     "metrics?": {str: MAYBE},
     "bitwise?": bool,
@@ -71,7 +76,13 @@ TESTED = {
 }
 CLIENT_ROWS: Shape = {
     "schema": int,
-    "clients": [{**dict.fromkeys(("client", "train", "test"), int), "accuracy": {str: MAYBE}, "loss": {str: MAYBE}}],
+    "clients": [
+        {
+            **dict.fromkeys(("client", "train", "test"), int),
+            **{name: {str: MAYBE} for name in SCORES},
+            "curve?": [[MAYBE]],
+        },
+    ],
 }
 
 END = {"validation": (None, SCORES), "test": (None, SCORES)}
@@ -81,7 +92,8 @@ SUMMARY_SHAPE: Shape = {
     "stopped": str,
     "start": END,
     "final": {**END, "clients?": (None, {str: (None, TESTED)})},
-    "best?": (None, {"round": int, "accuracy": MAYBE}),
+    "best?": (None, {"round": int, **{f"{name}?": MAYBE for name in NAMES}}),
+    "metric?": str,
     "bytes": BYTES,
     "full_fine_tuning_bytes": BYTES,
     **dict.fromkeys(("ratio", "ratio_with_setup"), MAYBE),

@@ -1,4 +1,4 @@
-"""Pictures of runs: accuracy against rounds and against bytes, one line a run, drawn without a display."""
+"""Pictures of runs: their metric against rounds and against bytes, one line a run, drawn without a display."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from fedsim.config import SMALLER, USUAL, metric_of, metric_of_clients
 from fedsim.record import Round, Run
 from fedsim.report.summaries import is_number, scored
 from fedsim.report.tables import matters
@@ -29,47 +30,49 @@ LOG_FROM = 20  # bytes are drawn on a log axis where the dearest run sends this 
 
 
 def save(runs: Sequence[Run], directory: str | PathLike[str], labels: Sequence[str] | None = None) -> list[Path]:
-    """Draws `accuracy_rounds.png`, `accuracy_bytes.png` and, of runs on a simulated clock, `accuracy_time.png` into a folder.
+    """Draws `METRIC_rounds.png`, `METRIC_bytes.png` and, of runs on a simulated clock, `METRIC_time.png` into a folder.
 
-    Where the first run's clients have tests of their own, `accuracy_clients.png` too.
+    The metric is that of the first run, whose clients' own tests are in `METRIC_clients.png`, where they have any.
 
     Raises:
         ValueError: no run has an evaluated round.
     """
+    metric = metric_of(runs[0].config)
     lines, names, directory = [run.rounds for run in runs], list(labels or label(runs)), Path(directory)
     written = []
     for against in ("rounds", "bytes", "time") if timed(lines) else ("rounds", "bytes"):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-        draw(figure.add_subplot(), lines, names, against, methods(runs))
-        written.append(write(figure, directory / f"accuracy_{against}.png"))
+        draw(figure.add_subplot(), lines, names, against, methods(runs), metric)
+        written.append(write(figure, directory / f"{metric}_{against}.png"))
     if tests := runs[0].clients():
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-        draw_clients(figure.add_subplot(), tests)
-        written.append(write(figure, directory / "accuracy_clients.png"))
+        figure, score = Figure(figsize=(6.4, 4.2), layout="constrained"), metric_of_clients(metric)
+        draw_clients(figure.add_subplot(), tests, score)
+        written.append(write(figure, directory / f"{score}_clients.png"))
     return written
 
 
 CLIENT_MODELS = {"global": "the global model", "memory": "with what the client keeps", "tuned": "tuned on its own data"}
 
 
-def draw_clients(axes: Axes, tests: Sequence[Mapping[str, Any]]) -> None:
-    """Draws which share of the clients stays below an accuracy on its own test, for each kind of model.
+def draw_clients(axes: Axes, tests: Sequence[Mapping[str, Any]], metric: str = USUAL) -> None:
+    """Draws which share of the clients stays below a score on its own test, for each kind of model.
 
     Args:
         tests: of `Run.clients`.
     """
-    tested = [row["accuracy"] for row in tests if row["test"]]
+    tested = [row[metric] for row in tests if row["test"]]
     for i, kind in enumerate(tested[0] if tested else {}):
-        values = sorted(accuracy[kind] for accuracy in tested if is_number(accuracy[kind]))
+        values = sorted(score[kind] for score in tested if is_number(score[kind]))
         if not values:
             continue
         shares = [(k + 1) / len(values) for k in range(len(values))]
         mean = sum(values) / len(values)
         axes.step([values[0], *values], [0, *shares], where="post", color=COLORS[i], linewidth=2.0, zorder=3,
-                  label=f"{CLIENT_MODELS[kind]}: mean {mean:.3f}, worst {values[0]:.3f}")  # fmt: skip
-    axes.set_xlabel("accuracy on a client's own test", color=INK)
+                  label=f"{CLIENT_MODELS[kind]}: mean {mean:.3f}, worst {values[-1 if metric in SMALLER else 0]:.3f}")  # fmt: skip
+    axes.set_xlabel(f"{metric} on a client's own test", color=INK)
     axes.set_ylabel("share of clients at or below it", color=INK)
-    axes.set_xlim(-0.02, 1.02)
+    if metric not in SMALLER:
+        axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(0, 1.02)
     axes.grid(color=GRID, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -81,7 +84,7 @@ def draw_clients(axes: Axes, tests: Sequence[Mapping[str, Any]]) -> None:
 def overview(
     runs: Sequence[Run], path: str | PathLike[str], labels: Sequence[str] | None = None, title: str = ""
 ) -> Path:
-    """Draws runs as one picture, accuracy against rounds, against bytes and, if they have it, against simulated time.
+    """Draws runs as one picture, the first one's metric against rounds, bytes and, if they have it, simulated time.
 
     The names stand below the panels. More runs than there are colours share one where they share a PEFT kind.
     """
@@ -92,7 +95,7 @@ def overview(
     if title:
         figure.suptitle(drawn(title), fontsize=13, fontweight="bold", color=INK, x=0.01, ha="left")
     for axes, against in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
-        draw(axes, lines, names, against, methods(runs))
+        draw(axes, lines, names, against, methods(runs), metric_of(runs[0].config))
         axes.get_legend().remove()
         if against != "rounds":  # once is enough
             axes.set_ylabel("")
@@ -124,8 +127,9 @@ def draw(
     names: Sequence[str],
     against: str,
     colors: Sequence[int] | None = None,
+    metric: str = USUAL,
 ) -> None:
-    """Draws the validation accuracy of each run on one axes; a single run shows its training accuracy too.
+    """Draws a score of each run on validation on one axes; a single run shows that of its training batches too.
 
     A hollow point is the last round of the head alone, before the PEFT part joins.
 
@@ -135,13 +139,14 @@ def draw(
         names: one for each run.
         against: "rounds"; "bytes": MiB sent both ways so far, without the one-off set-up; or "time": simulated seconds.
         colors: a number for each run; runs of one number share a colour. Left out, each has its own.
+        metric: the score.
 
     Raises:
         ValueError: no run has an evaluated round.
     """
-    if not any(seen(lines) for lines in runs):
+    if not any(scored(lines, metric) for lines in runs):
         raise ValueError(
-            f"Expected a validation accuracy in the rounds of {', '.join(map(words, names))}; run at least one round, "
+            f"Expected a validation {metric} in the rounds of {', '.join(map(words, names))}; run at least one round, "
             "with a rate at which the model stays finite."
         )
     place = {"rounds": _number, "bytes": sent, "time": clock}[against]
@@ -149,22 +154,23 @@ def draw(
     for i, (lines, name) in enumerate(zip(runs, names, strict=True)):
         color = COLORS[(i if colors is None else colors[i]) % len(COLORS)]
         style_of = {"marker": MARKERS[i % len(MARKERS)], "markersize": 5.5}
-        x, y = [place(line) for line in seen(lines)], [line["validation"]["accuracy"] for line in seen(lines)]
+        seen = scored(lines, metric)
+        x, y = [place(line) for line in seen], [line["validation"][metric] for line in seen]
         called = drawn(name) if len(runs) > 1 else f"{drawn(name)}, on the validation set"
         axes.plot(x, y, color=color, linestyle=DASHES[i % len(DASHES)], linewidth=1.8, label=called, zorder=3,
                   markevery=marked(len(x), i, len(runs)), **style_of)  # fmt: skip
         if len(runs) == 1:
-            train = [line for line in lines if is_number(line["accuracy"])]
+            train = [line for line in lines if is_number(line.get(metric))]  # not every score is one of training
             axes.plot(
                 [place(line) for line in train],
-                [line["accuracy"] for line in train],
+                [line[metric] for line in train],
                 color=color,
                 linewidth=1.2,
                 alpha=0.4,
                 label="on its training batches",
                 zorder=2,
             )
-        for at, height in joins(lines, place):
+        for at, height in joins(seen, place, metric):
             axes.plot(
                 at, height, "o", color=color, markerfacecolor="white", markersize=7, markeredgewidth=1.8, zorder=4
             )
@@ -173,7 +179,7 @@ def draw(
         hollow = {"color": "#777777", "markerfacecolor": "white", "markersize": 7, "markeredgewidth": 1.8}
         axes.plot([], [], "o", label="PEFT joins the head", **hollow)
     style(axes)
-    axes.set_ylabel("accuracy" if len(runs) == 1 else "validation accuracy")
+    axes.set_ylabel(metric if len(runs) == 1 else f"validation {metric}")
     if against == "rounds":
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
@@ -193,16 +199,11 @@ def marked(points: int, line: int, lines: int) -> list[int]:
     return sorted({*range(line * step // lines, points, step), max(points - 1, 0)})
 
 
-def seen(lines: Sequence[Round]) -> list[Round]:
-    """The evaluated rounds."""
-    return scored(lines)
-
-
-def joins(lines: Sequence[Round], place: Callable[[Round], float]) -> list[tuple[float, float]]:
+def joins(seen: Sequence[Round], place: Callable[[Round], float], metric: str) -> list[tuple[float, float]]:
     """Points on the curve where the phase changes: the last evaluated round before each change."""
     return [
-        (place(before), before["validation"]["accuracy"])
-        for before, after in pairwise(seen(lines))
+        (place(before), before["validation"][metric])
+        for before, after in pairwise(seen)
         if before["phase"] != after["phase"]
     ]
 

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
+from fedsim.config import USUAL
 from fedsim.record import Round
 from fedsim.units import duration, share, size, words
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 REMEMBERED = 5  # rounds over which time left is estimated
 EVERY = 10.0  # seconds of silence after which a line without a terminal says what goes on
-WIDE = 76  # columns from which the live display shows all its figures; below, loss, accuracy and bytes
+WIDE = 76  # columns from which the live display shows all its figures; below, loss, metric and bytes
 KIND = 12  # letters of a PEFT kind in a round's line, at most
 
 
@@ -35,6 +36,7 @@ class Progress:
         rounds: communication rounds in all.
         head_rounds: how many of them train the head alone; their speed says nothing about the others.
         kind: what the rounds after them train, the PEFT kind.
+        metric: the score to show of training and of validation.
         quiet: show nothing.
         console: where to; standard output if left out. Its `is_terminal` decides between live and plain.
         clock: seconds that only grow.
@@ -47,6 +49,7 @@ class Progress:
         *,
         head_rounds: int = 0,
         kind: str = "peft",
+        metric: str = USUAL,
         quiet: bool = False,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -54,7 +57,7 @@ class Progress:
     ) -> None:
         from rich.console import Console
 
-        self._rounds, self._head_rounds, self._quiet = rounds, head_rounds, quiet
+        self._rounds, self._head_rounds, self._quiet, self._metric = rounds, head_rounds, quiet, metric
         self._kind = kind if len(kind) <= KIND else f"{kind[: KIND - 1]}…"
         self._console = console or Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
         self._clock, self._every = clock, every
@@ -146,9 +149,9 @@ class Progress:
             self._show(self._live.refresh)
         else:
             if not self._headed:
-                self._print(header(self._rounds, self._kind))
+                self._print(header(self._rounds, self._kind, self._metric))
                 self._headed = True
-            self._print(plain_line(line, self._rounds, self.left(), self._kind))
+            self._print(plain_line(line, self._rounds, self.left(), self._kind, self._metric))
 
     def left(self) -> float | None:
         """Seconds to the last round at the pace of the last ones; None where nothing can be said."""
@@ -193,7 +196,7 @@ class Progress:
         line, seen, wide = self._line, self._validation, options.max_width >= WIDE
         yield self._bar(options.max_width)
         if line:
-            yield figures(line, seen) if wide else few_figures(line, seen)
+            yield (figures if wide else few_figures)(line, seen, self._metric)
         if said := self._far or self._message:
             yield Text(said, style="dim", no_wrap=True, overflow="ellipsis")
 
@@ -222,7 +225,7 @@ class Progress:
         return made
 
 
-def figures(line: Round, seen: Round | None) -> Table:
+def figures(line: Round, seen: Round | None, metric: str = USUAL) -> Table:
     """All figures of a round, side by side."""
     from rich.table import Table
     from rich.text import Text
@@ -233,7 +236,7 @@ def figures(line: Round, seen: Round | None) -> Table:
     made.add_row(
         Text("train", style="dim"),
         f"loss {share(line['loss'])}",
-        f"accuracy {share(line['accuracy'])}",
+        f"{metric} {share(line.get(metric))}",
         Text("sent", style="dim"),
         f"up {size(line['total_bytes_up'])}",
         f"down {size(line['total_bytes_down'])}",
@@ -241,7 +244,7 @@ def figures(line: Round, seen: Round | None) -> Table:
     made.add_row(
         Text("validation", style="dim"),
         f"loss {share(seen['loss'])}" if seen else "–",
-        Text(f"accuracy {share(seen['accuracy'])}", style="bold green") if seen else "–",
+        Text(f"{metric} {share(seen.get(metric))}", style="bold green") if seen else "–",
         Text("speed", style="dim"),
         f"{speed(line['clients_per_second'])} clients/s",
         f"{speed(line.get('examples_per_second'))} examples/s",
@@ -257,17 +260,17 @@ def figures(line: Round, seen: Round | None) -> Table:
     return made
 
 
-def few_figures(line: Round, seen: Round | None) -> Table:
-    """Loss, accuracy and bytes of a round, one below the other."""
+def few_figures(line: Round, seen: Round | None, metric: str = USUAL) -> Table:
+    """Loss, metric and bytes of a round, one below the other."""
     from rich.table import Table
     from rich.text import Text
 
     made = Table.grid(padding=(0, 2))
-    made.add_row(Text("train", style="dim"), f"loss {share(line['loss'])}", f"accuracy {share(line['accuracy'])}")
+    made.add_row(Text("train", style="dim"), f"loss {share(line['loss'])}", f"{metric} {share(line.get(metric))}")
     made.add_row(
         Text("validation", style="dim"),
         f"loss {share(seen['loss'])}" if seen else "–",
-        Text(f"accuracy {share(seen['accuracy'])}", style="bold green") if seen else "–",
+        Text(f"{metric} {share(seen.get(metric))}", style="bold green") if seen else "–",
     )
     sent = f"up {size(line['total_bytes_up'])}", f"down {size(line['total_bytes_down'])}"
     made.add_row(Text("sent", style="dim"), *sent)
@@ -299,19 +302,22 @@ def aligned(first: str, cells: Sequence[str], rounds: int, kind: str) -> str:
     return "  ".join([f"{first:>{width}}", *(f"{x:>{n}}" for x, n in zip(cells, widths, strict=True))])
 
 
-def header(rounds: int, kind: str = "peft") -> str:
-    """The line above the plain lines of a run."""
-    return aligned("round", [name for name, _ in COLUMNS], rounds, kind)
+def header(rounds: int, kind: str = "peft", metric: str = USUAL) -> str:
+    """The line above the plain lines of a run; above it another metric than the usual one is named."""
+    said = (
+        "" if metric == USUAL else f"train and valid are the {metric} on training batches and on the validation set\n"
+    )
+    return said + aligned("round", [name for name, _ in COLUMNS], rounds, kind)
 
 
-def plain_line(line: Round, rounds: int, left: float | None, kind: str = "peft") -> str:
+def plain_line(line: Round, rounds: int, left: float | None, kind: str = "peft", metric: str = USUAL) -> str:
     """One round in one aligned line of plain text; bytes are the totals so far."""
     seen, rate = line["validation"] or {}, line["clients_per_second"]
     cells = (
         phase_of(line, kind),
         share(line["loss"]),
-        share(line["accuracy"]),
-        share(seen.get("accuracy")),
+        share(line.get(metric)),
+        share(seen.get(metric)),
         size(line["total_bytes_up"]),
         size(line["total_bytes_down"]),
         speed(rate),

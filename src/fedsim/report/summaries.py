@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedsim.config import SMALLER, USUAL
 from fedsim.record import SCHEMA, Round, plain
 
 
@@ -18,18 +19,20 @@ def summary(
     parameters: Mapping[str, int],
     seconds: float,
     stopped: str,
+    metric: str = USUAL,
 ) -> dict[str, Any]:
     """How a run ended, and what full fine-tuning would have sent in the same rounds to and from the same clients.
 
     Args:
         lines: all rounds.
-        start: `validation` and `test`, each `{loss, accuracy, ...}` or None, before the first round.
+        start: `validation` and `test`, each the scores by name or None, before the first round.
         final: the same of the final parameters, and `clients`, how their own tests ended, where they have any.
         full: `bytes_down`, `bytes_up` of one client in one round of full fine-tuning; `setup_bytes`, what all clients
             would be given once besides, is 0 if left out: there the first message brings the backbone.
         parameters: numbers of `trained` and `frozen` parameters.
         seconds: wall time of the whole run, loading and compiling included.
         stopped: why it ended: "rounds", "target", "patience" or "interrupted".
+        metric: the score that judges the run.
     """
     sent = totals(_sum(lines, "bytes_up"), _sum(lines, "bytes_down"), _sum(lines, "setup_bytes"))
     whole = totals(
@@ -37,7 +40,7 @@ def summary(
         full["bytes_down"] * _sum(lines, "clients"),
         full.get("setup_bytes", 0),
     )
-    best = max(scored(lines), key=lambda line: line["validation"]["accuracy"], default=None)  # the first of equals
+    best = best_of(lines, metric)
     steady = clients_seconds(lines)
     return plain(
         {
@@ -46,7 +49,8 @@ def summary(
             "stopped": stopped,
             "start": {"validation": start.get("validation"), "test": start.get("test")},
             "final": {name: final.get(name) for name in ("validation", "test", "clients")},
-            "best": best and {"round": best["round"], "accuracy": best["validation"]["accuracy"]},
+            "metric": metric,
+            "best": best and {"round": best["round"], metric: best["validation"][metric]},
             "bytes": sent,
             "full_fine_tuning_bytes": whole,
             "ratio": whole["total"] / sent["total"] if sent["total"] else None,
@@ -66,9 +70,25 @@ def summary(
     )
 
 
-def scored(lines: Sequence[Round]) -> list[Round]:
-    """The rounds with a validation accuracy: evaluated, by a model whose outputs were finite."""
-    return [line for line in lines if line["validation"] and is_number(line["validation"]["accuracy"])]
+def scored(lines: Sequence[Round], metric: str) -> list[Round]:
+    """The rounds with that score on validation: evaluated, by a model whose outputs were finite."""
+    return [line for line in lines if line["validation"] and is_number(line["validation"].get(metric))]
+
+
+def best_of(lines: Sequence[Round], metric: str) -> Round | None:
+    """The round with the best of that score, the first of equals; None where none has one."""
+    seen, among = scored(lines, metric), min if metric in SMALLER else max
+    return among(seen, key=lambda line: line["validation"][metric]) if seen else None
+
+
+def judge(result: Mapping[str, Any]) -> str:
+    """The score that judges a run, by its summary; those of older runs name none."""
+    return result.get("metric", USUAL)
+
+
+def has_diverged(scores: Mapping[str, Any] | None) -> bool:
+    """Whether a model was asked and has no score, as its outputs were not finite."""
+    return bool(scores) and all(value is None for value in scores.values())
 
 
 def is_number(x: float | None) -> bool:

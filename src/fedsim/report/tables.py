@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedsim.config import OF_PEFT, Config
+from fedsim.config import OF_PEFT, SCORES, SMALLER, USUAL, Config, metric_of, metric_of_clients
 from fedsim.record import Run, load
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-from fedsim.report.summaries import _sum, clients_seconds, scored
+from fedsim.report.summaries import _sum, best_of, clients_seconds, has_diverged, judge
 from fedsim.units import duration, exact_size, share, size, times, words
 
 Compared = dict[str, dict[str, tuple[Any, ...]]]  # part -> name -> the value of each run
@@ -45,13 +45,13 @@ class Row(NamedTuple):
 def rows(result: Mapping[str, Any], name: str = "this run", *, is_full: bool = False) -> list[Row]:
     """Lines from a summary: the start, the run itself, and the bytes of full fine-tuning unless the run `is_full`."""
 
-    def accuracy(when: str, split: str) -> float | None:
-        return (result[when][split] or {}).get("accuracy")
+    def value(when: str, split: str) -> float | None:
+        return (result[when][split] or {}).get(judge(result))
 
     sent, whole, count = result["bytes"], result["full_fine_tuning_bytes"], result["rounds"]
-    reached = accuracy("final", "validation"), accuracy("final", "test")
+    reached = value("final", "validation"), value("final", "test")
     found = [
-        Row("start", accuracy("start", "validation"), accuracy("start", "test"), 0, 0, 0),
+        Row("start", value("start", "validation"), value("start", "test"), 0, 0, 0),
         Row(name, *reached, count, sent["up"], sent["down"], result["seconds"]),
     ]
     return found if is_full else [*found, Row(FULL, None, None, count, whole["up"], whole["down"])]
@@ -148,7 +148,8 @@ def print_summary(
     out = console or _console()
     lines = [start, *more, *own]
     without = fitting(lines, out.width, FULL)
-    out.print(table(lines, reference=FULL, without=without))
+    title = "" if judge(result) == USUAL else judge(result)
+    out.print(table(lines, title, reference=FULL, without=without))
     for text in said_of(result, is_full=is_full, without=without):
         out.print(plain_text(text), soft_wrap=out.width >= 80)  # a narrow terminal gets folded lines
 
@@ -170,7 +171,8 @@ def said_of(result: Mapping[str, Any], *, is_full: bool, without: Sequence[str])
         f"Time: {duration(result['seconds'])}, of which {duration(result['compile_seconds'])} went into compiling and "
         f"{duration(result['seconds_in_rounds'] - result['compile_seconds'])} into rounds.",
     ]
-    said += [of_clients(kind, found) for kind, found in (result["final"].get("clients") or {}).items()]
+    metric = metric_of_clients(judge(result))
+    said += [of_clients(kind, found, metric) for kind, found in (result["final"].get("clients") or {}).items()]
     if (seen := result.get("simulated")) is not None:
         took = "" if seen["seconds"] is None else f" Simulated time: {duration(seen['seconds'])}."
         lost = ", ".join(f"{seen[name]} {name}" for name in ("unavailable", "dropped", "late", "surplus"))
@@ -179,19 +181,23 @@ def said_of(result: Mapping[str, Any], *, is_full: bool, without: Sequence[str])
         said.append(f"{result['nonfinite']} replies were left out because they were not finite.")
     for split in ("validation", "test"):
         final = result["final"].get(split)
-        if final and final["accuracy"] is None:
+        if has_diverged(final):
             said.append(f"The final model's outputs are not finite on the {split} set, so it has no scores there.")
     return [line for line in said if line]
 
 
-def of_clients(kind: str, found: Mapping[str, Any]) -> str:
+def of_clients(kind: str, found: Mapping[str, Any], metric: str = USUAL) -> str:
     """A line on clients' own tests; nothing where none has one."""
     broken, count = found.get("nonfinite", 0), found["clients"]
     left_out = f"; {broken} more without finite outputs" if broken else ""
     clients = f"{count} client{'' if count == 1 else 's'}"
     if not count:
         return f"Own tests of {clients}, {kind} model{left_out}." if broken else ""
-    spread = f"mean {found['mean']:.3f}, lowest tenth {found['deciles'][0]:.3f}, worst {found['worst']:.3f}"
+    tenth = (
+        f"highest tenth {found['deciles'][-1]:.3f}" if metric in SMALLER else f"lowest tenth {found['deciles'][0]:.3f}"
+    )
+    name = "" if metric == USUAL else f"{metric} "
+    spread = f"{name}mean {found['mean']:.3f}, {tenth}, worst {found['worst']:.3f}"
     return f"Own tests of {clients}, {kind} model: {spread}{left_out}."
 
 
@@ -211,7 +217,7 @@ def compare(a: Run | str | PathLike[str], b: Run | str | PathLike[str], *more: R
         "inputs": different([_inputs(run.about) for run in runs]),
         "speed": different([dataclasses.asdict(run.speed) for run in runs]),
         "machine": different(facts),
-        "results": {name: tuple(each[name] for each in map(results, runs)) for name in results(runs[0])},
+        "results": together([results(run) for run in runs]),
     }
 
 
@@ -220,11 +226,15 @@ def opened(run: Run | str | PathLike[str]) -> Run:
     return load(os.fspath(run)) if isinstance(run, (str, PathLike)) else run
 
 
+def together(found: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
+    """Every name -> the value of each, None where one has none, as of a metric that is another run's."""
+    names = dict.fromkeys(name for each in found for name in each)
+    return {name: tuple(each.get(name) for each in found) for name in names}
+
+
 def different(facts: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
     """What differs: name -> the value of each, None where one has none."""
-    names = dict.fromkeys(name for each in facts for name in each)
-    values = {name: tuple(each.get(name) for each in facts) for name in names}
-    return {name: of for name, of in values.items() if any(value != of[0] for value in of)}
+    return {name: of for name, of in together(facts).items() if any(value != of[0] for value in of)}
 
 
 def meant(config: Config) -> dict[str, Any]:
@@ -242,7 +252,8 @@ def matters(name: str, peft: str) -> bool:
 
 def results(run: Run) -> dict[str, Any]:
     """What a run reached and what it cost, from its summary, or from its rounds while it has none."""
-    lines = run.rounds
+    lines, metric = run.rounds, metric_of(run.config)
+    best = best_of(lines, metric)
     seen = [line["validation"] for line in lines if line["validation"]]
     done = run.summary or {}
     final = done.get("final", {})
@@ -250,9 +261,9 @@ def results(run: Run) -> dict[str, Any]:
     steady = clients_seconds(lines)
     return {
         "rounds": len(lines),
-        "validation accuracy": (final.get("validation") or (seen[-1] if seen else {})).get("accuracy"),
-        "best validation accuracy": max((line["validation"]["accuracy"] for line in scored(lines)), default=None),
-        "test accuracy": (final.get("test") or {}).get("accuracy"),
+        f"validation {metric}": (final.get("validation") or (seen[-1] if seen else {})).get(metric),
+        f"best validation {metric}": best and best["validation"][metric],
+        f"test {metric}": (final.get("test") or {}).get(metric),
         "bytes up": up,
         "bytes down": down,
         "bytes up + down": up + down,
@@ -316,14 +327,18 @@ def _cell(name: str, x: Any) -> str:
         return f"{x:,} B"
     if name == "seconds":
         return duration(x)
-    return f"{x:.4f}" if isinstance(x, float) and "accuracy" in name else f"{x:.4g}" if isinstance(x, float) else str(x)
+    return f"{x:.4f}" if isinstance(x, float) and _is_score(name) else f"{x:.4g}" if isinstance(x, float) else str(x)
+
+
+def _is_score(name: str) -> bool:
+    return name.rpartition(" ")[2] in SCORES
 
 
 def _change(name: str, x: Any, y: Any) -> str:
-    """Accuracies differ by a signed number, costs by a factor."""
+    """Scores differ by a signed number, costs by a factor."""
     if not isinstance(x, (int, float)) or not isinstance(y, (int, float)):
         return ""
-    if "accuracy" in name:
+    if _is_score(name):
         return f"{y - x:+.4f}"
     return f"×{y / x:.3g}" if x and x != y else ""
 

@@ -9,21 +9,21 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fedsim import algorithms, network, peft, wire
 from fedsim.backbones import Backbone, backbone, load
-from fedsim.config import Config, Speed, invited, plan_fits
-from fedsim.core import Algorithm, Average, Passes, Task
+from fedsim.config import Config, Speed, answering, groups_of, invited, metric_of, plan_fits
+from fedsim.core import Algorithm, Average, Task
 from fedsim.data import dataset as data_sets
 from fedsim.data import partition as partitions
 from fedsim.engine import processes
 from fedsim.engine.host import divide_cpu
 from fedsim.engine.lanes import Lanes
-from fedsim.evaluation.evaluate import classification_loss, evaluator
-from fedsim.folds import by_examples, plain, uniform
+from fedsim.evaluation.evaluate import Asked, evaluator
+from fedsim.evaluation.metrics import require_classes
 from fedsim.peft import flops, precision
+from fedsim.simulation import groups, tasks
 from fedsim.simulation.needs import learned, tokenizer, vocabulary, weights
 from fedsim.training import augment, lengths
 from fedsim.training.features import run_stages, use_cache
@@ -31,7 +31,7 @@ from fedsim.training.lengths import Lengths
 from fedsim.training.optimizers import check_optimizer, check_schedule, optimizer, schedule
 
 # Options that no compiled program of a phase depends on.
-FREE = ("lr", "lr_schedule", "head_lr", "head_rounds", "rounds", "clients_per_round", "eval_every", "target_accuracy")
+FREE = ("lr", "lr_schedule", "head_lr", "head_rounds", "rounds", "clients_per_round", "eval_every", "target")
 FREE += ("patience",)
 
 MOST_OF_CPU = 8  # devices that a CPU of fewer cores may still show, to try what several devices do
@@ -69,11 +69,14 @@ class Trainer(NamedTuple):
     algorithm: Algorithm
     average: Average
     engine: Lanes
-    validate: Callable[[Any], dict[str, float]]  # server -> loss, accuracy
+    validate: Callable[[Any], dict[str, float]]  # server -> its scores, by name
     test: Callable[[Any], dict[str, float]]
     lr: Callable[[int], float]  # round, from 1 -> the clients' learning rate
     start: dict[str, np.ndarray]  # the trained part before the first round
     cached: bool
+    groups: Mapping[str, Lanes] = {}  # of several architectures each one's engine
+    members: Mapping[str, np.ndarray] = {}  # and its clients
+    frozen: Mapping[str, Any] = {}  # and the shapes of its frozen part
 
 
 def phases(config: Config) -> list[Phase]:
@@ -130,7 +133,9 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
             f"Expected parallel={speed.parallel!r} to be shard_map with {jax.process_count()} processes; leave it out."
         )
     fleet(config)
-    row = backbone(config.backbone, image_size=config.image_size, interpolation=config.interpolation)
+    for group in groups_of(config):
+        check(group.config)
+    row = backbone(config.backbone, image_size=config.image_size, interpolation=config.interpolation, task=config.task)
     if weights(config) is None and row.asset is None and not isinstance(row, Backbone):
         load.packaged(config.backbone, None)  # refuses, and says what can be given
     peft.parse(config.peft)
@@ -186,13 +191,23 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
         backbone=config.backbone,
         vocabulary=vocabulary(config),
         learn=learned(config),
+        taught=config.task == "classification",
     )
+    if config.task == "classification":
+        require_classes(metric_of(config), len(dataset.classes))
     row = backbone(config.backbone)
     if row.kind == "text" and dataset.kind != "text":
         raise ValueError(
             f"Expected dataset={config.dataset!r} to hold text for backbone={config.backbone!r}, not {dataset.kind}; "
             "choose another backbone, such as mlp."
         )
+    for group in groups_of(config):
+        kind_of = backbone(group.config.backbone).kind
+        if kind_of != row.kind and "array" not in (kind_of, row.kind):
+            raise ValueError(
+                f"Expected group {group.name!r} to read what backbone={config.backbone!r} reads, {row.kind}, not {kind_of}: all "
+                "groups have the same examples; choose another backbone for one of them."
+            )
     if config.augment and dataset.kind != "image":
         raise ValueError(
             f"Expected dataset={config.dataset!r} to hold images for augment={config.augment}, not {dataset.kind}; leave it "
@@ -207,7 +222,33 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
     for phase, model in zip(phases(config), models, strict=True):  # an algorithm that cannot run refuses here
         for name in ("optimizer", "server_optimizer"):
             check_optimizer(getattr(config, name), name, model.trained)
-        algorithms.find(config.algorithm)(task(phase.config, model, {}, cached=False))
+        sides = {
+            group.name: tasks.task(group.config, split_model(group.config, dataset, speed), {}, cached=False)
+            for group in groups_of(phase.config)
+        }
+        whole = tasks.task(
+            answering(phase.config), split_model(answering(phase.config), dataset, speed), {}, cached=False
+        )
+        made = algorithms.find(config.algorithm)(whole._replace(groups=sides))
+        if made.groups != bool(sides):
+            what = "several architectures: describe them by --groups" if made.groups else "one: leave out --groups"
+            raise ValueError(
+                f"Expected groups={config.groups} to fit algorithm={config.algorithm!r}, which trains {what}."
+            )
+        if sides and made.answers == "client":
+            raise ValueError(
+                f"Expected algorithm={config.algorithm!r} to answer by its server with groups; leave out --groups."
+            )
+        if made.answers == "client" and local_test is None:
+            raise ValueError(
+                f"Expected local_test={config.local_test} > 0 for algorithm={config.algorithm!r}, whose clients' own models answer; "
+                "give --local-test 0.2."
+            )
+        if config.patience is not None and made.finished is not Algorithm._field_defaults["finished"]:
+            raise ValueError(
+                f"Expected no patience={config.patience} for algorithm={config.algorithm!r}, which has stages and ends by itself; "
+                "a stage may look worse before it is better: leave out --patience."
+            )
     cuts = sorted({model.cut for model in models if use_cache(speed, model, dataset.x, config)})
     pad = getattr(row, "pad", None)  # unknown of a user's own backbone
     texts = None
@@ -227,38 +268,6 @@ def split_model(config: Config, dataset: data_sets.Dataset, speed: Speed | None 
     return precision.computed(model, speed.precision, speed.remat)
 
 
-def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached: bool, first: int = 1) -> Task:
-    """What an algorithm is constructed for; `first` is the round in which it starts, for schedules over rounds."""
-    apply = model.suffix if cached else model.apply
-    server_rate = schedule(config.server_lr_schedule, "server_lr_schedule", config.server_lr)
-    return Task(
-        init=lambda key: {name: jnp.asarray(leaf) for name, leaf in start.items()},
-        loss=classification_loss(apply, augment.make(config.augment)),
-        logits=lambda held, params, x: apply(params, held, x),
-        criterion=None,
-        score=None,
-        optimizer=optimizer(config.optimizer, "optimizer"),
-        lr=lambda client, message: client.lr,
-        server_optimizer=optimizer(config.server_optimizer, "server_optimizer")(
-            lambda count: server_rate(count + first - 1)
-        ),
-        passes=Passes(config.epochs, config.steps, config.batch_size),
-        weight=weighting(config),
-        trained=frozenset(model.trained),
-        factors=peft.factors(model),
-    )
-
-
-def weighting(config: Config) -> Callable[[Any, Any], jax.Array]:
-    """Weight of a reply in the run's average."""
-    return by_examples if config.weighting == "examples" else uniform
-
-
-def average(config: Config) -> Average:
-    """The run's fold of replies."""
-    return plain(weighting(config))
-
-
 def features(problem: Problem, model: peft.Model, frozen: dict[str, np.ndarray]) -> Any:
     """The input of the first trained stage for every example, from the deepest cached one below it; (N, ...) arrays.
 
@@ -273,6 +282,30 @@ def features(problem: Problem, model: peft.Model, frozen: dict[str, np.ndarray])
         devices = processes.devices(problem.speed.devices)
         cache[kind, cut] = run_stages(model, frozen, x, below, cut, problem.texts, devices)
     return cache[kind, model.cut]
+
+
+class Side(NamedTuple):
+    """One architecture of a phase: its model, and what lies on the devices for it."""
+
+    config: Config
+    model: peft.Model
+    task: Task
+    start: dict[str, np.ndarray]  # the trained part before the first round
+    frozen: dict[str, np.ndarray]
+    cached: bool
+    texts: Lengths | None  # of the examples as they enter
+
+
+def side(problem: Problem, config: Config, first: int, overlay: dict[str, np.ndarray]) -> Side:
+    """Loads the weights of one architecture and makes its task; see `trainer`."""
+    speed, dataset = problem.speed, problem.dataset
+    model = split_model(config, dataset, speed)
+    trained, frozen = peft.start(model, weights(config), config.seed)
+    model = peft.fitted(model, trained, frozen)  # a checkpoint of another resolution has a grid of its own
+    trained |= {name: value for name, value in overlay.items() if name in trained}
+    cached = not problem.config.groups and use_cache(speed, model, dataset.x, config)  # groups share their examples
+    texts = lengths.entering(problem.texts, model, model.cut if cached else 0)
+    return Side(config, model, tasks.task(config, model, trained, cached, first), trained, frozen, cached, texts)
 
 
 def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | None = None) -> Trainer:
@@ -293,26 +326,62 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
     key = (shared_key(config), speed, phase.first, digest(overlay or {}))
     if problem.trainers is not None and key in problem.trainers:
         return problem.trainers[key]._replace(lr=lr, config=config)
-    model = split_model(config, dataset, speed)
-    trained, frozen = peft.start(model, weights(config), config.seed)
-    model = peft.fitted(model, trained, frozen)  # a checkpoint of another resolution has a grid of its own
-    trained |= {name: value for name, value in (overlay or {}).items() if name in trained}
-    x, cached = dataset.x, use_cache(speed, model, dataset.x, config)
-    texts = lengths.entering(problem.texts, model, model.cut if cached else 0)
-    for_algorithm = task(config, model, trained, cached, phase.first)
-    algorithm = algorithms.find(config.algorithm)(for_algorithm)
-    if speed.precision != "float32":
-        frozen = precision.held(frozen, speed.precision, written(algorithm, frozen))
-    if cached:
-        x = features(problem, model, frozen)
-        frozen = {name: leaf for name, leaf in frozen.items() if name not in model.below}
-    elif texts is not None:
-        x = texts.cut(x, texts.longest)
-    held = partitions.held_apart(config, dataset.train, problem.partition)
-    engine = Lanes(
+    sides = {group.name: side(problem, group.config, phase.first, {}) for group in groups_of(config)}
+    main = next((s for s in sides.values() if s.config == answering(config)), None) or side(
+        problem, config, phase.first, overlay or {}
+    )
+    algorithm = algorithms.find(config.algorithm)(main.task._replace(groups={n: s.task for n, s in sides.items()}))
+    engines = {name: engine(problem, one, algorithm, name) for name, one in sides.items()}
+    if engines:  # examples and frozen parts once on each device, whatever the number of groups
+        whole = {name: one.held for name, one in engines.items()}
+        shared = next(iter(engines.values()))
+        on_all = engine(problem, main._replace(frozen=whole), algorithm, placed=shared)
+        for one in engines.values():
+            one.public, one.shard = on_all.public, on_all.shard
+    else:
+        on_all = engine(problem, main, algorithm)
+    asked = Asked(main.task.score, main.task.classes > 0)
+    made = Trainer(
+        config=config,
+        model=main.model,
+        task=main.task,
+        algorithm=algorithm,
+        average=tasks.average(config),
+        engine=on_all,
+        validate=evaluator(on_all, algorithm.predict, dataset.validation, speed.eval_batch, main.texts, asked),
+        test=evaluator(on_all, algorithm.predict, dataset.test, speed.eval_batch, main.texts, asked),
+        lr=lr,
+        start=main.start,
+        cached=main.cached,
+        groups=engines,
+        members=groups.members(config, problem.partition.clients) if engines else {},
+        frozen={name: one.model.frozen for name, one in sides.items()},
+    )
+    if problem.trainers is not None:
+        problem.trainers[key] = made
+    return made
+
+
+def engine(problem: Problem, side: Side, algorithm: Algorithm, group: str = "", placed: Lanes | None = None) -> Lanes:
+    """The engine of one architecture.
+
+    Args:
+        placed: one whose examples lie on the devices already.
+    """
+    config, speed, frozen = side.config, problem.speed, side.frozen
+    if speed.precision != "float32" and placed is None:
+        frozen = precision.held(frozen, speed.precision, written(algorithm, frozen) if not group else set())
+    x: Any = problem.dataset.x if placed is None else placed.x
+    if side.cached:
+        x = features(problem, side.model, frozen)
+        frozen = {name: leaf for name, leaf in frozen.items() if name not in side.model.below}
+    elif side.texts is not None and placed is None:
+        x = side.texts.cut(x, side.texts.longest)
+    held = partitions.held_apart(config, problem.dataset.train, problem.partition) if not group else None
+    return Lanes(
         frozen,
         x,
-        dataset.y,
+        problem.dataset.y if placed is None else placed.labels,
         problem.partition.rows,
         problem.partition.offsets,
         seed=config.seed,
@@ -323,25 +392,10 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         resident=speed.resident,
         up=wire.codec(config.codec_up, "codec_up"),
         down=wire.codec(config.codec_down, "codec_down"),
-        public=held.public,
-        shard=held.shard,
+        group=group,
+        public=held and held.public,
+        shard=held and held.shard,
     )
-    made = Trainer(
-        config=config,
-        model=model,
-        task=for_algorithm,
-        algorithm=algorithm,
-        average=average(config),
-        engine=engine,
-        validate=evaluator(engine, algorithm.predict, dataset.validation, speed.eval_batch, texts),
-        test=evaluator(engine, algorithm.predict, dataset.test, speed.eval_batch, texts),
-        lr=lr,
-        start=trained,
-        cached=cached,
-    )
-    if problem.trainers is not None:
-        problem.trainers[key] = made
-    return made
 
 
 def example_flops(problem: Problem, trainer: Trainer) -> flops.Flops:
@@ -355,9 +409,12 @@ def example(problem: Problem) -> tuple[tuple[int, ...], Any]:
     return x.shape[1:] if problem.texts is None else (problem.texts.longest,), x.dtype
 
 
-def setup_bytes(trainer: Trainer) -> int:
-    """Bytes that a client is given once, before its first round."""
-    return sum(wire.price(jax.eval_shape(trainer.algorithm.setup, trainer.model.frozen)).values())
+def setup_bytes(trainer: Trainer) -> dict[str, int]:
+    """Bytes that a client is given once, before its first round, by group; "" where there is one architecture."""
+    return {
+        name: sum(wire.price(jax.eval_shape(trainer.algorithm.setup, frozen)).values())
+        for name, frozen in (trainer.frozen or {"": trainer.model.frozen}).items()
+    }
 
 
 def written(algorithm: Algorithm, frozen: Mapping[str, Any]) -> set[str]:

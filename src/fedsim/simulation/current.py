@@ -12,7 +12,7 @@ from fedsim.engine import peaks, processes
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.keys import key_for
 from fedsim.record.checkpoint import KEEP
-from fedsim.simulation import build
+from fedsim.simulation import build, personal
 from fedsim.simulation.build import Phase, Problem, Trainer
 from fedsim.simulation.rounds import Cost
 
@@ -26,6 +26,13 @@ class Current(NamedTuple):
     memory: Memory
     cost: Cost
     averaging: Any = ()  # state of the run's average, which goes where the server goes
+    answering: personal.Answering | None = None  # where clients' own models are validated
+
+    def validate(self) -> personal.Answers:
+        """Scores of the server's model on the validation set, or of the clients' own on their test rows."""
+        if self.answering is not None:
+            return self.answering(self.server, self.memory)
+        return personal.Answers(self.trainer.validate(self.server), [])
 
     def parameters(self) -> dict[str, np.ndarray]:
         """The trained part, on the host."""
@@ -50,8 +57,14 @@ def prepare(
     )
     # Of several processes the first one has the folder; the others keep the same rows in main memory.
     file = directory / f"memory-{phase.name}.rows" if directory is not None and processes.is_first() else None
-    memory = Memory(trainer.algorithm.memory, engine.held, file, problem.speed.keep_checkpoints or KEEP)
-    return Current(phase, trainer, server, memory, cost, engine.put(trainer.average.init()))
+    init = (lambda key, held: ()) if trainer.groups else trainer.algorithm.memory
+    memory = Memory(init, engine.held, file, problem.speed.keep_checkpoints or KEEP)
+    for name, group in trainer.groups.items():  # what clients keep, by group
+        memory.store(name, trainer.algorithm.memory, group.held)
+    state = trainer.average.init()
+    averaging = dict.fromkeys(trainer.groups, state) if trainer.groups else state
+    answering = personal.Answering(problem, trainer) if trainer.algorithm.answers == "client" else None
+    return Current(phase, trainer, server, memory, cost, engine.put(averaging), answering)
 
 
 def peak(trainer: Trainer, speed: Speed) -> float | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from fedsim import record
-from fedsim.config import Config
+from fedsim.config import Config, metric_of
 from fedsim.data.show import draw as draw_partition
 from fedsim.engine import processes
 from fedsim.record.shared_checkpoints import SharedCheckpoints
@@ -39,10 +40,9 @@ def finish(
         note: says what could not be drawn, and why, a line each: a picture never ends a run.
     """
     trainer = now.trainer
-    final = {
-        "validation": lines[-1]["validation"] or trainer.validate(now.server),
-        "test": trainer.test(now.server),
-    }
+    validation = lines[-1]["validation"] or now.validate().scores
+    # Where clients answer, their own tests are all the tests that there are.
+    final = {"validation": validation, "test": validation if now.answering else trainer.test(now.server)}
     clients = personal.local_scores(problem, trainer, now.server, now.memory)
     if clients is not None:
         final["clients"] = clients.summary()
@@ -58,14 +58,15 @@ def finish(
         },
         seconds=seconds(),
         stopped=stand.stopped,
+        metric=metric_of(config),
     )
     checkpoints.wait()
-    trained, rows = now.parameters(), None if clients is None else clients.rows()
+    trained, rows = now.parameters(), None if clients is None else with_curves(clients.rows(), lines)
 
     def written() -> list[str]:
         record.finish(directory, summary, trained, rows)
         pictures: dict[str, Callable[[], object]] = {
-            "accuracy": lambda: plots.save([record.load(directory)], directory),
+            metric_of(config): lambda: plots.save([record.load(directory)], directory),
             "partition": lambda: draw_partition(
                 config, problem.dataset, problem.partition, directory / "partition.png"
             ),
@@ -74,6 +75,14 @@ def finish(
 
     for said in processes.by_first(written):
         note(said)
+
+
+def with_curves(rows: list[dict[str, Any]], lines: Sequence[record.Round]) -> list[dict[str, Any]]:
+    """The clients' rows, each with its curve where clients' own models were validated: (round, value of the metric)."""
+    seen = [(line["round"], line["validation_clients"]) for line in lines if line.get("validation_clients")]
+    if not seen:
+        return rows
+    return [{**row, "curve": [[round, each[k]] for round, each in seen]} for k, row in enumerate(rows)]
 
 
 def undrawn(name: str, draw: Callable[[], object]) -> str:

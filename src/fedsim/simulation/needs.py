@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedsim import data
 from fedsim.backbones import Backbone, backbone, load
-from fedsim.config import Config
+from fedsim.config import Config, groups_of
 from fedsim.data import assets
 from fedsim.engine import processes
 
@@ -79,7 +79,7 @@ def _kept(folder: Path) -> Path | None:
 def learned(config: Config) -> tuple[int, int] | None:
     """(tokens at most, id of padding) of a tokenizer that is trained on the run's own texts; None where there is another."""
     row = backbone(config.backbone)
-    if isinstance(row, Backbone) or row.kind != "text" or row.asset is not None or config.weights != "random":
+    if isinstance(row, Backbone) or row.kind != "text" or row.asset is not None or weights(config) != "random":
         return None
     return row.config.vocabulary, row.config.pad
 
@@ -87,13 +87,15 @@ def learned(config: Config) -> tuple[int, int] | None:
 def vocabulary(config: Config) -> int | None:
     """How many tokens the config's backbone knows; None of a user's own, and where it takes ids modulo its vocabulary."""
     row = backbone(config.backbone)
-    if isinstance(row, Backbone) or row.kind != "text" or row.config.fold:
+    if isinstance(row, Backbone) or row.kind != "text" or getattr(row.config, "fold", False):
         return None
     return row.config.vocabulary
 
 
 def needed_assets(config: Config) -> tuple[str, ...]:
     """Packaged assets that the config needs: the data set's, and the backbone's where no other weights are given."""
+    if config.groups:
+        return tuple(dict.fromkeys(name for group in groups_of(config) for name in needed_assets(group.config)))
     row = backbone(config.backbone)
     reads_text = row.kind == "text" and not config.dataset.lower().endswith(".npz")  # and needs the tokenizer, then
     own = weights(config) is not None and (config.weights != "random" or not reads_text)

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedsim import peft
 from fedsim.backbones.own import identity
-from fedsim.config import Config, one_of
+from fedsim.config import Config, answering, one_of
 from fedsim.simulation import build, needs
 from fedsim.simulation.inputs import located
 
@@ -37,9 +37,14 @@ def predict(run: Run, inputs: Any) -> list[str]:
         inputs: texts, or arrays (N, ...) of the shape that the run was trained on.
 
     Raises:
-        ValueError: the run has no final parameters yet, the inputs do not fit its backbone, or what it was given (weights,
-            tokenizer, code) is not what it was.
+        ValueError: the run has no final parameters yet, it is a language model, the inputs do not fit its backbone, or what
+            it was given (weights, tokenizer, code) is not what it was.
     """
+    if run.config.task != "classification":
+        raise ValueError(
+            f"Expected task='classification' of {run.directory} to answer with classes, not {run.config.task!r}; its trained "
+            "part is in .parameters."
+        )
     classes = run.about.get("classes")
     if run.summary is None or not run.parameters or not classes:
         raise ValueError(f"Expected {run.directory} to hold a finished run; go on with it by --resume.")
@@ -83,7 +88,8 @@ def final_model(
     """The model that the run ended with, and its frozen part, for inputs of a shape."""
     # A target may be reached while the head still trains alone.
     ended = next(p for p in build.phases(config) if p.first <= len(run.rounds) <= p.last)
-    model = peft.from_config(ended.config, len(run.about["classes"]), shape, dtype)
+    config = answering(ended.config)
+    model = peft.from_config(config, len(run.about["classes"]), shape, dtype)
     return model, peft.start(model, needs.weights(config), config.seed)[1]
 
 

@@ -21,7 +21,8 @@ from fedsim.engine.device_memory import Need, free_memory
 from fedsim.engine.host import zeros
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import MEMORY_SHARE, Lanes, Request
-from fedsim.engine.programs import Programs, State
+from fedsim.engine.programs import Programs
+from fedsim.engine.state import State
 from fedsim.peft.flops import all_equations
 from fedsim.simulation import build
 from fedsim.simulation.build import Phase, Problem
@@ -77,7 +78,9 @@ def rehearse(problem: Problem, phase: Phase, ids: np.ndarray) -> Rehearsal:
         met[ids] = round
         down = sum(sum(exchange.down.values()) for exchange in cohort.done) / max(len(cohort.places), 1)
     up = sum(exchange.up for exchange in asked)
-    return Rehearsal(down, up, build.setup_bytes(trainer), int(engine.lanes), asked[0].widths, engine.need)
+    return Rehearsal(
+        down, up, sum(build.setup_bytes(trainer).values()), int(engine.lanes), asked[0].widths, engine.need
+    )
 
 
 def may_be_too_large(problem: Problem, phase: Phase) -> bool:

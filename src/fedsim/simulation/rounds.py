@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedsim import network
-from fedsim.config import Data, Evaluation
+from fedsim.config import Config, Data, Evaluation, is_better, is_reached, metric_of
 from fedsim.engine.cohort import Cohort
+from fedsim.engine.groups import GroupedCohort
+from fedsim.evaluation.metrics import of_training
 from fedsim.peft.flops import Flops
 
 
@@ -20,10 +21,12 @@ class Standing(NamedTuple):
     met: np.ndarray  # (N,), int32: the last round in which a client was in the cohort, 0 for never; written in place
     round: int = 0
     totals: Mapping[str, Any] = {"up": 0, "down": 0, "simulated_seconds": 0.0}  # bytes, and simulated time
-    best: float = -1.0  # validation accuracy so far
+    best: float | None = None  # value of the metric on validation so far
     stale: int = 0  # evaluations since then, in this phase
     start: dict[str, Any] | None = None  # scores before round 1
-    stopped: str = "rounds"  # why the run ends: "rounds", "target" or "patience"
+    stopped: str = (
+        "rounds"  # why the run ends: "rounds", "target", "patience", or "finished" where the algorithm says so
+    )
     elapsed: float = 0.0  # seconds that earlier processes took
     bitwise: bool = True  # equal to a run that was never disturbed, bit for bit
 
@@ -34,11 +37,12 @@ class Measured(NamedTuple):
     up: dict[str, int]  # bytes of all clients together, by leaf
     down: dict[str, int]
     clients: int  # that got a message
-    newcomers: int  # of these, those that were met for the first time
+    newcomers: Mapping[str, int]  # of these, those that were met for the first time, by group
     reported: int
     nonfinite: int  # replies that were left out
     examples: int
     occupancy: tuple[float, float]  # of lanes, of rows computed
+    peers: dict[str, int] | None  # what went from peer to peer, where anything did
     simulated: dict[str, Any]  # absence and simulated time, as `network.figures` gives them
 
 
@@ -46,7 +50,7 @@ class Cost(NamedTuple):
     """What a phase costs, whatever happens in it."""
 
     flops: Flops  # of one example in a training step
-    setup: int  # bytes that a client is given once, before its first round
+    setup: Mapping[str, int]  # bytes that a client is given once, before its first round, by group
     peak: float | None  # published FLOP/s of all devices; None where none is known, as of a CPU
 
 
@@ -63,7 +67,7 @@ class Times(NamedTuple):
         return max(self.seconds - self.compiling - self.server, 1e-9)
 
 
-def measured(cohort: Cohort, simulated_before: float) -> Measured:
+def measured(cohort: Cohort | GroupedCohort, simulated_before: float) -> Measured:
     """What a cohort's exchanges did.
 
     Args:
@@ -75,7 +79,9 @@ def measured(cohort: Cohort, simulated_before: float) -> Measured:
         up=up,
         down=down,
         clients=int(cohort.present.sum()),
-        newcomers=int((cohort.last[cohort.present] == 0).sum()),
+        newcomers={
+            name: int((each.last[each.present] == 0).sum()) for name, each in (cohort.groups or {"": cohort}).items()
+        },
         reported=int(cohort.reports.sum()),
         nonfinite=int(sum(cohort.fetch([e.info.nonfinite for e in done]))),
         examples=sum(e.examples for e in done),
@@ -83,11 +89,12 @@ def measured(cohort: Cohort, simulated_before: float) -> Measured:
             float(np.mean([e.occupancy[0] for e in done] or [0.0])),
             float(np.mean([e.occupancy[1] for e in done] or [0.0])),
         ),
-        simulated=network.figures(cohort.conditions, [e.outcome for e in done], simulated_before),
+        peers=cohort.peers(),
+        simulated=network.figures(cohort.conditions, cohort.outcomes(), simulated_before),
     )
 
 
-def unread(options: Data, cohort: Cohort) -> list[str]:
+def unread(options: Data, cohort: Cohort | GroupedCohort) -> list[str]:
     """Shares of the server, as `server_share=0.1`, that the algorithm did not look at."""
     given = {name: getattr(options, name) for name in ("public_share", "server_share")}
     return [f"{name}={share}" for name, share in given.items() if share and name not in cohort.read]
@@ -108,16 +115,17 @@ def is_evaluated(config: Evaluation, round: int, last: int) -> bool:
     return round % config.eval_every == 0 or round == last
 
 
-def judged(config: Evaluation, stand: Standing, scores: Mapping[str, float], *, patient: bool) -> Standing:
-    """Where the run stands after an evaluation: the best so far, and whether that is a reason to stop.
+def judged(config: Config, stand: Standing, scores: Mapping[str, float], *, patient: bool) -> Standing:
+    """Where the run stands after an evaluation: the best value of its metric so far, and whether that is a reason to stop.
 
     Args:
         patient: patience counts here; it does in the last phase only.
     """
-    accuracy = scores["accuracy"]
-    better = accuracy > stand.best  # never where it is NaN, as of a model that has diverged
-    stand = stand._replace(stale=0 if better else stand.stale + 1, best=accuracy if better else stand.best)
-    if config.target_accuracy is not None and accuracy >= config.target_accuracy:
+    metric = metric_of(config)
+    value = scores[metric]
+    better = is_better(metric, value, stand.best)  # never where it is NaN, as of a model that has diverged
+    stand = stand._replace(stale=0 if better else stand.stale + 1, best=value if better else stand.best)
+    if config.target is not None and is_reached(metric, value, config.target):
         return stand._replace(stopped="target")
     if patient and config.patience is not None and stand.stale >= config.patience:
         return stand._replace(stopped="patience")
@@ -133,33 +141,38 @@ def round_line(
     phase: str,
     metrics: Mapping[str, Any],
     scores: Mapping[str, float] | None,
+    each: Sequence[float | None],
     simulates: bool,
     most_memory: int,
+    task: str = "classification",
     server_flops: float = 0.0,
 ) -> dict[str, Any]:
     """The round's line of `rounds.jsonl`; `docs/record.md` has every field.
 
     Args:
         stand: after this round.
-        metrics: of the algorithm's round; "loss" and "accuracy" stand apart.
+        metrics: of the algorithm's round; the task's scores stand apart.
         scores: on the validation set, where it was evaluated.
+        each: the metric by client, where clients' own models were.
         simulates: clients may be absent or take time.
         most_memory: bytes of the device's memory that were in use at most so far.
+        task: of the config.
         server_flops: of the server's own training.
     """
+    trained = of_training(task, metrics)
     rate = did.examples * cost.flops.total / took.steady
     return {
         "round": stand.round,
         "phase": phase,
-        "loss": float(metrics.get("loss", math.nan)),
-        "accuracy": float(metrics.get("accuracy", math.nan)),
-        "metrics": {k: float(v) for k, v in metrics.items() if k not in ("loss", "accuracy")},
+        **trained,
+        "metrics": {k: float(v) for k, v in metrics.items() if k not in trained},
         "validation": scores,
+        "validation_clients": [*each] or None,
         "bytes_up": sum(did.up.values()),
         "bytes_down": sum(did.down.values()),
         "bytes_up_leaves": did.up,
         "bytes_down_leaves": did.down,
-        "setup_bytes": did.newcomers * cost.setup,
+        "setup_bytes": sum(count * cost.setup[name] for name, count in did.newcomers.items()),
         "total_bytes_up": stand.totals["up"],
         "total_bytes_down": stand.totals["down"],
         "clients": did.clients,
@@ -178,6 +191,7 @@ def round_line(
         "lane_occupancy": did.occupancy[0],
         "row_occupancy": did.occupancy[1],
         "simulated": did.simulated if simulates else None,
+        "peers": did.peers,
         "most_memory": most_memory,
         "bitwise": stand.bitwise,
     }

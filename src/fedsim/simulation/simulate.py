@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import math
 import shlex
 import time
 from collections.abc import Iterator, Mapping
@@ -16,13 +17,14 @@ import jax
 import numpy as np
 
 from fedsim import network, record, units
-from fedsim.config import Config, Speed, idle_alone, invited, main_job
+from fedsim.config import Config, Speed, idle_alone, invited, main_job, metric_of
 from fedsim.core import Population
 from fedsim.data import require_given
 from fedsim.data.dataset import Source
 from fedsim.engine import processes
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.device_memory import OutOfMemoryError, most_memory, out_of_memory
+from fedsim.engine.groups import GroupedCohort
 from fedsim.engine.host import (
     CompileClock,
     compile_clock,
@@ -33,9 +35,11 @@ from fedsim.engine.host import (
     watched,
 )
 from fedsim.engine.keys import key_for
+from fedsim.engine.lanes import Lanes
 from fedsim.randomness import stream
 from fedsim.record.shared_checkpoints import SharedCheckpoints
 from fedsim.report.progress import Progress
+from fedsim.report.summaries import has_diverged
 from fedsim.simulation import build, inputs, needs, resuming
 from fedsim.simulation.beginning import begin
 from fedsim.simulation.build import Problem, Trainer
@@ -101,7 +105,11 @@ def run(
         quiet = quiet or not processes.is_first()
         progress = stack.enter_context(
             Progress(
-                config.rounds, head_rounds=config.head_rounds * (config.peft != "head"), kind=config.peft, quiet=quiet
+                config.rounds,
+                head_rounds=config.head_rounds * (config.peft != "head"),
+                kind=config.peft,
+                quiet=quiet,
+                metric=metric_of(config),
             )
         )
         stack.enter_context(watched(progress.far))
@@ -194,7 +202,7 @@ def simulate(
             if now is None or stand.round > now.phase.last:
                 # The next phase starts from what the one before has trained.
                 now = ready(stand.round, None if now is None else now.parameters())
-                start = stand.start or {"validation": now.trainer.validate(now.server)}
+                start = stand.start or {"validation": now.validate().scores}
                 stand = stand._replace(start=start, stale=0)  # patience is with this phase
                 progress.message("compiling")
             phase, trainer = now.phase, now.trainer
@@ -206,17 +214,19 @@ def simulate(
             stand = after(stand, did)
             stand.met[cohort.ids[cohort.present]] = stand.round
 
-            scores = None
-            if is_evaluated(config, stand.round, phase.last):
-                scores = trainer.validate(server)
-                server = trainer.algorithm.observe(server, scores)
+            if phase.last == config.rounds and trainer.algorithm.finished(server):
+                stand = stand._replace(stopped="finished")
+            now, scores, each = now._replace(server=server, averaging=averaging), None, []
+            if is_evaluated(config, stand.round, phase.last) or stand.stopped == "finished":
+                scores, each = now.validate()
+                now = now._replace(server=trainer.algorithm.observe(server, scores))
                 stand = judged(config, stand, scores, patient=phase.last == config.rounds)
-            now = now._replace(server=server, averaging=averaging)
 
             # As the record has it, so that a score that is no number is None here and after a resume alike.
             line = record.plain(round_line(
-                stand, did, times[0]._replace(server=own.seconds), now.cost, phase=phase.name, metrics=metrics, scores=scores,
-                simulates=not config.reliable, most_memory=most_memory(trainer.engine.own[0]), server_flops=own.flops,
+                stand, did, times[0]._replace(server=own.seconds), now.cost, phase=phase.name, metrics=metrics, scores=scores, each=each,
+                simulates=not config.reliable, most_memory=most_memory(trainer.engine.own[0]), task=config.task,
+                server_flops=own.flops,
             ))  # fmt: skip
             processes.by_first(functools.partial(record.append, directory, line))
             lines.append(line)
@@ -243,20 +253,44 @@ def simulate(
     progress.message("done")
 
 
-def select(config: Config, fleet: network.Fleet, now: Current, stand: Standing) -> Cohort:
-    """The clients of this round, and what they meet in it."""
-    engine, round = now.trainer.engine, stand.round
-    population = Population(engine.population, invited(config), network.reachable(fleet, round))
-    trainer = now.trainer
-    ids = np.asarray(trainer.algorithm.select(stream(config.seed, f"sample {round}"), now.server, population))
-    conditions = network.conditions(fleet, ids, round, invited(config))
+def select(config: Config, fleet: network.Fleet, now: Current, stand: Standing) -> Cohort | GroupedCohort:
+    """The clients of this round, and what they meet in it; of several groups each draws its share of them."""
+    trainer, round = now.trainer, stand.round
+    if not trainer.groups:
+        return drawn(config, fleet, now, stand, trainer.engine, np.arange(trainer.engine.population), "", 1.0)
+    shares = {name: len(ids) / trainer.engine.population for name, ids in trainer.members.items() if len(ids)}
+    return GroupedCohort(
+        trainer.engine,
+        round,
+        {
+            name: drawn(config, fleet, now, stand, trainer.groups[name], trainer.members[name], name, share)
+            for name, share in shares.items()
+        },
+    )
+
+
+def drawn(
+    config: Config, fleet: network.Fleet, now: Current, stand: Standing, engine: Lanes, members: np.ndarray, group: str,
+    share: float,
+) -> Cohort:  # fmt: skip
+    """The cohort of one group, drawn from its `members` (K,), of which a round asks for `share` of the run's."""
+    trainer, round, available = now.trainer, stand.round, network.reachable(fleet, stand.round)
+    asked, wanted = (max(1, math.floor(share * n + 0.5)) for n in (invited(config), config.clients_per_round))
+    there = available if available is None or not group else lambda places: available(members[places])
+    population = Population(len(members), min(asked, len(members)), there)
+    purpose = " ".join(filter(None, (f"sample {round}", group)))
+    places = np.asarray(trainer.algorithm.select(stream(config.seed, purpose), now.server, population))
+    ids = np.where(places >= 0, members[places], -1) if group else places
+    conditions = network.conditions(fleet, ids, round, asked, wanted)
     return Cohort(
-        engine, ids, round, now.memory, conditions, met=stand.met, lr=trainer.lr(round),
-        average=trainer.average, averaging=now.averaging, releases=trainer.algorithm.releases,
+        engine, ids, round, now.memory.beside[group] if group else now.memory, conditions,
+        met=stand.met, lr=trainer.lr(round), average=trainer.average,
+        averaging=now.averaging[group] if group else now.averaging,
+        releases=trainer.algorithm.releases, stores=now.memory,
     )  # fmt: skip
 
 
-def train(now: Current, cohort: Cohort) -> tuple[Any, Any, dict[str, Any]]:
+def train(now: Current, cohort: Cohort | GroupedCohort) -> tuple[Any, Any, dict[str, Any]]:
     """The server and the average's state after this cohort's round, and the round's metrics on the host."""
     engine = cohort.engine
     key = key_for(engine.root, "server", cohort.round)
@@ -271,7 +305,9 @@ def runs_empty(trainer: Trainer) -> bool:
     return trainer.algorithm.runs_empty or trainer.average.runs_empty
 
 
-def exchange_round(key: jax.Array, trainer: Trainer, server: Any, cohort: Cohort) -> tuple[Any, Any, dict[str, Any]]:
+def exchange_round(
+    key: jax.Array, trainer: Trainer, server: Any, cohort: Cohort | GroupedCohort
+) -> tuple[Any, Any, dict[str, Any]]:
     """The algorithm's round: new server, new state of the average, metrics on the host. Where nobody reports, both as they
     were."""
     before = server, cohort.averaging, {}
@@ -305,7 +341,7 @@ def tell(progress: Progress, line: record.Round, *, changes_empty: bool) -> None
     if line["nonfinite"]:
         left_out = f"{line['nonfinite']} of {line['reported']} replies left out, as they were not finite"
         progress.note(f"round {number}: {left_out}; a lower --lr may keep them so", once="replies")
-    if seen is not None and seen["accuracy"] is None:
+    if has_diverged(seen):
         said = "the model's outputs are not finite, so it has no scores; it has diverged, a lower --lr may help"
         progress.note(f"round {number}: {said}", once="outputs")
 

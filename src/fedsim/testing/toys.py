@@ -15,14 +15,17 @@ import numpy as np
 import optax
 from jax import Array
 
-from fedsim.core import Algorithm, Batch, Client, Factors, Local, Params, Passes, Task, Tree
+from fedsim import wire
+from fedsim.core import Algorithm, Average, Batch, Client, Factors, Local, Params, Passes, Peers, Reduce, Task, Tree
 from fedsim.engine import plan
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Lanes
-from fedsim.evaluation.evaluate import classification_loss
+from fedsim.engine.state import named
+from fedsim.evaluation.evaluate import classification_criterion, classification_loss, classification_score
 from fedsim.folds import by_examples, plain
+from fedsim.wire import Codec
 
 Make = Callable[[Task], Algorithm]
 
@@ -67,14 +70,15 @@ def tiny_task(**changes: Any) -> Task:
         init=init,
         loss=classification_loss(apply),
         logits=lambda held, params, x: apply(params, held, x),
+        criterion=classification_criterion,
+        score=classification_score,
         optimizer=lambda rate: optax.sgd(rate, momentum=0.9),
         lr=lambda client, message: 0.1 / client.round.astype(jnp.float32),
         server_optimizer=optax.sgd(1.0),
-        criterion=None,
-        score=None,
         passes=Passes(epochs=2, batch_size=4),
         weight=by_examples,
         trained=frozenset({"kernel", "bias"}),
+        classes=CLASSES,
     )
     return task._replace(**changes)
 
@@ -131,6 +135,7 @@ class Sent(NamedTuple):
 
     message: Tree
     local: Local
+    link: Peers | None = None
 
 
 def run(
@@ -150,10 +155,23 @@ def run(
     Args:
         state, met: of the rounds before `first`; `met` (N,) is the last round in which a client was in the cohort.
     """
-    lanes = engine(problem, **options)
-    met = np.zeros(lanes.population, np.int32) if met is None else met.copy()
     task = task or suited(make)
-    algorithm, average = make(task), plain(task.weight)
+    return rounds(engine(problem, **options), make(task), plain(task.weight), cohorts, state, first, met, sent)
+
+
+def rounds(
+    lanes: Lanes,
+    algorithm: Algorithm,
+    average: Average,
+    cohorts: tuple[tuple[int, ...], ...],
+    state: tuple[Tree, Memory] | None = None,
+    first: int = 1,
+    met: np.ndarray | None = None,
+    sent: list[Sent] | None = None,
+) -> tuple[Tree, Memory, list[Cohort]]:
+    """As `run`, of an algorithm and an engine that are there."""
+    met = np.zeros(lanes.population, np.int32) if met is None else met.copy()
+    averaging = lanes.put(average.init())
     server, memory = state or (
         algorithm.init(key_for(lanes.root, "init"), lanes.held),
         Memory(algorithm.memory, lanes.held),
@@ -161,11 +179,14 @@ def run(
     server = lanes.put(server)
     done = []
     for round, ids in enumerate(cohorts, first):
-        cohort = Cohort(lanes, np.array(ids), round, memory, met=met, average=average, releases=algorithm.releases)
-        met[list(ids)] = round
+        options: dict[str, Any] = {"average": average, "averaging": averaging, "releases": algorithm.releases}
+        cohort = Cohort(lanes, np.array(ids, np.int64), round, memory, met=met, **options)
+        met[cohort.ids[cohort.present]] = round
         if sent is not None:
             listen(cohort, sent)
         server, _ = algorithm.round(key_for(lanes.root, "server", round), lanes.held, server, cohort)
+        averaging = cohort.averaging
+        cohort.settle()
         done.append(cohort)
     return server, memory, done
 
@@ -174,9 +195,11 @@ def listen(cohort: Cohort, sent: list[Sent]) -> None:
     """Notes every message of the cohort's exchanges."""
     exchange = cohort.exchange
 
-    def listening(message: Tree, local: Local, *args: Any, **options: Any) -> Any:
-        sent.append(Sent(message, local))
-        return exchange(message, local, *args, **options)
+    def listening(
+        message: Tree, local: Local, reduce: Reduce | None = None, args: Tree = (), link: Peers | None = None
+    ) -> Any:
+        sent.append(Sent(message, local, link))
+        return exchange(message, local, reduce, args, link)
 
     cohort.exchange = listening  # type: ignore[method-assign]  # on this one instance, for the test
 
@@ -184,41 +207,82 @@ def listen(cohort: Cohort, sent: list[Sent]) -> None:
 @functools.cache
 def compiled(local: Local) -> Local:
     """The same functions, each compiled by itself."""
-    return Local(jax.jit(local.start), jax.jit(local.step), jax.jit(local.finish), local.passes)
+    return local._replace(start=jax.jit(local.start), step=jax.jit(local.step), finish=jax.jit(local.finish))
+
+
+def visits(problem: Problem, passes: Passes, id: int, round: int, seed: int = 0, exchange: int = 0) -> np.ndarray:
+    """Rows of the data set that a client visits, (steps, B), -1 for none."""
+    own = np.append(problem.rows[problem.offsets[id] : problem.offsets[id + 1]], -1)  # no example, -1, finds the last
+    labels = problem.y[own[:-1]]
+    steps = int(plan.steps_of(np.array([len(labels)]), passes, lambda place: labels)[0])
+    found = np.full((steps, passes.batch_size), -1)
+    if passes.rows is not None:
+        for step, block in enumerate(plan.own_steps(id, labels, steps, passes, seed, round, exchange)):
+            found[step] = block
+    else:
+        _, step, column, example = plan.batches(np.array([id]), np.array([len(labels)]), passes, seed, round, exchange)
+        found[step, column] = example
+    return own[found]
+
+
+class Coding(NamedTuple):
+    """What the codec of a client's first reply is given."""
+
+    key: Array
+    common: Array
+    state: Tree
+
+
+def coding(
+    reply: Tree, local: Local, codec: Codec | None, id: int, round: int, seed: int = 0, exchange: int = 0
+) -> Coding:
+    """Keys and fresh state of the codec for this client's marked reply."""
+    root, name = jax.random.key(seed), local.passes.stream
+    shapes = {name: sent.value for name, sent in wire.changes(reply).items()}
+    return Coding(
+        key_for(key_for(root, named("local", name), round, exchange, id), "codec"),
+        key_for(root, named("codec", name), round, exchange),
+        codec.init(key_for(root, "coding", id), shapes) if codec and shapes else (),
+    )
 
 
 def one_client(
-    problem: Problem, local: Local, message: Tree, memory: Tree, id: int, round: int, seed: int = 0, exchange: int = 0
+    problem: Problem,
+    local: Local,
+    message: Tree,
+    memory: Tree,
+    id: int,
+    round: int,
+    seed: int = 0,
+    exchange: int = 0,
+    codec: Codec | None = None,
 ) -> tuple[Tree, Tree]:
-    """What client `id` replies and keeps, computed alone, batch by batch, without lanes: the oracle of the engine.
+    """What client `id` replies, marked, and keeps, computed alone, batch by batch, without lanes: the engine's oracle.
 
-    `message` is what this client gets: own parts are already its own.
+    Args:
+        message: what this client reads: own parts are already its own, marks and packets gone.
+        exchange: which of its stream in this round.
+        codec: of the replies, with which the client has not replied before.
     """
-    local = compiled(local)
-    size = problem.offsets[id + 1] - problem.offsets[id]
-    own = problem.rows[problem.offsets[id] : problem.offsets[id + 1]]
-    root = jax.random.key(seed)
-    key = key_for(root, "local", round, exchange, id)
-    steps = max(int(plan.steps_of(np.array([size]), local.passes)[0]), 1)
+    made, rows = compiled(local), visits(problem, local.passes, id, round, seed, exchange)
+    size, steps = problem.offsets[id + 1] - problem.offsets[id], len(rows)
+    key = key_for(jax.random.key(seed), named("local", local.passes.stream), round, exchange, id)
     client = Client(jnp.int32(id), jnp.int32(size), memory, key, jnp.int32(round), jnp.float32(0.0), jnp.int32(steps))
-    passes = local.passes
-    _, step, column, example = plan.batches(np.array([id]), np.array([size]), passes, seed, round, exchange)
     carry: Tree = None
-    for s in range(steps):
-        here = step == s
-        rows = np.zeros(local.passes.batch_size, np.int32)
-        rows[column[here]] = own[example[here]]
-        mask = (np.arange(len(rows)) < here.sum()).astype(np.float32)
+    for s, row in enumerate(rows if steps else np.full((1, local.passes.batch_size), -1)):
         batch = Batch(
-            jnp.asarray(problem.x[rows]),
-            jnp.asarray(problem.y[rows]),
-            jnp.asarray(mask),
+            jnp.asarray(problem.x[np.maximum(row, 0)]),
+            jnp.asarray(problem.y[np.maximum(row, 0)]),
+            jnp.asarray(row >= 0, jnp.float32),
             jax.random.fold_in(key, s),
             jnp.int32(s),
-            jnp.asarray(s == steps - 1),
+            jnp.asarray(s == max(steps, 1) - 1),
         )
-        carry = local.start(problem.held, message, client, batch) if s == 0 else carry
-        if here.any():
-            carry, _ = local.step(problem.held, message, carry, batch)
-    reply, memory, _ = local.finish(problem.held, message, carry, client)
+        carry = made.start(problem.held, message, client, batch) if s == 0 else carry
+        if steps:
+            carry, _ = made.step(problem.held, message, carry, batch)
+    reply, memory, _ = made.finish(problem.held, message, carry, client)
+    if local.sent is not None:
+        read, _ = wire.arrive(reply, codec, *coding(reply, local, codec, id, round, seed, exchange))
+        memory = local.sent(memory, wire.unwrap(read), client)
     return reply, memory

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -32,9 +32,10 @@ def fit(
     passes: Passes,
     *,
     penalty: Penalty | None = None,
-    view: Callable[[Tree, Tree], Tree] = lambda held, message: held,
+    view: Callable[[Tree, Tree, Tree], Tree] = lambda held, message, memory: held,
     start: Callable[[Tree, Tree], Params] = lambda message, memory: message,
     reply: Callable[[Fit, Tree, Client], tuple[Tree, Tree]] | None = None,
+    trains: Collection[str] | None = None,
 ) -> Local:
     """A `Local` that minimises `loss` (+ `penalty`) by minibatch steps and replies with what changed.
 
@@ -42,29 +43,37 @@ def fit(
         optimizer: learning rate -> optax transformation; the rate is data, so a schedule recompiles nothing.
         lr: (client, message) -> its learning rate in this exchange; a stage's own travels in the message.
         penalty: a differentiable scalar of (params, message, memory); FedProx is `proximal(mu)`.
-        view: (held, message) -> the frozen part to train over, where the message has newer values of some of it.
+        view: (held, message, memory) -> the frozen part to train over, where message or memory have values of some of it.
         start: (message, memory) -> the parameters to start from; default: the message is the parameters.
         reply: (the client after its last step, message, client) -> reply, memory; default: params - start, marked as a
             change (`wire.coded`), and the memory as it was.
+        trains: paths of what moves; all else stays bit for bit, and no gradient of it is computed. Default: everything.
     """
 
-    def total(params: Params, held: Tree, message: Tree, memory: Tree, batch: Batch) -> tuple[Array, Metrics]:
-        value, metrics = loss(view(held, message), params, batch)
+    def moving(params: Params) -> Params:
+        return params if trains is None else {path: leaf for path, leaf in params.items() if path in trains}
+
+    def total(
+        moves: Params, params: Params, held: Tree, message: Tree, memory: Tree, batch: Batch
+    ) -> tuple[Array, Metrics]:
+        params = {**params, **moves}
+        value, metrics = loss(view(held, message, memory), params, batch)
         return (value if penalty is None else value + penalty(params, message, memory)), metrics
 
     def start_(held: Tree, message: Tree, client: Client, batch: Batch) -> Fit:
         rate = lr(client, message)
         params = start(message, client.memory)
-        return Fit(params, optimizer(rate).init(params), rate, client.memory)
+        return Fit(params, optimizer(rate).init(moving(params)), rate, client.memory)
 
     def step(held: Tree, message: Tree, carry: Fit, batch: Batch) -> tuple[Fit, Metrics]:
-        grads, metrics = jax.grad(total, has_aux=True)(carry.params, held, message, carry.memory, batch)
+        moves = moving(carry.params)
+        grads, metrics = jax.grad(total, has_aux=True)(moves, carry.params, held, message, carry.memory, batch)
         with jax.numpy_dtype_promotion(
             "standard"
         ):  # optax mixes Python scalars and float32 in ways strict mode refuses
-            updates, state = optimizer(carry.lr).update(grads, carry.optimizer, carry.params)
-            params: Any = optax.apply_updates(carry.params, updates)
-        return carry._replace(params=params, optimizer=state), metrics
+            updates, state = optimizer(carry.lr).update(grads, carry.optimizer, moves)
+            moved: Any = optax.apply_updates(moves, updates)
+        return carry._replace(params={**carry.params, **moved}, optimizer=state), metrics
 
     def finish(held: Tree, message: Tree, carry: Fit, client: Client) -> tuple[Tree, Tree, Metrics]:
         if reply is not None:

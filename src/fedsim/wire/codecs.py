@@ -145,7 +145,7 @@ def quantise(bits: int = 8) -> Codec:
         level = jnp.clip(jnp.round((value - low) / jnp.where(step > 0, step, 1.0)), 0, top)
         # Behind a barrier: a product and a sum rounded once, on one machine and not on the next, would not be equal.
         decoded = low + lax.optimization_barrier(level * step)
-        value = decoded if all_ else jnp.where(sent.mask, decoded, 0.0)
+        value = decoded if sent.mask is None else jnp.where(sent.mask, decoded, 0.0)
         return Sent(value, sent.mask, bits, sent.side + 8, (low, step))
 
     def pack(coded: Coded, write: Write) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from fedsim.wire.codecs import Codec, Sent, cost, nbytes
@@ -32,7 +33,7 @@ class Kept:
     """Marks the entries of a leaf that travel; see `kept`."""
 
     leaf: Array
-    entries: Array
+    entries: Array | np.ndarray
     axis: int | None
 
 
@@ -54,7 +55,7 @@ def coded(tree: Tree, change: bool = True) -> Coded:
     return Coded(tree, change)
 
 
-def kept(tree: Tree, entries: Array, axis: int | None = None) -> Tree:
+def kept(tree: Tree, entries: Array | np.ndarray, axis: int | None = None) -> Tree:
     """Only these entries of every leaf travel for this client: ranks, blocks, classes, nothing at all.
 
     Args:
@@ -120,7 +121,7 @@ def sent(leaf: Array | Kept) -> Sent:
     bits = 8 * array_bytes(jax.ShapeDtypeStruct((), value.dtype))
     if not isinstance(leaf, Kept):
         return Sent(value, None, bits)
-    mask = leaf.entries
+    mask = jnp.asarray(leaf.entries)
     if leaf.axis is not None:
         first = jnp.arange(value.shape[leaf.axis]) < leaf.entries
         mask = jnp.broadcast_to(
@@ -131,12 +132,13 @@ def sent(leaf: Array | Kept) -> Sent:
 
 def changes(tree: Tree) -> dict[str, Sent]:
     """The marked changes of one reply by name, before any codec: one vector to codecs that look at all of it."""
-    return {
+    found = {
         joined(name, inner): sent(leaf)
         for name, node in named(tree)
         if isinstance(node, Coded) and node.change
         for inner, leaf in named(node.tree)
     }
+    return dict(sorted(found.items()))
 
 
 def unmarked_leaves(tree: Tree) -> list[str]:
@@ -164,6 +166,7 @@ def on_the_way(tree: Tree, codec: Codec | None, key: Array, common: Array, state
     for name, node in named(tree):
         if isinstance(node, Coded):
             by_kind[node.change] |= {joined(name, inner): sent(leaf) for inner, leaf in named(node.tree)}
+    by_kind = {change: dict(sorted(leaves.items())) for change, leaves in by_kind.items()}  # the order on the wire
     if codec is not None:
         refuse(codec, by_kind)
         if by_kind[True]:

@@ -109,7 +109,7 @@ def cut(params: Params, factors: tuple[Factors, ...], rank: Array) -> Params:
     return kept
 
 
-def by_rank(params: Params, factors: tuple[Factors, ...], rank: Array | np.ndarray) -> Params:
+def by_rank(params: Params, factors: tuple[Factors, ...], rank: Array | np.ndarray) -> Tree:
     """A message whose factors cost r (in + out) numbers: rank () of one client, or (M,) of all to whom it is broadcast."""
     own = {path: kept(params[path], rank, axis) for f in factors for path, axis in ((f.a, 1), (f.b, 0))}
     return {**params, **own}
@@ -117,7 +117,7 @@ def by_rank(params: Params, factors: tuple[Factors, ...], rank: Array | np.ndarr
 
 def trained_factors(
     factors: tuple[Factors, ...], rest: list[str], ranks: tuple[int, ...]
-) -> Callable[[Fit, Params, Client], tuple[Params, Tree]]:
+) -> Callable[[Fit, Params, Client], tuple[Tree, Tree]]:
     """`fit`'s reply of clients with these ranks: factors as they are, and what changed of all else."""
     return lambda carry, message, client: (
         factors_and_changes(carry.params, message, factors, rest, rank_of(ranks, client.id)),
@@ -127,7 +127,7 @@ def trained_factors(
 
 def factors_and_changes(
     params: Params, message: Params, factors: tuple[Factors, ...], rest: list[str], rank: Array
-) -> Params:
+) -> Tree:
     """A reply: factors of this rank as they are, which are values, and what changed of all else."""
     own = by_rank({path: params[path] for f in factors for path in (f.a, f.b)}, factors, rank)
     values = {path: coded(leaf, change=False) for path, leaf in own.items()}
@@ -221,6 +221,6 @@ def kernel_packets(factors: tuple[Factors, ...], kernels: Params, written: Writt
     return packets
 
 
-def overlaid(factors: tuple[Factors, ...]) -> Callable[[Params, Params], Params]:
-    """`fit`'s view of a client that was sent the kernels: (held, message) -> the frozen part as it is now."""
-    return lambda held, message: {**held, **{f.kernel: message[f.kernel] for f in factors}}
+def overlaid(factors: tuple[Factors, ...]) -> Callable[[Params, Params, Tree], Params]:
+    """`fit`'s view of a client that was sent the kernels: (held, message, memory) -> the frozen part as it is now."""
+    return lambda held, message, memory: {**held, **{f.kernel: message[f.kernel] for f in factors}}
