@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 TIMES = {"seconds", "compile_seconds", "clients_per_second", "examples_per_second", "flops_per_second", "mfu"}
-TIMES |= {"most_memory"}
+TIMES |= {"most_memory", "server_seconds"}
 
 # Every client counts its visits and keeps its last change, which pulls at its next reply: a lost or doubled visit shows.
 REMEMBERS = """

@@ -13,6 +13,7 @@ from fedsim import peft
 from fedsim.backbones.load import draw
 from fedsim.config import Config, Speed
 from fedsim.core import Passes
+from fedsim.data.partition import holders
 from fedsim.engine import plan
 from fedsim.engine.host import tune_host
 from fedsim.peft import flops
@@ -134,6 +135,9 @@ def print_estimate(problem: Problem, found: list[PhaseEstimate], flops_per_secon
         f"{len(problem.dataset.test)} test examples, {len(problem.dataset.classes)} classes; "
         f"{config.clients} clients of {problem.partition.sizes.min()} to {problem.partition.sizes.max()}."
     )
+    held = holders(config, problem.dataset.train)
+    if len(held.clients) < len(problem.dataset.train):
+        print(f"The server holds {len(held.public)} of the training examples without labels, {len(held.shard)} with.")
     # Phases share what is cached: the deepest frozen prefix is computed once, the others on the way.
     once = len(problem.dataset.y) * max(e.prefix_flops for e in found) / flops_per_second
     total_bytes, total_seconds = 0.0, once

@@ -90,13 +90,12 @@ class Cohort:
         self.sizes[self.places] = engine.offsets[real + 1] - engine.offsets[real]
         self.conditions = conditions or network.reliable(self.ids)
         self.present = self.conditions.present
-        self.reports = (
-            self.present
-        )  # (M,) bool: still in the round; whoever does not report in an exchange is out of it
+        self.reports = self.present  # (M,) bool: still in the round; who does not report in an exchange is out of it
         self.last = np.zeros(len(self.ids), np.int64)
         if met is not None:
             self.last[self.places] = met[real]
         self.done: list[Exchanged] = []
+        self.read: set[str] = set()  # options whose examples of the server the algorithm has read
         self.stores = stores or memory
         self.outbox, self.coded_up, self.averages = Outbox(), False, 0
         self._rows: tuple[np.ndarray, Tree] | None = None  # members by slot, and their memory on the devices
@@ -105,6 +104,18 @@ class Cohort:
     def population(self) -> int:
         """Number of clients N."""
         return self.engine.population
+
+    @property
+    def public(self) -> Tree:
+        """x (n, ...) of the examples that the server holds without labels, whole on every device; None for none."""
+        self.read.add("public_share")
+        return self.engine.public
+
+    @property
+    def shard(self) -> Any:
+        """(x, y) of the examples that the server holds with labels, whole on every device; None for none."""
+        self.read.add("server_share")
+        return self.engine.shard
 
     def rng(self, purpose: str) -> np.random.Generator:
         """A generator on the host, of (seed, round, purpose)."""

@@ -336,6 +336,8 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         whole = {name: one.held for name, one in engines.items()}
         shared = next(iter(engines.values()))
         on_all = engine(problem, main._replace(frozen=whole), algorithm, placed=shared)
+        for one in engines.values():
+            one.public, one.shard = on_all.public, on_all.shard
     else:
         on_all = engine(problem, main, algorithm)
     asked = Asked(main.task.score, main.task.classes > 0)
@@ -375,6 +377,7 @@ def engine(problem: Problem, side: Side, algorithm: Algorithm, group: str = "", 
         frozen = {name: leaf for name, leaf in frozen.items() if name not in side.model.below}
     elif side.texts is not None and placed is None:
         x = side.texts.cut(x, side.texts.longest)
+    held = partitions.held_apart(config, problem.dataset.train, problem.partition) if not group else None
     return Lanes(
         frozen,
         x,
@@ -390,6 +393,8 @@ def engine(problem: Problem, side: Side, algorithm: Algorithm, group: str = "", 
         up=wire.codec(config.codec_up, "codec_up"),
         down=wire.codec(config.codec_down, "codec_down"),
         group=group,
+        public=held and held.public,
+        shard=held and held.shard,
     )
 
 

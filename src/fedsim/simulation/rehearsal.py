@@ -1,4 +1,7 @@
-"""A round without training: what it sends and needs. The algorithm runs; its programs are compiled, and answer with ones."""
+"""A round without training: what it sends and needs. The algorithm runs; its programs are compiled, and answer with ones.
+
+The server's own training is traced, and gives back what it got.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ from fedsim.simulation import build
 from fedsim.simulation.build import Phase, Problem
 from fedsim.training import lengths
 from fedsim.training.features import use_cache
+from fedsim.training.server import watched
 from fedsim.wire import array_bytes
 
 LONG = 1000  # examples whose frozen features take longer than tracing and compiling a phase's programs once more
@@ -67,7 +71,8 @@ def rehearse(problem: Problem, phase: Phase, ids: np.ndarray) -> Rehearsal:
             engine, ids, round, memory, met=met, lr=trainer.lr(round),
             average=trainer.average, averaging=averaging, releases=algorithm.releases,
         )  # fmt: skip
-        server, _ = algorithm.round(key_for(engine.root, "server", round), engine.held, server, cohort)
+        with watched(trains=False):
+            server, _ = algorithm.round(key_for(engine.root, "server", round), engine.held, server, cohort)
         cohort.settle()
         averaging = cohort.averaging
         met[ids] = round

@@ -47,7 +47,8 @@ from fedsim.simulation.current import Current, prepare
 from fedsim.simulation.ending import finish
 from fedsim.simulation.loaded import Run
 from fedsim.simulation.rehearsal import refuse_lanes
-from fedsim.simulation.rounds import Standing, Times, after, is_evaluated, judged, measured, round_line
+from fedsim.simulation.rounds import Standing, Times, after, is_evaluated, judged, measured, round_line, unread
+from fedsim.training import server as server_training
 
 
 def run(
@@ -206,7 +207,7 @@ def simulate(
                 progress.message("compiling")
             phase, trainer = now.phase, now.trainer
 
-            with timed(clock) as times:
+            with timed(clock) as times, server_training.watched() as own:
                 cohort = select(config, fleet, now, stand)
                 server, averaging, metrics = train(now, cohort)
                 did = measured(cohort, stand.totals["simulated_seconds"])
@@ -223,12 +224,17 @@ def simulate(
 
             # As the record has it, so that a score that is no number is None here and after a resume alike.
             line = record.plain(round_line(
-                stand, did, times[0], now.cost, phase=phase.name, metrics=metrics, scores=scores, each=each,
+                stand, did, times[0]._replace(server=own.seconds), now.cost, phase=phase.name, metrics=metrics, scores=scores, each=each,
                 simulates=not config.reliable, most_memory=most_memory(trainer.engine.own[0]), task=config.task,
+                server_flops=own.flops,
             ))  # fmt: skip
             processes.by_first(functools.partial(record.append, directory, line))
             lines.append(line)
             tell(progress, line, changes_empty=runs_empty(trainer))
+            for option in unread(config, cohort) if stand.round == 1 else ():
+                progress.note(
+                    f"{option} of the training examples lie with the server, and {config.algorithm} does not read them"
+                )
 
             asked = processes.any_true(interrupted())
             ends = stand.stopped != "rounds" or stand.round == config.rounds
