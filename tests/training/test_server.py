@@ -441,6 +441,28 @@ def test_a_stopped_run_goes_on_bit_for_bit(config: Config, tmp_path: Path, name:
     assert (whole.directory / record.TRAINED).read_bytes() == (resumed.directory / record.TRAINED).read_bytes()
 
 
+def test_a_model_of_the_server_alone_learns_from_groups(config: Config, tmp_path: Path) -> None:
+    """The server's model is never sent; public examples lie on the devices once, whatever the number of groups."""
+    groups = tuple(f"{n}(backbone='mlp', peft='{p}'{s})" for n, p, s in (
+        ("small", "head", ", share=0.5"), ("large", "full", ", share=0.5"), ("server", "full", "")
+    ))  # fmt: skip
+    several = config.replace(algorithm=f"{MINE}:fed_two_sizes", groups=groups, rounds=3, lr=0.1)
+    problem = build.problem(several, SPEED)
+    trainer = build.trainer(problem, build.phases(several)[0])
+    assert {*trainer.engine.held} == {"small", "large", "server"}
+    assert all(
+        one.public is trainer.engine.public and one.shard is trainer.engine.shard for one in trainer.groups.values()
+    )
+    held = partition.holders(several, problem.dataset.train)
+    same(jax.device_get(trainer.engine.public), problem.dataset.x[held.public], "the server's examples")
+    run = fedsim.run(several, SPEED, out=tmp_path / "run", quiet=True)
+    assert run.rounds[-1]["metrics"]["distilled"] < run.rounds[0]["metrics"]["distilled"]
+    assert all(
+        line["server_flops"] > 0 and not any("server" in leaf for leaf in line["bytes_up_leaves"])
+        for line in run.rounds
+    )
+
+
 @pytest.mark.slow
 def test_two_processes_train_alike(config: Config, tmp_path: Path, environment: dict[str, str]) -> None:
     """Each trains the server on its own first device; the record is that of one process."""

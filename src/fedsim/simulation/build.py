@@ -377,7 +377,7 @@ def engine(problem: Problem, side: Side, algorithm: Algorithm, group: str = "", 
         frozen = {name: leaf for name, leaf in frozen.items() if name not in side.model.below}
     elif side.texts is not None and placed is None:
         x = side.texts.cut(x, side.texts.longest)
-    held = partitions.held_apart(config, problem.dataset.train, problem.partition) if not group else None
+    _, public, shard = partitions.held_apart(config, problem.dataset.train, problem.partition)
     return Lanes(
         frozen,
         x,
@@ -393,8 +393,8 @@ def engine(problem: Problem, side: Side, algorithm: Algorithm, group: str = "", 
         up=wire.codec(config.codec_up, "codec_up"),
         down=wire.codec(config.codec_down, "codec_down"),
         group=group,
-        public=held and held.public,
-        shard=held and held.shard,
+        public=None if group else public,  # of groups all take those of the engine that stands for them
+        shard=None if group else shard,
     )
 
 

@@ -224,8 +224,8 @@ def simulate(
 
             # As the record has it, so that a score that is no number is None here and after a resume alike.
             line = record.plain(round_line(
-                stand, did, times[0]._replace(server=own.seconds), now.cost, phase=phase.name, metrics=metrics, scores=scores, each=each,
-                simulates=not config.reliable, most_memory=most_memory(trainer.engine.own[0]), task=config.task,
+                stand, did, times[0]._replace(server=own.seconds), now.cost, phase=phase.name, metrics=metrics, scores=scores,
+                each=each, simulates=not config.reliable, most_memory=most_memory(trainer.engine.own[0]), task=config.task,
                 server_flops=own.flops,
             ))  # fmt: skip
             processes.by_first(functools.partial(record.append, directory, line))
