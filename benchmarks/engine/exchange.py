@@ -97,7 +97,8 @@ def finishing(o: Options) -> dict[str, Any]:
 
 def mixing(o: Options) -> list[dict[str, Any]]:
     """Seconds of a round of peers, by members and by how many each hears."""
-    rounds, rows = {}, []
+    rounds: dict[Any, Callable[[], Any]] = {}
+    rows: list[dict[str, Any]] = []
     for members in o.members:
         lanes, local = engine(np.ones(members, int), lanes=16, devices=1), replying(1000)
         memory, fold = Memory(lambda key, held: jnp.zeros(1000), ()), mean(uniform)
@@ -107,7 +108,9 @@ def mixing(o: Options) -> list[dict[str, Any]]:
             share = np.full((members, heard), 1 / (heard + 1), np.float32)
             link = Peers(Graph(whom, share, np.full(members, 1 / (heard + 1), np.float32)), into)
 
-            def round(lanes: Any = lanes, local: Any = local, memory: Any = memory, link: Any = link) -> Any:
+            def round(
+                lanes: Any = lanes, local: Any = local, memory: Any = memory, fold: Any = fold, link: Any = link
+            ) -> Any:
                 cohort = Cohort(lanes, np.arange(lanes.population), 1, memory)
                 return cohort.exchange((), local, fold, link=link)[0]
 

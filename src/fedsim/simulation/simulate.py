@@ -42,12 +42,13 @@ from fedsim.report.progress import Progress
 from fedsim.report.summaries import has_diverged
 from fedsim.simulation import build, inputs, needs, resuming
 from fedsim.simulation.beginning import begin
-from fedsim.simulation.build import Problem, Trainer
+from fedsim.simulation.build import Problem
 from fedsim.simulation.current import Current, prepare
 from fedsim.simulation.ending import finish
 from fedsim.simulation.loaded import Run
 from fedsim.simulation.rehearsal import refuse_lanes
 from fedsim.simulation.rounds import Standing, Times, after, is_evaluated, judged, measured, round_line, unread
+from fedsim.simulation.trainers import Trainer
 from fedsim.training import server as server_training
 
 
