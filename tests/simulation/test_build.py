@@ -148,7 +148,7 @@ def test_the_tokenizer_lies_beside_the_weights(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "tokenizer.json").write_text("{}")
     config = Config(backbone="bert_base", weights=str(tmp_path))
     assert needs.tokenizer(config) == tmp_path / "tokenizer.json"
-    monkeypatch.setattr(needs.load, "hub", lambda name: tmp_path / name.rpartition("/")[2])
+    monkeypatch.setattr(needs.load, "hub", lambda name, fetch=True: tmp_path / name.rpartition("/")[2])
     (tmp_path / "model").mkdir()
     with pytest.raises(ValueError, match="to come with a tokenizer"):
         needs.tokenizer(config.replace(weights="owner/model"))

@@ -86,7 +86,7 @@ def test_labels_are_spread_and_not_learned(config: Config) -> None:
     task = trainers.trainer(problem, build.phases(config)[0]).task
     assert (task.classes, task.metric, task.larger) == (0, "perplexity", False)
     assert task.features is not None and task.blocks("blocks/1/mlp/up/kernel") == 1
-    found = task.features({}, task.init(None), problem.dataset.x[:3])  # pyrefly: ignore[bad-argument-type]
+    found = task.features({}, task.init(None), problem.dataset.x[:3])  # pyrefly: ignore[bad-argument-type] - no key is read
     assert found.shape == (*problem.dataset.x[:3].shape, 64)
 
 

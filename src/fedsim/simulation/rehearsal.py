@@ -127,7 +127,7 @@ def answer_ones(engine: Lanes) -> list[Asked]:
 
         return real._replace(begin=begin, segment=lambda *args: args[7], end=end)
 
-    engine.programs = programs  # pyrefly: ignore[bad-assignment]
+    engine.programs = programs  # pyrefly: ignore[bad-assignment] - this engine answers with ones
     return asked
 
 

@@ -80,7 +80,7 @@ def packed_for_all(message: Tree, codec: wire.Codec | None, key: Array) -> int:
     def part(node: Any, place: int) -> Any:
         if isinstance(node, wire.PerClient):
             return jax.tree.map(lambda a: a[place], node.tree)
-        by_client = lambda n: isinstance(n, wire.Kept) and n.axis is not None and n.entries.ndim == 1  # noqa: E731
+        by_client = lambda n: isinstance(n, wire.Kept) and n.axis is not None and n.entries.ndim == 1  # noqa: E731 - one expression, named
         return jax.tree.map(
             lambda n: wire.Kept(n.leaf, n.entries[place], n.axis) if by_client(n) else n, node, is_leaf=by_client
         )
