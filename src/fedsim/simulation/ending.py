@@ -10,7 +10,6 @@ from fedsim import record
 from fedsim.config import Config
 from fedsim.data.show import draw as draw_partition
 from fedsim.engine import processes
-from fedsim.record.shared_checkpoints import SharedCheckpoints
 from fedsim.report import plots, summaries
 from fedsim.simulation import build, personal
 from fedsim.simulation.build import Problem
@@ -23,14 +22,13 @@ def finish(
     config: Config,
     problem: Problem,
     directory: Path,
-    checkpoints: SharedCheckpoints,
     lines: Sequence[record.Round],
     stand: Standing,
     now: Current,
     seconds: Callable[[], float],
     note: Callable[[str], None],
 ) -> None:
-    """Scores the final model, waits for the last checkpoint, and writes what a finished run leaves behind.
+    """Scores the final model and writes what a finished run leaves behind.
 
     Args:
         lines: of all rounds.
@@ -59,7 +57,6 @@ def finish(
         seconds=seconds(),
         stopped=stand.stopped,
     )
-    checkpoints.wait()
     trained, rows = now.parameters(), None if clients is None else clients.rows()
 
     def written() -> list[str]:
