@@ -23,7 +23,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from fedsim.record.files import as_json, parse, reason, remedy_for, unreadable, unwritten
+from fedsim.disk import reason, remedy_for, unreadable, unwritten
+from fedsim.record.files import as_json, parse
 from fedsim.record.leaves import describe, digest_array, pack, place, shown, structure_hash
 from fedsim.record.orbax import alone, quiet_orbax
 
