@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from pathlib import Path
 
 MOVE = "move the folder of that name away"
@@ -21,7 +23,7 @@ def unwritten(what: str, error: BaseException) -> OSError:
 
 def remedy_for(error: BaseException) -> str:
     """What helps against a failed write, by its cause: errors of the system, or of a library that only quotes them."""
-    numbers, words = {e.errno for e in causes(error) if isinstance(e, OSError)}, str(error)
+    numbers, words = {e.errno for e in causes(error) if isinstance(e, OSError)} | {quoted(error)}, str(error)
     if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or any(
         word in words for word in ("No space left", "quota", "RESOURCE_EXHAUSTED", "File too large")
     ):
@@ -51,4 +53,12 @@ def reason(error: BaseException) -> str:
     """The cause in words, one line: the system's own where it said one."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if (number := quoted(error)) is not None:
+        return os.strerror(number)
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:200]}"
+
+
+def quoted(error: BaseException) -> int | None:
+    """The system's error number that a library quotes, as TensorStore does, under Orbax; None where it quotes none."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else None

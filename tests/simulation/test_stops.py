@@ -4,38 +4,17 @@ from __future__ import annotations
 
 import gc
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from fedsim import record, stops
+from moments import Place, signal_at
 from remembers import TIMES
 
-# `fedsim run` whose process sends itself a signal as it enters a function, `module:name`, or `module:name:n` for the n-th time.
-SIGNALLED = """
-import importlib, os, sys
-
-place, number, *argv = sys.argv[1:]
-module, name, *nth = place.split(":")
-home, left = importlib.import_module(module), int(nth[0] if nth else 1)
-inner = getattr(home, name)
-
-def entered(*args, **named):
-    global left
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), int(number))
-    return inner(*args, **named)
-
-setattr(home, name, entered)
-from fedsim.__main__ import main
-sys.exit(main(argv))
-"""
 TYPED = """
     --dataset blobs.npz --backbone mlp --peft bias --lr 0.01 --clients 8 --clients-per-round 4 --min-size 6 --rounds 5
     --head-rounds 2 --head-lr 0.01 --local-test 0.3 --no-head-baseline --checkpoint-every 3 --devices 1 --lanes 2 --quiet
@@ -47,21 +26,6 @@ TRAINING, DRAWING = "fedsim.simulation.simulate:train", "fedsim.report.plots:sav
 SCORING, WRITING = "fedsim.simulation.personal:local_scores", "fedsim.record:finish"
 READING_AGAIN = "Stopped while loading; nothing is lost; go on with: fedsim run --resume run"
 END = "Stopped in the final evaluation, nothing is lost; go on with: fedsim run --resume run"
-
-
-class Place(NamedTuple):
-    """A working directory with data, in which `fedsim run` is started."""
-
-    folder: Path
-    environment: dict[str, str]
-
-    def run(self, *argv: str, at: str = "builtins:compile", number: int = 0) -> tuple[int, str]:
-        """`fedsim run ...` with a signal at a moment, 0 for none: (exit status, standard error)."""
-        command = [sys.executable, "-c", SIGNALLED, at, str(number), "run", *argv]
-        done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        return done.returncode, done.stderr.strip()
 
 
 @pytest.fixture
@@ -94,7 +58,7 @@ def goes_on(place: Place, alone: record.Run) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_before_the_folder_is_there_nothing_is_left(place: Place, number: int) -> None:
-    assert place.run(*OPTIONS, "--out", "run", at=READING, number=number) == (128 + number, stops.ANEW)
+    assert place.run(*OPTIONS, "--out", "run", hooks=(signal_at(READING, number),)) == (128 + number, stops.ANEW)
     assert not (place.folder / "run").exists()
 
 
@@ -102,7 +66,7 @@ def test_before_the_folder_is_there_nothing_is_left(place: Place, number: int) -
 @pytest.mark.parametrize("at", [PREPARING, TRAINING])
 def test_while_weights_are_loaded_and_programs_compiled(place: Place, alone: record.Run, at: str) -> None:
     said = "Stopped before the first round; go on with: fedsim run --resume run"
-    assert place.run(*OPTIONS, "--out", "run", at=at, number=signal.SIGTERM) == (143, said)
+    assert place.run(*OPTIONS, "--out", "run", hooks=(signal_at(at, signal.SIGTERM),)) == (143, said)
     goes_on(place, alone)
 
 
@@ -111,9 +75,9 @@ def test_a_phase_that_has_ended_is_kept_and_a_resumed_run_says_so(place: Place, 
     """The second phase is being prepared, though `--checkpoint-every` comes later; the resumed run is stopped there too."""
     said = "Stopped after round 2; go on with: fedsim run --resume run"
     rarely = [word if word != EVERY else "1000" for word in OPTIONS]
-    assert place.run(*rarely, "--out", "run", at=f"{PREPARING}:2", number=signal.SIGTERM) == (143, said)
-    assert place.run("--resume", "run", at=READING, number=signal.SIGINT) == (130, READING_AGAIN)
-    assert place.run("--resume", "run", at=PREPARING, number=signal.SIGINT) == (130, said)
+    assert place.run(*rarely, "--out", "run", hooks=(signal_at(PREPARING, signal.SIGTERM, 2),)) == (143, said)
+    assert place.run("--resume", "run", hooks=(signal_at(READING, signal.SIGINT),)) == (130, READING_AGAIN)
+    assert place.run("--resume", "run", hooks=(signal_at(PREPARING, signal.SIGINT),)) == (130, said)
     goes_on(place, alone)
 
 
@@ -124,7 +88,7 @@ def rounds_run(place: Place) -> bytes:
 @pytest.mark.slow
 @pytest.mark.parametrize(("at", "number"), [(SCORING, signal.SIGTERM), (WRITING, signal.SIGINT)])
 def test_in_the_final_evaluation_no_round_is_lost(place: Place, alone: record.Run, at: str, number: int) -> None:
-    assert place.run(*OPTIONS, "--out", "run", at=at, number=number) == (128 + number, END)
+    assert place.run(*OPTIONS, "--out", "run", hooks=(signal_at(at, number),)) == (128 + number, END)
     assert (place.folder / "run" / record.CHECKPOINTS / "5").is_dir(), "the last round is on the disk"
     assert record.load(place.folder / "run").summary is None
     before = rounds_run(place)
@@ -133,7 +97,7 @@ def test_in_the_final_evaluation_no_round_is_lost(place: Place, alone: record.Ru
 
 
 def test_while_pictures_are_drawn_the_numbers_are_there(place: Place, alone: record.Run) -> None:
-    assert place.run(*OPTIONS, "--out", "run", at=DRAWING, number=signal.SIGTERM) == (143, END)
+    assert place.run(*OPTIONS, "--out", "run", hooks=(signal_at(DRAWING, signal.SIGTERM),)) == (143, END)
     assert record.load(place.folder / "run").summary is not None
     before = rounds_run(place)
     goes_on(place, alone)
