@@ -75,3 +75,37 @@ def fed_distilled(task: Any, steps: int = 5, batch: int = 8, lr: float = 0.1) ->
         return task.logits(held, server.params, x)
 
     return fedsim.Algorithm(init, round, predict)
+
+
+def fed_two_sizes(task: Any, steps: int = 4, batch: int = 8, lr: float = 0.1) -> fedsim.Algorithm:
+    """FedAvg of each group by itself; the server's own model learns what the groups answer together on public examples."""
+    names = [name for name in task.groups if name != "server"]
+    locals_ = {n: fedsim.fit(t.loss, t.optimizer, t.lr, t.passes) for n, t in task.groups.items() if n in names}
+    optimizer = optax.sgd(lr)
+    add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+
+    def loss(held: Any, params: Any, batch: Any, teachers: Any) -> Any:
+        answers = [jax.nn.softmax(task.groups[n].logits(held[n], teachers[n], batch.x)) for n in names]
+        target = sum(answers[1:], start=answers[0]) / len(names)
+        value = -(target * jax.nn.log_softmax(task.logits(held["server"], params, batch.x))).sum(axis=-1).mean()
+        return value, {"distilled": value}
+
+    run = fedsim.trainer(loss, optimizer, batch, steps)
+
+    def init(key: Any, held: Any) -> Server:
+        return Server({n: t.init(key) for n, t in task.groups.items()}, ())
+
+    def round(key: Any, held: Any, server: Server, cohort: Any) -> Any:
+        params = dict(server.params)
+        for name in names:
+            change, info = cohort.groups[name].exchange(fedsim.coded(params[name], change=False), locals_[name])
+            params[name] = add(params[name], change)
+        teachers = {n: params[n] for n in names}
+        state = optimizer.init(params["server"])
+        params["server"], _, metrics = run(held, params["server"], state, cohort.public["server"], teachers, key)
+        return Server(params, ()), {**info.metrics, **metrics}
+
+    def predict(held: Any, server: Server, memory: Any, x: Any) -> Any:
+        return task.logits(held["server"], server.params["server"], x)
+
+    return fedsim.Algorithm(init, round, predict, params=lambda server: server.params["server"], groups=True)

@@ -21,7 +21,7 @@ from fedsim.algorithms.fed_avg import fed_avg
 from fedsim.config import Config, Speed
 from fedsim.record import Run
 from fedsim.report import plots, tables
-from fedsim.simulation import build, simulate
+from fedsim.simulation import build, simulate, trainers
 from fedsim.testing import contract
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -135,12 +135,12 @@ def test_a_shared_problem_changes_no_result(done: Run, config: Config, run: Call
         assert without_times(run(config.replace(rounds=1), problem=problem)) == without_times(done)[:1]
 
 
-def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[build.Trainer, list[str]]]:
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[trainers.Trainer, list[str]]]:
     """Every trainer that a run makes, with what was asked of it in order."""
-    made: list[tuple[build.Trainer, list[str]]] = []
-    original = build.trainer
+    made: list[tuple[trainers.Trainer, list[str]]] = []
+    original = trainers.trainer
 
-    def trainer(*args: Any) -> build.Trainer:
+    def trainer(*args: Any) -> trainers.Trainer:
         real, calls = original(*args), []
 
         def noted(name: str) -> Callable[..., Any]:
@@ -340,7 +340,7 @@ def test_what_is_refused_leaves_no_folder(config: Config, tmp_path: Path) -> Non
 def test_a_shared_problem_takes_the_run_s_own_speed(
     config: Config, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, seen = build.trainer, []
+    made, seen = trainers.trainer, []
     monkeypatch.setattr(build, "trainer", lambda *args: seen.append(made(*args)) or seen[-1])
     run(config.replace(rounds=1), Speed(lanes=3, devices=1), problem=build.problem(config, Speed(lanes=2, devices=1)))
     assert [trainer.engine.lanes for trainer in seen] == [3]

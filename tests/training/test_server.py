@@ -30,7 +30,7 @@ from fedsim.core import Batch
 from fedsim.data import partition
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.keys import key_for
-from fedsim.simulation import build
+from fedsim.simulation import build, trainers
 from fedsim.simulation.rehearsal import rehearse
 from fedsim.testing.contract import CHECKS, same
 from fedsim.testing.toys import COHORT, engine, one_client, run, tiny_problem, tiny_task
@@ -313,7 +313,7 @@ def test_a_run_counts_it_apart(config: Config, tmp_path: Path) -> None:
         == len(held.clients)
         == len(problem.dataset.train) - len(held.public) - len(held.shard)
     )
-    flops = build.example_flops(problem, build.trainer(problem, build.phases(config)[0])).total
+    flops = trainers.example_flops(problem, trainers.trainer(problem, build.phases(config)[0])).total
     for a, b in zip(run.rounds, plain.rounds, strict=True):
         assert {k: a[k] for k in ("bytes_up", "bytes_down", "examples", "flops")} == {
             k: b[k] for k in ("bytes_up", "bytes_down", "examples", "flops")
@@ -357,7 +357,7 @@ def test_frozen_features_of_the_server_are_cached(config: Config) -> None:
     """What the server reads has passed the same frozen layers as what the clients read."""
     cached = config.replace(peft="head")
     problem = build.problem(cached, Speed(devices=1, lanes=2, cache="on"))
-    trainer = build.trainer(problem, build.phases(cached)[0])
+    trainer = trainers.trainer(problem, build.phases(cached)[0])
     held = partition.holders(cached, problem.dataset.train)
     assert trainer.cached
     x, y = jax.device_get(trainer.engine.shard)
@@ -439,6 +439,28 @@ def test_a_stopped_run_goes_on_bit_for_bit(config: Config, tmp_path: Path, name:
     for a, b in zip(whole.rounds, resumed.rounds, strict=True):
         assert {k: v for k, v in a.items() if k not in TIMES} == {k: v for k, v in b.items() if k not in TIMES}
     assert (whole.directory / record.TRAINED).read_bytes() == (resumed.directory / record.TRAINED).read_bytes()
+
+
+def test_a_model_of_the_server_alone_learns_from_groups(config: Config, tmp_path: Path) -> None:
+    """The server's model is never sent; public examples lie on the devices once, whatever the number of groups."""
+    groups = tuple(f"{n}(backbone='mlp', peft='{p}'{s})" for n, p, s in (
+        ("small", "head", ", share=0.5"), ("large", "full", ", share=0.5"), ("server", "full", "")
+    ))  # fmt: skip
+    several = config.replace(algorithm=f"{MINE}:fed_two_sizes", groups=groups, rounds=3, lr=0.1)
+    problem = build.problem(several, SPEED)
+    trainer = trainers.trainer(problem, build.phases(several)[0])
+    assert {*trainer.engine.held} == {"small", "large", "server"}
+    assert all(
+        one.public is trainer.engine.public and one.shard is trainer.engine.shard for one in trainer.groups.values()
+    )
+    held = partition.holders(several, problem.dataset.train)
+    same(jax.device_get(trainer.engine.public), problem.dataset.x[held.public], "the server's examples")
+    run = fedsim.run(several, SPEED, out=tmp_path / "run", quiet=True)
+    assert run.rounds[-1]["metrics"]["distilled"] < run.rounds[0]["metrics"]["distilled"]
+    assert all(
+        line["server_flops"] > 0 and not any("server" in leaf for leaf in line["bytes_up_leaves"])
+        for line in run.rounds
+    )
 
 
 @pytest.mark.slow

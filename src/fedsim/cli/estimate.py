@@ -18,7 +18,7 @@ from fedsim.engine import plan
 from fedsim.engine.host import tune_host
 from fedsim.peft import flops
 from fedsim.randomness import stream
-from fedsim.simulation import build, needs
+from fedsim.simulation import build, needs, trainers
 from fedsim.simulation.build import Phase, Problem
 from fedsim.simulation.rehearsal import rehearse
 from fedsim.training.features import use_cache
@@ -83,7 +83,7 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
         plan.make(ids, parts.rows, parts.offsets, passes, config.seed, round, devices, lanes, widths=widths)
         for round, ids in enumerate(cohorts, 1)
     ]
-    shape, dtype = build.example(problem)
+    shape, dtype = trainers.example(problem)
     return PhaseEstimate(
         phase=phase,
         trained=_count(model.trained),

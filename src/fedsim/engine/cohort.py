@@ -350,12 +350,12 @@ class Cohort:
 
     def _coding(self, programs: Programs, local: Local, turn: int) -> Memory | None:
         """Where clients keep the codec's state for exchanges like this one."""
-        engine, shapes = self.engine, self.engine.coding_shapes(programs.reply)
-        if not jax.tree.leaves(shapes):
+        engine, codec = self.engine, self.engine.up
+        if codec is None or not jax.tree.leaves(engine.coding_shapes(programs.reply)):
             return None
         changes = programs.reply.changes
         name = "-".join(filter(None, ("codec", engine.name(local).replace("/", "-"), str(turn))))
-        return self.stores.store(name, lambda key, held: engine.up.init(key, changes), ())
+        return self.stores.store(name, lambda key, held: codec.init(key, changes), ())
 
     def _by_slot(self, plan: planning.Plan, leaf: Any) -> Any:
         return leaf[np.minimum(plan.member, max(len(self.ids) - 1, 0))]

@@ -67,7 +67,7 @@ class GroupedCohort:
     def conditions(self) -> network.Conditions:
         """What the clients meet, all groups' in a row."""
         each = [cohort.conditions for cohort in self.groups.values()]
-        columns = {
+        columns: dict[str, Any] = {
             name: np.concatenate([getattr(c, name) for c in each])
             for name in each[0]._fields
             if isinstance(getattr(each[0], name), np.ndarray)

@@ -37,7 +37,7 @@ from fedsim.engine.state import (
     where_lane,
 )
 
-FINISHING = 8  # lanes whose clients finish together, at least; and an eighth of all, see `folded`
+FINISHING: int = 8  # lanes whose clients finish together, at least; and an eighth of all, see `folded`
 
 
 class Spread(Protocol):

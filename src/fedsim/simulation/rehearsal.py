@@ -24,7 +24,7 @@ from fedsim.engine.lanes import MEMORY_SHARE, Lanes, Request
 from fedsim.engine.programs import Programs
 from fedsim.engine.state import State
 from fedsim.peft.flops import all_equations
-from fedsim.simulation import build
+from fedsim.simulation import build, trainers
 from fedsim.simulation.build import Phase, Problem
 from fedsim.training import lengths
 from fedsim.training.features import use_cache
@@ -59,7 +59,9 @@ def rehearse(problem: Problem, phase: Phase, ids: np.ndarray) -> Rehearsal:
     Raises:
         ValueError: lanes that were asked for and do not fit into the memory; see `device_memory.refuse_too_large`.
     """
-    trainer = build.trainer(stand_in(problem, phase, lambda count, shape, dtype: zeros((count, *shape), dtype)), phase)
+    trainer = trainers.trainer(
+        stand_in(problem, phase, lambda count, shape, dtype: zeros((count, *shape), dtype)), phase
+    )
     engine, algorithm = trainer.engine, trainer.algorithm
     asked = answer_ones(engine)
     server = engine.put(algorithm.init(key_for(engine.root, "init"), engine.held))
@@ -79,7 +81,7 @@ def rehearse(problem: Problem, phase: Phase, ids: np.ndarray) -> Rehearsal:
         down = sum(sum(exchange.down.values()) for exchange in cohort.done) / max(len(cohort.places), 1)
     up = sum(exchange.up for exchange in asked)
     return Rehearsal(
-        down, up, sum(build.setup_bytes(trainer).values()), int(engine.lanes), asked[0].widths, engine.need
+        down, up, sum(trainers.setup_bytes(trainer).values()), int(engine.lanes), asked[0].widths, engine.need
     )
 
 
@@ -125,7 +127,7 @@ def answer_ones(engine: Lanes) -> list[Asked]:
 
         return real._replace(begin=begin, segment=lambda *args: args[7], end=end)
 
-    engine.programs = programs  # pyrefly: ignore[bad-assignment]
+    engine.programs = programs  # pyrefly: ignore[bad-assignment] - this engine answers with ones
     return asked
 
 

@@ -17,9 +17,10 @@ from fedsim.engine import processes
 from fedsim.engine.client_memory import Memory, Table
 from fedsim.record.shared_checkpoints import SharedCheckpoints
 from fedsim.simulation import inputs as read
-from fedsim.simulation.build import Problem, Trainer
+from fedsim.simulation.build import Problem
 from fedsim.simulation.current import Current
 from fedsim.simulation.rounds import Standing
+from fedsim.simulation.trainers import Trainer
 
 
 def restore_memory(memory: Memory, table: Table) -> None:

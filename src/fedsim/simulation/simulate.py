@@ -42,12 +42,13 @@ from fedsim.report.progress import Progress
 from fedsim.report.summaries import has_diverged
 from fedsim.simulation import build, inputs, needs, resuming
 from fedsim.simulation.beginning import begin
-from fedsim.simulation.build import Problem, Trainer
+from fedsim.simulation.build import Problem
 from fedsim.simulation.current import Current, prepare
 from fedsim.simulation.ending import finish
 from fedsim.simulation.loaded import Run
 from fedsim.simulation.rehearsal import refuse_lanes
 from fedsim.simulation.rounds import Standing, Times, after, is_evaluated, judged, measured, round_line, unread
+from fedsim.simulation.trainers import Trainer
 from fedsim.training import server as server_training
 
 
@@ -214,18 +215,13 @@ def simulate(
             stand = after(stand, did)
             stand.met[cohort.ids[cohort.present]] = stand.round
 
-            if phase.last == config.rounds and trainer.algorithm.finished(server):
-                stand = stand._replace(stopped="finished")
-            now, scores, each = now._replace(server=server, averaging=averaging), None, []
-            if is_evaluated(config, stand.round, phase.last) or stand.stopped == "finished":
-                scores, each = now.validate()
-                now = now._replace(server=trainer.algorithm.observe(server, scores))
-                stand = judged(config, stand, scores, patient=phase.last == config.rounds)
+            now = now._replace(server=server, averaging=averaging)
+            stand, now, scores, each = looked_at(config, stand, now)
 
             # As the record has it, so that a score that is no number is None here and after a resume alike.
             line = record.plain(round_line(
-                stand, did, times[0]._replace(server=own.seconds), now.cost, phase=phase.name, metrics=metrics, scores=scores, each=each,
-                simulates=not config.reliable, most_memory=most_memory(trainer.engine.own[0]), task=config.task,
+                stand, did, times[0]._replace(server=own.seconds), now.cost, phase=phase.name, metrics=metrics, scores=scores,
+                each=each, simulates=not config.reliable, most_memory=most_memory(trainer.engine.own[0]), task=config.task,
                 server_flops=own.flops,
             ))  # fmt: skip
             processes.by_first(functools.partial(record.append, directory, line))
@@ -251,6 +247,20 @@ def simulate(
     progress.message("reading the test set")
     finish(config, problem, directory, checkpoints, lines, stand, now, seconds, progress.note)
     progress.message("done")
+
+
+def looked_at(
+    config: Config, stand: Standing, now: Current
+) -> tuple[Standing, Current, dict[str, float] | None, list[float | None]]:
+    """Where the run stands after a look at the server, if this round ends with one: its scores, and those of clients."""
+    algorithm, final = now.trainer.algorithm, now.phase.last == config.rounds
+    if final and algorithm.finished(now.server):
+        stand = stand._replace(stopped="finished")
+    if not is_evaluated(config, stand.round, now.phase.last) and stand.stopped != "finished":
+        return stand, now, None, []
+    scores, each = now.validate()
+    now = now._replace(server=algorithm.observe(now.server, scores))
+    return judged(config, stand, scores, patient=final), now, scores, each
 
 
 def select(config: Config, fleet: network.Fleet, now: Current, stand: Standing) -> Cohort | GroupedCohort:
