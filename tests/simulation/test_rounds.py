@@ -37,6 +37,7 @@ def line(**changes: Any) -> dict[str, Any]:
         "phase": "peft",
         "metrics": {"loss": np.float32(0.5), "accuracy": np.float32(0.25), "distance": np.float32(2.0)},
         "scores": {"loss": 0.4, "accuracy": 0.5},
+        "each": [0.25, None],
         "simulates": True,
         "most_memory": 2**30,
     }
@@ -51,6 +52,7 @@ def test_a_line_says_what_was_measured() -> None:
     assert found["metrics"] == {"distance": 2.0} and found["validation"] == {"loss": 0.4, "accuracy": 0.5}
     assert (found["bytes_up"], found["bytes_down"], found["setup_bytes"]) == (1024, 1280, 200)
     assert (found["total_bytes_up"], found["total_bytes_down"]) == (1100, 1300)
+    assert found["validation_clients"] == [0.25, None] and line(each=())["validation_clients"] is None
     assert found["peers"] == {"transmissions": 7, "broadcast_bytes": 300}
     assert (found["clients"], found["reported"], found["nonfinite"], found["examples"]) == (5, 4, 1, 64)
     assert (found["lane_occupancy"], found["row_occupancy"]) == (0.75, 0.5)
