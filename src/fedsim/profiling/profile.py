@@ -187,7 +187,8 @@ def profile(
         base, now = throughput(fill(problem, phase), phase, repeats, Path(folder))
         engine = now.trainer.engine
         said("the pieces of a round")
-        seconds, seen, halves = pieces(now, repeats)
+        counted = build.example_flops(problem, now.trainer)
+        seconds, seen, halves = pieces(now, counted, repeats)
         limits = peaks.share(engine.devices)
         if trace:
             with jax.profiler.trace(str(out / "trace"), create_perfetto_trace=True):
@@ -202,7 +203,7 @@ def profile(
             "phase": phase.name,
             "peak": limits._asdict(),
             "base": base,
-            "flops": now.cost.flops._asdict(),
+            "flops": counted._asdict(),
             "seconds": seconds,
             "apart": apart(problem, now, repeats),
             "memory": memory(now, seen),

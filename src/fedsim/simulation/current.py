@@ -50,11 +50,7 @@ def prepare(
     trainer = build.trainer(problem, phase, overlay)
     engine = trainer.engine
     server = engine.put(trainer.algorithm.init(key_for(engine.root, "init"), engine.held))
-    cost = Cost(
-        flops=build.example_flops(problem, trainer),
-        setup=build.setup_bytes(trainer),
-        peak=peak(trainer, problem.speed),
-    )
+    cost = Cost(setup=build.setup_bytes(trainer), peak=peak(trainer, problem.speed))
     # Of several processes the first one has the folder; the others keep the same rows in main memory.
     file = directory / f"memory-{phase.name}.rows" if directory is not None and processes.is_first() else None
     memory = Memory(trainer.algorithm.memory, engine.held, file, problem.speed.keep_checkpoints or KEEP)

@@ -11,7 +11,6 @@ from fedsim import network
 from fedsim.config import Config, Evaluation, is_better, is_reached, metric_of
 from fedsim.engine.cohort import Cohort
 from fedsim.evaluation.metrics import of_training
-from fedsim.peft.flops import Flops
 
 
 class Standing(NamedTuple):
@@ -40,6 +39,7 @@ class Measured(NamedTuple):
     reported: int
     nonfinite: int  # replies that were left out
     examples: int
+    flops: float  # of the clients' steps
     occupancy: tuple[float, float]  # of lanes, of rows computed
     peers: dict[str, int] | None  # what went from peer to peer, where anything did
     simulated: dict[str, Any]  # absence and simulated time, as `network.figures` gives them
@@ -48,7 +48,6 @@ class Measured(NamedTuple):
 class Cost(NamedTuple):
     """What a phase costs, whatever happens in it."""
 
-    flops: Flops  # of one example in a training step
     setup: int  # bytes that a client is given once, before its first round
     peak: float | None  # published FLOP/s of all devices; None where none is known, as of a CPU
 
@@ -81,6 +80,7 @@ def measured(cohort: Cohort, simulated_before: float) -> Measured:
         reported=int(cohort.reports.sum()),
         nonfinite=int(sum(cohort.fetch([e.info.nonfinite for e in done]))),
         examples=sum(e.examples for e in done),
+        flops=cohort.flops(),
         occupancy=(
             float(np.mean([e.occupancy[0] for e in done] or [0.0])),
             float(np.mean([e.occupancy[1] for e in done] or [0.0])),
@@ -148,7 +148,7 @@ def round_line(
         task: of the config.
     """
     trained = of_training(task, metrics)
-    rate = did.examples * cost.flops.total / took.steady
+    rate = did.flops / took.steady
     return {
         "round": stand.round,
         "phase": phase,
@@ -171,7 +171,7 @@ def round_line(
         "compile_seconds": took.compiling,
         "clients_per_second": did.clients / took.steady,
         "examples_per_second": did.examples / took.steady,
-        "flops": did.examples * cost.flops.total,
+        "flops": did.flops,
         "flops_per_second": rate,
         "mfu": None if cost.peak is None else rate / cost.peak,
         "lane_occupancy": did.occupancy[0],
