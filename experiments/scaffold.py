@@ -58,7 +58,7 @@ def scaffold(task: Task) -> Algorithm:
         trained = (cohort.sizes[cohort.reports] > 0).sum()
         return update(server, change, np.float32(trained / cohort.population)), info.metrics
 
-    zeros = lambda key, held=(): jax.tree.map(jnp.zeros_like, task.init(key))  # noqa: E731
+    zeros = lambda key, held=(): jax.tree.map(jnp.zeros_like, task.init(key))  # noqa: E731 - one expression, named
     return Algorithm(
         init=lambda key, held: Server(task.init(key), zeros(key)),
         round=round,

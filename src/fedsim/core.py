@@ -11,7 +11,7 @@ frozen backbone: the same for all, never sent again, never changed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -157,6 +157,8 @@ class Cohort(Protocol):
     @property
     def sizes(self) -> np.ndarray: ...  # (M,), int64: examples per client
     @property
+    def groups(self) -> Mapping[str, Cohort]: ...  # of several architectures each one's clients; {} of one
+    @property
     def round(self) -> int: ...  # from 1
     @property
     def last(self) -> np.ndarray: ...  # (M,), int64: round in which each was in the cohort before; 0 for never
@@ -164,6 +166,10 @@ class Cohort(Protocol):
     def present(self) -> np.ndarray: ...  # (M,), bool: False for one that cannot be reached: no bytes, no reply
     @property
     def reports(self) -> np.ndarray: ...  # (M,), bool: still in the round; who does not report in an exchange is out
+    @property
+    def public(self) -> Tree: ...  # x (n, ...) that the server holds without labels, by group if any; None for none
+    @property
+    def shard(self) -> Any: ...  # (x, y) that it holds with labels, likewise; both whole on every device
     @property
     def exchange(self) -> Exchange: ...
     @property
@@ -248,6 +254,7 @@ class Task(NamedTuple):
     classes: int = 0  # 0 for language models, whose `y` is no target but the partition's label
     metric: str = "accuracy"  # what a run is judged by
     larger: bool = True  # whether a larger value of it is better
+    groups: Mapping[str, Task] = {}  # of several architectures each one's; this one is then the answering group's
 
 
 class Algorithm(NamedTuple):
@@ -263,5 +270,6 @@ class Algorithm(NamedTuple):
     params: Callable[[Tree], Params] = lambda server: server.params  # the trained part to export
     finished: Callable[[Tree], bool] = lambda server: False  # after a round: whether the run is over
     answers: Literal["server", "client"] = "server"  # whose model is validated: "client" reads clients' memories
+    groups: bool = False  # trains several architectures: `held` is by group, and so are exchanges
     releases: int = 1  # exchanges a round that privacy accounts for; one more is refused
     runs_empty: bool = False  # whether a round without a reply changes the server

@@ -21,7 +21,7 @@ from fedsim.engine.keys import key_for
 from fedsim.evaluation.evaluate import classification_loss
 from fedsim.folds import by_examples, mean, uniform
 from fedsim.peft import export
-from fedsim.simulation import build, needs
+from fedsim.simulation import needs, tasks
 from fedsim.testing.contract import CHECKS, same
 from fedsim.testing.toys import CLASSES, SIZES, one_client, run, tiny_problem, tiny_task
 from fedsim.training.local import fit
@@ -582,7 +582,7 @@ def test_a_packet_that_claims_too_little_is_found():
 
     def sending(message=lambda tree: tree, reply=lambda tree: tree):
         def make(task):
-            changed = lambda carry, message, client: (jax.tree.map(jnp.subtract, carry.params, message), ())  # noqa: E731
+            changed = lambda carry, message, client: (jax.tree.map(jnp.subtract, carry.params, message), ())  # noqa: E731 - one expression, named
             local = fit(
                 task.loss, task.optimizer, task.lr, task.passes, reply=lambda *now: (reply(changed(*now)[0]), ())
             )
@@ -620,7 +620,7 @@ def of(**options):
         backbone="mlp", targets=("layers/*",), rank=2, **{"peft": "lora", "algorithm": "fed_it", **options}
     )
     model = peft.from_config(config, 3, (6,))
-    return build.task(config, model, {}, cached=False)
+    return tasks.task(config, model, {}, cached=False)
 
 
 def test_the_model_tells_its_factors():

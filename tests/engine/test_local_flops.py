@@ -18,7 +18,7 @@ from fedsim.config import Config, Speed
 from fedsim.core import Algorithm, Batch, Local, Passes, Task
 from fedsim.engine.lanes import Request
 from fedsim.folds import mean
-from fedsim.simulation import build
+from fedsim.simulation import build, trainers
 from fedsim.testing.toys import engine, run, tiny_problem, tiny_task
 
 FORWARD = 2 * 6 * 6 + 2 * 6 * 3  # of the tiny task: a frozen map, the kernel
@@ -86,8 +86,8 @@ def test_fed_avg_and_fed_prox_cost_what_the_model_costs(
     )  # fmt: skip
     asked = Speed(devices=1, compilation_cache=False, **speed)
     problem = build.problem(config, asked)
-    trainer = build.trainer(problem, build.phases(config)[0])
-    plain = build.example_flops(problem._replace(speed=Speed(devices=1)), trainer._replace(
+    trainer = trainers.trainer(problem, build.phases(config)[0])
+    plain = trainers.example_flops(problem._replace(speed=Speed(devices=1)), trainer._replace(
         model=build.split_model(config, problem.dataset)
     )).total  # fmt: skip
     request = first_exchange(trainer.engine, trainer.algorithm)

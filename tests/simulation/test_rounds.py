@@ -16,7 +16,7 @@ DID = Measured(
     up={"head/bias": 24, "head/kernel": 1000},
     down={"head/bias": 30, "head/kernel": 1250},
     clients=5,
-    newcomers=2,
+    newcomers={"": 2},
     reported=4,
     nonfinite=1,
     examples=64,
@@ -25,7 +25,7 @@ DID = Measured(
     peers=None,
     simulated={"unavailable": 1, "dropped": 1, "late": 0, "surplus": 0, "seconds": 3.0, "total_seconds": 13.0},
 )
-COST = Cost(setup=100, peak=1e4)
+COST = Cost(setup={"": 100}, peak=1e4)
 
 
 def standing(**changes: Any) -> Standing:

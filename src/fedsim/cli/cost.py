@@ -222,6 +222,7 @@ def table(costs: Sequence[Cost]) -> Table:
     made.add_column("less\nthan full", justify="right")
     for c in costs:
         said = [f"{k}={' '.join(v) if isinstance(v, tuple) else v}" for k, v in c.options.items()]
+        outputs = "tokens" if c.options.get("task") == "language_model" else "classes"
         codecs = [f"{way} {c}" for way, c in (("up", c.codec_up), ("down", c.codec_down)) if c != "none"]
         algorithm = [c.algorithm] * (c.algorithm != Config.algorithm)
         one = [
@@ -234,7 +235,7 @@ def table(costs: Sequence[Cost]) -> Table:
         of_round = way("up", c.round_bytes_up, c.bytes_up_are), way("down", c.round_bytes_down, c.bytes_down_are)
         of_run = way("up", c.run_bytes_up, c.bytes_up_are), way("down", c.run_bytes_down, c.bytes_down_are)
         made.add_row(
-            "\n".join([c.backbone, c.peft, *algorithm, *said, f"{c.classes} classes", c.dtype, *codecs]),
+            "\n".join([c.backbone, c.peft, *algorithm, *said, f"{c.classes} {outputs}", c.dtype, *codecs]),
             f"{c.trainable_parameters:,}\n{c.share:.3%} of\n{c.total_parameters:,}",
             "\n".join(one),
             "\n".join([*of_round, f"{c.members} clients"]),

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 RENAMED = {"target_accuracy": "target"}  # the name of before -> today's
-ADDED: dict[str, Any] = {"task": "classification", "metric": None}  # options since then -> what a run without them did
+ADDED: dict[str, Any] = {
+    "task": "classification",
+    "metric": None,
+    "groups": (),
+    "public_share": 0.0,
+    "server_share": 0.0,
+}  # options since then -> what a run without them did
 
 
 def today(stored: Mapping[str, Any]) -> dict[str, Any]:

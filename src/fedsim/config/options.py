@@ -50,6 +50,10 @@ class Data:
     """Share of the training examples held out for every choice (where the set has no validation split)."""
     examples: int | None = None
     """Keep only this many training examples, drawn by seed (default: all)."""
+    public_share: float = 0.0
+    """Share of the training examples that the server holds without their labels (`cohort.public`); no client has them."""
+    server_share: float = 0.0
+    """Share of the training examples that the server holds with their labels (`cohort.shard`); no client has them."""
     clients: int = 100
     """Number of clients N."""
     partition: PartitionLaw = "dirichlet"
@@ -122,6 +126,9 @@ class Training:
 
     algorithm: str = "fed_avg"
     """Name (`fedsim list algorithms`) or `file.py:function`, with options as a call: `"fed_prox(mu=0.1)"`."""
+    groups: tuple[str, ...] = ()
+    """Several architectures at once, for algorithms that train such: a call for each with its model's options and its share
+    of the clients, `"small(backbone='mlp', share=0.5)"`; without a share the server alone has it (docs/own_algorithm.md)."""
     rounds: int = 20
     """Communication rounds in all, head_rounds included."""
     clients_per_round: int = 10
@@ -303,7 +310,14 @@ MAIN_JOB: dict[str, Any] = {
 
 # Learning rates of other PEFT kinds in the main job, whose own is LoRA's: each chosen once, on validation
 # (`python experiments/peft_rates.py`; docs/peft.md has the table).
-RATES: dict[str, float] = {"full": 1e-4}
+RATES: dict[str, float] = {
+    "adapter": 3.2e-2,
+    "full": 1e-4,
+    "ia3": 3.2e-2,
+    "last_k": 5e-4,
+    "prefix": 2e-3,
+    "prompt": 5e-4,
+}
 
 
 def main_job(**changes: Any) -> Config:

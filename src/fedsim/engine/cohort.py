@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,8 +19,9 @@ from fedsim.engine.device_memory import all_fit
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Lanes, Request
 from fedsim.engine.messages import Outbox
-from fedsim.engine.programs import Clock, Programs, Slots, State, named
-from fedsim.engine.replies import split_message
+from fedsim.engine.programs import Programs
+from fedsim.engine.replies import allow, split_message
+from fedsim.engine.state import Clock, Slots, State, named
 from fedsim.engine.traffic import Exchanged
 from fedsim.folds import plain
 from fedsim.randomness import stream
@@ -37,7 +39,10 @@ class Cohort:
         lr: the clients' learning rate in this round, `Client.lr`.
         average: the run's fold, and `averaging` its state.
         releases: exchanges that the average may fold where it is no plain mean; `Algorithm.releases`.
+        stores: where codecs keep their state beside it; default: `memory`.
     """
+
+    groups: Mapping[str, Cohort] = {}
 
     def __init__(
         self,
@@ -51,6 +56,7 @@ class Cohort:
         average: Average = MEAN,
         averaging: Tree = (),
         releases: int = 1,
+        stores: Memory | None = None,
     ) -> None:
         self.engine, self.round, self.memory, self.lr = engine, round, memory, lr
         self.average, self.averaging, self.releases = average, averaging, releases
@@ -67,13 +73,13 @@ class Cohort:
         self.sizes[self.places] = engine.offsets[real + 1] - engine.offsets[real]
         self.conditions = conditions or network.reliable(self.ids)
         self.present = self.conditions.present
-        self.reports = (
-            self.present
-        )  # (M,) bool: still in the round; whoever does not report in an exchange is out of it
+        self.reports = self.present  # (M,) bool: still in the round; who does not report in an exchange is out of it
         self.last = np.zeros(len(self.ids), np.int64)
         if met is not None:
             self.last[self.places] = met[real]
         self.done: list[Exchanged] = []
+        self.read: set[str] = set()  # options whose examples of the server the algorithm has read
+        self.stores = stores or memory
         self.outbox, self.coded_up, self.averages = Outbox(), False, 0
         self._rows: tuple[np.ndarray, Tree] | None = None  # members by slot, and their memory on the devices
 
@@ -81,6 +87,18 @@ class Cohort:
     def population(self) -> int:
         """Number of clients N."""
         return self.engine.population
+
+    @property
+    def public(self) -> Tree:
+        """x (n, ...) of the examples that the server holds without labels, whole on every device; None for none."""
+        self.read.add("public_share")
+        return self.engine.public
+
+    @property
+    def shard(self) -> Any:
+        """(x, y) of the examples that the server holds with labels, whole on every device; None for none."""
+        self.read.add("server_share")
+        return self.engine.shard
 
     def rng(self, purpose: str) -> np.random.Generator:
         """A generator on the host, of (seed, round, purpose)."""
@@ -117,7 +135,12 @@ class Cohort:
         args = engine.put(args)
         request = Request(local, reduce, averages, self.memory.init, decoded, args, link.into if link else None)
         reply = engine.reply(request)
-        self._allow(reduce, averages, reply, link)
+        self.averages += allow(self.average, None if averages else reduce, reply, linked=link is not None)
+        if self.averages > self.releases:
+            raise ValueError(
+                f"Expected average={self.average.name!r} to fold {self.releases} exchanges a round, the algorithm's `releases`, "
+                f"not {self.averages}; name their number there."
+            )
         self.coded_up |= reply.coded
         programs = engine.programs(request, members, self.sizes[self.places], self._labels)
         edges = peers.edges(link.graph, self.ids) if link else None
@@ -154,33 +177,6 @@ class Cohort:
         )
         self.reports = outcome.reports
         return result, info
-
-    def _allow(self, reduce: Reduce, averages: bool, reply: Any, link: Peers | None) -> None:
-        """Raises `ValueError` for what an average that is no plain mean cannot honour, so that nothing is ignored."""
-        if self.average.plain or not jax.tree.leaves(reply.sent):
-            return
-        name = self.average.name
-        if link is not None or not averages:
-            what = (
-                "replies that go from peer to peer"
-                if link
-                else f"the fold {reduce.done.__qualname__.partition('.')[0]}"
-            )
-            raise ValueError(
-                f"Expected average={name!r} to fold all replies, but this algorithm brings {what}; choose mean, or an algorithm "
-                "that leaves the fold to the run."
-            )
-        if reply.others:
-            raise ValueError(
-                f"Expected every part of a reply to be a change for average={name!r}, but {reply.others[0]!r} is not marked by "
-                "wire.coded(..., change=True); mark it, or choose mean."
-            )
-        self.averages += 1
-        if self.averages > self.releases:
-            raise ValueError(
-                f"Expected average={name!r} to fold {self.releases} exchanges a round, the algorithm's `releases`, not "
-                f"{self.averages}; name their number there."
-            )
 
     def _plan(self, programs: Programs, local: Local, outcome: network.Outcome, turn: int) -> planning.Plan:
         """Who runs where, at which step, on which rows."""
@@ -287,6 +283,10 @@ class Cohort:
         """Bytes (down, up) of the round so far, all clients together, by leaf; Python integers."""
         return traffic.traffic(self.done, self.fetch)
 
+    def outcomes(self) -> list[network.Outcome]:
+        """Who reported in each exchange, and when."""
+        return [one.outcome for one in self.done]
+
     def peers(self) -> dict[str, int] | None:
         """What went from peer to peer in the round so far; None for nothing."""
         return traffic.between_peers(self.done, self.fetch)
@@ -316,12 +316,12 @@ class Cohort:
 
     def _coding(self, programs: Programs, local: Local, turn: int) -> Memory | None:
         """Where clients keep the codec's state for exchanges like this one."""
-        engine, shapes = self.engine, self.engine.coding_shapes(programs.reply)
-        if not jax.tree.leaves(shapes):
+        engine, codec = self.engine, self.engine.up
+        if codec is None or not jax.tree.leaves(engine.coding_shapes(programs.reply)):
             return None
         changes = programs.reply.changes
         name = "-".join(filter(None, ("codec", engine.name(local).replace("/", "-"), str(turn))))
-        return self.memory.store(name, lambda key, held: engine.up.init(key, changes), ())
+        return self.stores.store(name, lambda key, held: codec.init(key, changes), ())
 
     def _by_slot(self, plan: planning.Plan, leaf: Any) -> Any:
         return leaf[np.minimum(plan.member, max(len(self.ids) - 1, 0))]

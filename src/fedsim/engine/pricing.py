@@ -33,8 +33,8 @@ class Unknown(NamedTuple):
 
     held: Tree
     start: Tree  # the trained part before the first round
-    key: Array
-    number: Array  # (), float32
+    key: Any
+    number: Any  # (), float32
 
 
 class Price(NamedTuple):

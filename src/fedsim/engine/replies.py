@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedsim import wire
-from fedsim.core import Batch, Client, Local, Metrics, Tree
+from fedsim.core import Average, Batch, Client, Local, Metrics, Reduce, Tree
 
 
 class Reply(NamedTuple):
@@ -145,3 +145,34 @@ def reply_bytes(
 def packets(reply: Tree) -> list[tuple[str, wire.Packet]]:
     """The named packets of a reply."""
     return [(name, leaf) for name, leaf in wire.named_leaves(reply) if wire.is_packet(leaf)]
+
+
+def allow(average: Average, own: Reduce | None, reply: Reply, *, linked: bool) -> int:
+    """Whether the average counts this exchange, 0 or 1; refuses what one that is no plain mean cannot honour, so that
+    nothing is ignored.
+
+    Args:
+        own: the fold that the algorithm brings; None for the average.
+        linked: replies go from peer to peer.
+
+    Raises:
+        ValueError: another fold, peers, or a reply with a part that is no change.
+    """
+    if average.plain or not jax.tree.leaves(reply.sent):
+        return 0
+    if linked or own is not None:
+        what = "replies that go from peer to peer" if own is None or linked else f"the fold {_name(own)}"
+        raise ValueError(
+            f"Expected average={average.name!r} to fold all replies, but this algorithm brings {what}; choose mean, or an "
+            "algorithm that leaves the fold to the run."
+        )
+    if reply.others:
+        raise ValueError(
+            f"Expected every part of a reply to be a change for average={average.name!r}, but {reply.others[0]!r} is not marked "
+            "by wire.coded(..., change=True); mark it, or choose mean."
+        )
+    return 1
+
+
+def _name(fold: Reduce) -> str:
+    return fold.done.__qualname__.partition(".")[0]

@@ -87,11 +87,14 @@ def reachable(fleet: Fleet, round: int) -> Callable[[np.ndarray], np.ndarray] | 
     return None if available is None else lambda ids: available(ids, round)
 
 
-def conditions(fleet: Fleet, ids: np.ndarray, round: int, invited: int | None = None) -> Conditions:
+def conditions(
+    fleet: Fleet, ids: np.ndarray, round: int, invited: int | None = None, wanted: int | None = None
+) -> Conditions:
     """What these clients (M,), -1 for nobody, meet in this round (from 1).
 
     Args:
-        invited: how many a round asks for where it waits for `fleet.wanted` of them; of another number all are waited for.
+        invited, wanted: how many a round asks for where it waits for only so many of them (default: `fleet.wanted`); of
+            another number all are waited for.
     """
     ids = np.asarray(ids, np.int64)
     somebody = ids >= 0
@@ -103,7 +106,7 @@ def conditions(fleet: Fleet, ids: np.ndarray, round: int, invited: int | None = 
         present=present,
         drops=present & (chance(fleet.seed, "dropout", round, ids) < fleet.dropout),
         **values,
-        wanted=fleet.wanted if selected == invited else selected,
+        wanted=(wanted or fleet.wanted) if selected == invited else selected,
         deadline=fleet.deadline,
         partial=fleet.partial,
         timed=bool(fleet.laws),

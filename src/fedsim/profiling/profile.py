@@ -27,7 +27,7 @@ from fedsim.engine import peaks
 from fedsim.engine.host import cpu_devices, divide_cpu, tune_host
 from fedsim.profiling import report as profile_report
 from fedsim.profiling.rounds import apart, memory, pieces, run_round, step_rows, throughput, tile_notes
-from fedsim.simulation import build, needs
+from fedsim.simulation import build, needs, trainers
 from fedsim.simulation.build import Phase, Problem
 from fedsim.simulation.rehearsal import stand_in
 
@@ -187,7 +187,7 @@ def profile(
         base, now = throughput(fill(problem, phase), phase, repeats, Path(folder))
         engine = now.trainer.engine
         said("the pieces of a round")
-        counted = build.example_flops(problem, now.trainer)
+        counted = trainers.example_flops(problem, now.trainer)
         seconds, seen, halves = pieces(now, counted, repeats)
         limits = peaks.share(engine.devices)
         if trace:

@@ -28,7 +28,7 @@ from fedsim.engine import host, packing, peaks
 from fedsim.engine import plan as planning
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.keys import key_for
-from fedsim.engine.programs import State
+from fedsim.engine.state import State
 from fedsim.peft.flops import Flops
 from fedsim.randomness import stream
 from fedsim.record.checkpoint import Checkpoints

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fedsim import algorithms, backbones, network, peft, wire
+from fedsim import algorithms, network, peft, wire
 from fedsim.backbones import Backbone, backbone, load
-from fedsim.config import SMALLER, Config, Speed, invited, metric_of, plan_fits
-from fedsim.core import Algorithm, Average, Passes, Task
+from fedsim.config import Config, Speed, answering, groups_of, invited, metric_of, plan_fits
+from fedsim.core import Algorithm, Task
 from fedsim.data import dataset as data_sets
 from fedsim.data import partition as partitions
 from fedsim.engine import processes
 from fedsim.engine.host import divide_cpu
-from fedsim.engine.lanes import Lanes
-from fedsim.evaluation import language
-from fedsim.evaluation.evaluate import Asked, classification_criterion, classification_score, evaluator, loss_of
 from fedsim.evaluation.metrics import require_classes
-from fedsim.folds import by_examples, plain, uniform
-from fedsim.peft import flops, precision
+from fedsim.peft import precision
+from fedsim.simulation import tasks
 from fedsim.simulation.needs import learned, tokenizer, vocabulary, weights
 from fedsim.training import augment, lengths
-from fedsim.training.features import run_stages, use_cache
+from fedsim.training.features import use_cache
 from fedsim.training.lengths import Lengths
-from fedsim.training.optimizers import check_optimizer, check_schedule, optimizer, schedule
-
-# Options that no compiled program of a phase depends on.
-FREE = ("lr", "lr_schedule", "head_lr", "head_rounds", "rounds", "clients_per_round", "eval_every", "target")
-FREE += ("patience",)
+from fedsim.training.optimizers import check_optimizer, check_schedule, optimizer
 
 MOST_OF_CPU = 8  # devices that a CPU of fewer cores may still show, to try what several devices do
 
@@ -59,23 +49,7 @@ class Problem(NamedTuple):
     cache: dict[tuple[str, int], Any]  # (precision, stage) -> its input for every example, host arrays (N, ...)
     texts: Lengths | None = None  # of the examples, where they are texts whose padding is known
     local_test: partitions.Partition | None = None  # clients' own test sets, aligned with `partition`; None without
-    trainers: dict[Any, Trainer] | None = None  # kept for runs that differ in `FREE` alone; None: each makes its own
-
-
-class Trainer(NamedTuple):
-    """One phase, ready to run."""
-
-    config: Config  # the phase's own
-    model: peft.Model
-    task: Task
-    algorithm: Algorithm
-    average: Average
-    engine: Lanes
-    validate: Callable[[Any], dict[str, float]]  # server -> its scores, by name
-    test: Callable[[Any], dict[str, float]]
-    lr: Callable[[int], float]  # round, from 1 -> the clients' learning rate
-    start: dict[str, np.ndarray]  # the trained part before the first round
-    cached: bool
+    trainers: dict[Any, Any] | None = None  # kept for runs that differ in `FREE` alone; None: each makes its own
 
 
 def phases(config: Config) -> list[Phase]:
@@ -132,6 +106,8 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
             f"Expected parallel={speed.parallel!r} to be shard_map with {jax.process_count()} processes; leave it out."
         )
     fleet(config)
+    for group in groups_of(config):
+        check(group.config)
     row = backbone(config.backbone, image_size=config.image_size, interpolation=config.interpolation, task=config.task)
     if weights(config) is None and row.asset is None and not isinstance(row, Backbone):
         load.packaged(config.backbone, None)  # refuses, and says what can be given
@@ -198,6 +174,13 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
             f"Expected dataset={config.dataset!r} to hold text for backbone={config.backbone!r}, not {dataset.kind}; "
             "choose another backbone, such as mlp."
         )
+    for group in groups_of(config):
+        kind_of = backbone(group.config.backbone).kind
+        if kind_of != row.kind and "array" not in (kind_of, row.kind):
+            raise ValueError(
+                f"Expected group {group.name!r} to read what backbone={config.backbone!r} reads, {row.kind}, not {kind_of}: all "
+                "groups have the same examples; choose another backbone for one of them."
+            )
     if config.augment and dataset.kind != "image":
         raise ValueError(
             f"Expected dataset={config.dataset!r} to hold images for augment={config.augment}, not {dataset.kind}; leave it "
@@ -212,7 +195,23 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
     for phase, model in zip(phases(config), models, strict=True):  # an algorithm that cannot run refuses here
         for name in ("optimizer", "server_optimizer"):
             check_optimizer(getattr(config, name), name, model.trained)
-        made = algorithms.find(config.algorithm)(task(phase.config, model, {}, cached=False))
+        sides = {
+            group.name: tasks.task(group.config, split_model(group.config, dataset, speed), {}, cached=False)
+            for group in groups_of(phase.config)
+        }
+        whole = tasks.task(
+            answering(phase.config), split_model(answering(phase.config), dataset, speed), {}, cached=False
+        )
+        made = algorithms.find(config.algorithm)(whole._replace(groups=sides))
+        if made.groups != bool(sides):
+            what = "several architectures: describe them by --groups" if made.groups else "one: leave out --groups"
+            raise ValueError(
+                f"Expected groups={config.groups} to fit algorithm={config.algorithm!r}, which trains {what}."
+            )
+        if sides and made.answers == "client":
+            raise ValueError(
+                f"Expected algorithm={config.algorithm!r} to answer by its server with groups; leave out --groups."
+            )
         if made.answers == "client" and local_test is None:
             raise ValueError(
                 f"Expected local_test={config.local_test} > 0 for algorithm={config.algorithm!r}, whose clients' own models answer; "
@@ -240,172 +239,6 @@ def split_model(config: Config, dataset: data_sets.Dataset, speed: Speed | None 
     x, speed = jax.tree.leaves(dataset.x)[0], speed or Speed()
     model = peft.from_config(config, len(dataset.classes), x.shape[1:], x.dtype)
     return precision.computed(model, speed.precision, speed.remat)
-
-
-def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached: bool, first: int = 1) -> Task:
-    """What an algorithm is constructed for; `first` is the round in which it starts, for schedules over rounds."""
-    apply, entry = (model.suffix, model.cut) if cached else (model.apply, 0)
-    criterion, score = classification_criterion, classification_score
-    classes = model.classes
-    if config.task == "language_model":  # whose `y` is the partition's label, and nothing reads it
-        pad = backbones.row(config.backbone).config.pad
-        criterion, score, classes = language.criterion(pad), language.score(pad), 0
-
-    def read_by_head(held: Any, params: Any, x: Any) -> Any:
-        h = model.run({**held, **params}, x, entry, model.stages - 1)
-        return h["x"] if isinstance(h, Mapping) else h
-
-    server_rate = schedule(config.server_lr_schedule, "server_lr_schedule", config.server_lr)
-    return Task(
-        init=lambda key: {name: jnp.asarray(leaf) for name, leaf in start.items()},
-        loss=loss_of(criterion, apply, augment.make(config.augment)),
-        logits=lambda held, params, x: apply(params, held, x),
-        criterion=criterion,
-        score=score,
-        optimizer=optimizer(config.optimizer, "optimizer"),
-        lr=lambda client, message: client.lr,
-        server_optimizer=optimizer(config.server_optimizer, "server_optimizer")(
-            lambda count: server_rate(count + first - 1)
-        ),
-        passes=Passes(config.epochs, config.steps, config.batch_size),
-        weight=weighting(config),
-        trained=frozenset(model.trained),
-        factors=peft.factors(model),
-        features=read_by_head,
-        blocks=lambda path: model.blocks[path],
-        classes=classes,
-        metric=metric_of(config),
-        larger=metric_of(config) not in SMALLER,
-    )
-
-
-def weighting(config: Config) -> Callable[[Any, Any], jax.Array]:
-    """Weight of a reply in the run's average."""
-    return by_examples if config.weighting == "examples" else uniform
-
-
-def average(config: Config) -> Average:
-    """The run's fold of replies."""
-    return plain(weighting(config))
-
-
-def features(problem: Problem, model: peft.Model, frozen: dict[str, np.ndarray]) -> Any:
-    """The input of the first trained stage for every example, from the deepest cached one below it; (N, ...) arrays.
-
-    Computed once per example instead of once per epoch, client and round; exact, since nothing below is trained.
-    """
-    kind, cache = problem.speed.precision, problem.cache
-    for cut in (*(c for c in problem.cuts if c < model.cut), model.cut):
-        if (kind, cut) in cache:
-            continue
-        below = max((c for k, c in cache if k == kind and c < cut), default=0)
-        x = cache.get((kind, below), problem.dataset.x)
-        devices = processes.devices(problem.speed.devices)
-        cache[kind, cut] = run_stages(model, frozen, x, below, cut, problem.texts, devices)
-    return cache[kind, model.cut]
-
-
-def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | None = None) -> Trainer:
-    """Loads the weights, caches what is frozen, constructs the algorithm and the engine of one phase.
-
-    Args:
-        overlay: trained values from the phase before, by path; they replace fresh ones.
-
-    Raises:
-        ValueError: weights that do not fit the backbone, or a PEFT kind that does not fit it.
-    """
-    config, speed, dataset = phase.config, problem.speed, problem.dataset
-    rate = schedule(config.lr_schedule, "lr_schedule", config.lr)
-
-    def lr(round: int) -> float:
-        return float(rate(round - 1))
-
-    key = (shared_key(config), speed, phase.first, digest(overlay or {}))
-    if problem.trainers is not None and key in problem.trainers:
-        return problem.trainers[key]._replace(lr=lr, config=config)
-    model = split_model(config, dataset, speed)
-    trained, frozen = peft.start(model, weights(config), config.seed)
-    model = peft.fitted(model, trained, frozen)  # a checkpoint of another resolution has a grid of its own
-    trained |= {name: value for name, value in (overlay or {}).items() if name in trained}
-    x, cached = dataset.x, use_cache(speed, model, dataset.x, config)
-    texts = lengths.entering(problem.texts, model, model.cut if cached else 0)
-    for_algorithm = task(config, model, trained, cached, phase.first)
-    algorithm = algorithms.find(config.algorithm)(for_algorithm)
-    if speed.precision != "float32":
-        frozen = precision.held(frozen, speed.precision, written(algorithm, frozen))
-    if cached:
-        x = features(problem, model, frozen)
-        frozen = {name: leaf for name, leaf in frozen.items() if name not in model.below}
-    elif texts is not None:
-        x = texts.cut(x, texts.longest)
-    engine = Lanes(
-        frozen,
-        x,
-        dataset.y,
-        problem.partition.rows,
-        problem.partition.offsets,
-        seed=config.seed,
-        lanes=speed.lanes,
-        devices=speed.devices,
-        parallel=speed.parallel,
-        segment_steps=speed.segment_steps,
-        resident=speed.resident,
-        up=wire.codec(config.codec_up, "codec_up"),
-        down=wire.codec(config.codec_down, "codec_down"),
-    )
-    asked = Asked(for_algorithm.score, for_algorithm.classes > 0)
-    made = Trainer(
-        config=config,
-        model=model,
-        task=for_algorithm,
-        algorithm=algorithm,
-        average=average(config),
-        engine=engine,
-        validate=evaluator(engine, algorithm.predict, dataset.validation, speed.eval_batch, texts, asked),
-        test=evaluator(engine, algorithm.predict, dataset.test, speed.eval_batch, texts, asked),
-        lr=lr,
-        start=trained,
-        cached=cached,
-    )
-    if problem.trainers is not None:
-        problem.trainers[key] = made
-    return made
-
-
-def example_flops(problem: Problem, trainer: Trainer) -> flops.Flops:
-    """What one example costs in a training step of this phase, counted by `flops.training_flops`; traces, computes nothing."""
-    return flops.training_flops(trainer.model, *example(problem), cached=trainer.cached)
-
-
-def example(problem: Problem) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype of one input as training reads it: texts are cut to the longest."""
-    x = jax.tree.leaves(problem.dataset.x)[0]
-    return x.shape[1:] if problem.texts is None else (problem.texts.longest,), x.dtype
-
-
-def setup_bytes(trainer: Trainer) -> int:
-    """Bytes that a client is given once, before its first round."""
-    return sum(wire.price(jax.eval_shape(trainer.algorithm.setup, trainer.model.frozen)).values())
-
-
-def written(algorithm: Algorithm, frozen: Mapping[str, Any]) -> set[str]:
-    """The frozen leaves that the algorithm writes into, as FLoRA does: it exports newer values of them."""
-    exported = jax.eval_shape(lambda key, held: algorithm.params(algorithm.init(key, held)), jax.random.key(0), frozen)
-    return set(exported) & set(frozen)
-
-
-def shared_key(config: Config) -> tuple[tuple[str, Any], ...]:
-    """The options of a phase that its programs depend on."""
-    return tuple((f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if f.name not in FREE)
-
-
-def digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """A hash of names and values."""
-    found = hashlib.sha256()
-    for name, value in sorted(arrays.items()):
-        found.update(name.encode())
-        found.update(np.ascontiguousarray(value).tobytes())
-    return found.hexdigest()
 
 
 def full_bytes(model: peft.Model) -> int:

@@ -12,9 +12,10 @@ from fedsim.engine import peaks, processes
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.keys import key_for
 from fedsim.record.checkpoint import KEEP
-from fedsim.simulation import build, personal
-from fedsim.simulation.build import Phase, Problem, Trainer
+from fedsim.simulation import personal, trainers
+from fedsim.simulation.build import Phase, Problem
 from fedsim.simulation.rounds import Cost
+from fedsim.simulation.trainers import Trainer
 
 
 class Current(NamedTuple):
@@ -47,15 +48,20 @@ def prepare(
     Args:
         overlay: what the phase before has trained, by path.
     """
-    trainer = build.trainer(problem, phase, overlay)
+    trainer = trainers.trainer(problem, phase, overlay)
     engine = trainer.engine
     server = engine.put(trainer.algorithm.init(key_for(engine.root, "init"), engine.held))
-    cost = Cost(setup=build.setup_bytes(trainer), peak=peak(trainer, problem.speed))
+    cost = Cost(setup=trainers.setup_bytes(trainer), peak=peak(trainer, problem.speed))
     # Of several processes the first one has the folder; the others keep the same rows in main memory.
     file = directory / f"memory-{phase.name}.rows" if directory is not None and processes.is_first() else None
-    memory = Memory(trainer.algorithm.memory, engine.held, file, problem.speed.keep_checkpoints or KEEP)
+    init = (lambda key, held: ()) if trainer.groups else trainer.algorithm.memory
+    memory = Memory(init, engine.held, file, problem.speed.keep_checkpoints or KEEP)
+    for name, group in trainer.groups.items():  # what clients keep, by group
+        memory.store(name, trainer.algorithm.memory, group.held)
+    state = trainer.average.init()
+    averaging = dict.fromkeys(trainer.groups, state) if trainer.groups else state
     answering = personal.Answering(problem, trainer) if trainer.algorithm.answers == "client" else None
-    return Current(phase, trainer, server, memory, cost, engine.put(trainer.average.init()), answering)
+    return Current(phase, trainer, server, memory, cost, engine.put(averaging), answering)
 
 
 def peak(trainer: Trainer, speed: Speed) -> float | None:

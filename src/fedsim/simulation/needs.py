@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedsim import data
 from fedsim.backbones import Backbone, backbone, load
-from fedsim.config import Config
+from fedsim.config import Config, groups_of
 from fedsim.data import assets
 from fedsim.engine import processes
 
@@ -94,6 +94,8 @@ def vocabulary(config: Config) -> int | None:
 
 def needed_assets(config: Config) -> tuple[str, ...]:
     """Packaged assets that the config needs: the data set's, and the backbone's where no other weights are given."""
+    if config.groups:
+        return tuple(dict.fromkeys(name for group in groups_of(config) for name in needed_assets(group.config)))
     row = backbone(config.backbone)
     reads_text = row.kind == "text" and not config.dataset.lower().endswith(".npz")  # and needs the tokenizer, then
     own = weights(config) is not None and (config.weights != "random" or not reads_text)

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedsim import peft
 from fedsim.backbones.own import identity
-from fedsim.config import Config, one_of
+from fedsim.config import Config, answering, one_of
 from fedsim.simulation import build, needs
 from fedsim.simulation.inputs import located
 
@@ -88,7 +88,8 @@ def final_model(
     """The model that the run ended with, and its frozen part, for inputs of a shape."""
     # A target may be reached while the head still trains alone.
     ended = next(p for p in build.phases(config) if p.first <= len(run.rounds) <= p.last)
-    model = peft.from_config(ended.config, len(run.about["classes"]), shape, dtype)
+    config = answering(ended.config)
+    model = peft.from_config(config, len(run.about["classes"]), shape, dtype)
     return model, peft.start(model, needs.weights(config), config.seed)[1]
 
 

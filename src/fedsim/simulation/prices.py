@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +14,10 @@ from fedsim.core import Algorithm, Batch, Population, Tree, draw
 from fedsim.engine.keys import key_for
 from fedsim.engine.pricing import Sends, Setting, Sketch, Unknown, sends
 from fedsim.randomness import stream
-from fedsim.simulation import build
+from fedsim.simulation import tasks
 from fedsim.simulation.build import Phase
 from fedsim.training.optimizers import schedule
+from fedsim.training.server import watched
 from fedsim.units import exact_size
 
 
@@ -49,11 +49,6 @@ class Prices(NamedTuple):
     setup: int  # bytes that a client is given once
 
 
-def no_server_training() -> AbstractContextManager[Any]:
-    """What rounds are traced in, so that the server's own training is not: its shapes are enough."""
-    return nullcontext()
-
-
 def of_phase(phase: Phase, model: peft.Model, example: Any, sizes: np.ndarray | None = None) -> Prices:
     """What the phase's first cohort sends when it meets for the second time.
 
@@ -74,7 +69,7 @@ def of_phase(phase: Phase, model: peft.Model, example: Any, sizes: np.ndarray | 
         sizes=np.where(ids >= 0, own[ids], 0),
         population=config.clients,
         batch=batch_of(example, size),
-        average=build.average(config),
+        average=tasks.average(config),
         up=wire.codec(config.codec_up, "codec_up"),
         down=wire.codec(config.codec_down, "codec_down"),
         seed=config.seed,
@@ -99,7 +94,7 @@ def of_phase(phase: Phase, model: peft.Model, example: Any, sizes: np.ndarray | 
 
 def made(phase: Phase, model: peft.Model, start: dict[str, Any]) -> Algorithm:
     """The phase's algorithm, whose server begins with the trained part `start`."""
-    task = build.task(phase.config, model, start, cached=False, first=phase.first)
+    task = tasks.task(phase.config, model, start, cached=False, first=phase.first)
     return algorithms.find(phase.config.algorithm)(task)
 
 
@@ -110,7 +105,7 @@ def second_round(given: Unknown, algorithm: Algorithm, setting: Setting, first: 
     fresh = algorithm.memory(key_for(key, "memory"), given.held)
     memory: Tree = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (members, *jnp.shape(leaf))), fresh)
     last, cohort = np.zeros(members, np.int64), Sketch(given, setting, first, memory, averaging, np.zeros(members))
-    with no_server_training():
+    with watched(trains=False):
         for round in (first, first + 1):
             cohort = Sketch(given, setting, round, memory, averaging, last)
             stand_in: Any = cohort  # of `engine.cohort.Cohort`

@@ -17,9 +17,10 @@ from fedsim.engine import processes
 from fedsim.engine.client_memory import Memory, Table
 from fedsim.record.shared_checkpoints import SharedCheckpoints
 from fedsim.simulation import inputs as read
-from fedsim.simulation.build import Problem, Trainer
+from fedsim.simulation.build import Problem
 from fedsim.simulation.current import Current
 from fedsim.simulation.rounds import Standing
+from fedsim.simulation.trainers import Trainer
 
 
 def restore_memory(memory: Memory, table: Table) -> None:
@@ -44,8 +45,18 @@ def expected(config: Config, speed: Speed, trainer: Trainer, inputs: str) -> dic
         "devices": [len(engine.own)] * jax.process_count() if processes.several() else len(engine.devices),
         "device": engine.devices[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-        "lanes": engine.lanes,
-        "segment_steps": engine.segment_steps,
+        **chosen(trainer),
+    }
+
+
+def chosen(trainer: Trainer) -> dict[str, Any]:
+    """What `auto` chose: numbers, or of several groups each one's by name."""
+    engines = trainer.groups
+    if not engines:
+        return {"lanes": trainer.engine.lanes, "segment_steps": trainer.engine.segment_steps}
+    return {
+        "lanes": {name: engine.lanes for name, engine in engines.items()},
+        "segment_steps": {name: engine.segment_steps for name, engine in engines.items()},
     }
 
 
@@ -144,11 +155,13 @@ def restore(
     def template(round: int, extra: dict[str, Any]) -> dict[str, Any]:
         # A damaged checkpoint makes `restore` go back to an older one, perhaps of the phase before.
         tried["now"] = ready(round)
-        engine = tried["now"].trainer.engine
-        engine.reuse(extra["lanes"], extra["segment_steps"])
-        engine.may_refuse = False  # it fitted before
-        if not (extra.get("bitwise", True) or reduced):  # what an earlier process found to fit
-            engine.lanes = extra["lanes"]
+        trainer = tried["now"].trainer
+        for name, engine in (trainer.groups or {"": trainer.engine}).items():
+            lanes, steps = (extra[key][name] if name else extra[key] for key in ("lanes", "segment_steps"))
+            engine.reuse(lanes, steps)
+            engine.may_refuse = False  # it fitted before
+            if not (extra.get("bitwise", True) or reduced):  # what an earlier process found to fit
+                engine.lanes = lanes
         return shapes(tried["now"], extra)
 
     def wanted(round: int, extra: dict[str, Any]) -> dict[str, Any]:

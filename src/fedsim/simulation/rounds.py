@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedsim import network
-from fedsim.config import Config, Evaluation, is_better, is_reached, metric_of
+from fedsim.config import Config, Data, Evaluation, is_better, is_reached, metric_of
 from fedsim.engine.cohort import Cohort
+from fedsim.engine.groups import GroupedCohort
 from fedsim.evaluation.metrics import of_training
 
 
@@ -35,7 +36,7 @@ class Measured(NamedTuple):
     up: dict[str, int]  # bytes of all clients together, by leaf
     down: dict[str, int]
     clients: int  # that got a message
-    newcomers: int  # of these, those that were met for the first time
+    newcomers: Mapping[str, int]  # of these, those that were met for the first time, by group
     reported: int
     nonfinite: int  # replies that were left out
     examples: int
@@ -48,7 +49,7 @@ class Measured(NamedTuple):
 class Cost(NamedTuple):
     """What a phase costs, whatever happens in it."""
 
-    setup: int  # bytes that a client is given once, before its first round
+    setup: Mapping[str, int]  # bytes that a client is given once, before its first round, by group
     peak: float | None  # published FLOP/s of all devices; None where none is known, as of a CPU
 
 
@@ -57,14 +58,15 @@ class Times(NamedTuple):
 
     seconds: float
     compiling: float  # of these
+    server: float = 0.0  # of these, in the server's own training, without compiling
 
     @property
     def steady(self) -> float:
-        """Seconds without compiling, above 0."""
-        return max(self.seconds - self.compiling, 1e-9)
+        """Seconds of the clients without compiling, above 0."""
+        return max(self.seconds - self.compiling - self.server, 1e-9)
 
 
-def measured(cohort: Cohort, simulated_before: float) -> Measured:
+def measured(cohort: Cohort | GroupedCohort, simulated_before: float) -> Measured:
     """What a cohort's exchanges did.
 
     Args:
@@ -76,7 +78,9 @@ def measured(cohort: Cohort, simulated_before: float) -> Measured:
         up=up,
         down=down,
         clients=int(cohort.present.sum()),
-        newcomers=int((cohort.last[cohort.present] == 0).sum()),
+        newcomers={
+            name: int((each.last[each.present] == 0).sum()) for name, each in (cohort.groups or {"": cohort}).items()
+        },
         reported=int(cohort.reports.sum()),
         nonfinite=int(sum(cohort.fetch([e.info.nonfinite for e in done]))),
         examples=sum(e.examples for e in done),
@@ -86,8 +90,14 @@ def measured(cohort: Cohort, simulated_before: float) -> Measured:
             float(np.mean([e.occupancy[1] for e in done] or [0.0])),
         ),
         peers=cohort.peers(),
-        simulated=network.figures(cohort.conditions, [e.outcome for e in done], simulated_before),
+        simulated=network.figures(cohort.conditions, cohort.outcomes(), simulated_before),
     )
+
+
+def unread(options: Data, cohort: Cohort | GroupedCohort) -> list[str]:
+    """Shares of the server, as `server_share=0.1`, that the algorithm did not look at."""
+    given = {name: getattr(options, name) for name in ("public_share", "server_share")}
+    return [f"{name}={share}" for name, share in given.items() if share and name not in cohort.read]
 
 
 def after(stand: Standing, did: Measured) -> Standing:
@@ -135,6 +145,7 @@ def round_line(
     simulates: bool,
     most_memory: int,
     task: str = "classification",
+    server_flops: float = 0.0,
 ) -> dict[str, Any]:
     """The round's line of `rounds.jsonl`; `docs/record.md` has every field.
 
@@ -146,6 +157,7 @@ def round_line(
         simulates: clients may be absent or take time.
         most_memory: bytes of the device's memory that were in use at most so far.
         task: of the config.
+        server_flops: of the server's own training.
     """
     trained = of_training(task, metrics)
     rate = did.flops / took.steady
@@ -160,7 +172,7 @@ def round_line(
         "bytes_down": sum(did.down.values()),
         "bytes_up_leaves": did.up,
         "bytes_down_leaves": did.down,
-        "setup_bytes": did.newcomers * cost.setup,
+        "setup_bytes": sum(count * cost.setup[name] for name, count in did.newcomers.items()),
         "total_bytes_up": stand.totals["up"],
         "total_bytes_down": stand.totals["down"],
         "clients": did.clients,
@@ -169,9 +181,11 @@ def round_line(
         "examples": did.examples,
         "seconds": took.seconds,
         "compile_seconds": took.compiling,
+        "server_seconds": took.server,
         "clients_per_second": did.clients / took.steady,
         "examples_per_second": did.examples / took.steady,
         "flops": did.flops,
+        "server_flops": server_flops,
         "flops_per_second": rate,
         "mfu": None if cost.peak is None else rate / cost.peak,
         "lane_occupancy": did.occupancy[0],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import math
 import shlex
 import time
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from fedsim.data.dataset import Source
 from fedsim.engine import processes
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.device_memory import OutOfMemoryError, most_memory, out_of_memory
+from fedsim.engine.groups import GroupedCohort
 from fedsim.engine.host import (
     CompileClock,
     compile_clock,
@@ -33,18 +35,21 @@ from fedsim.engine.host import (
     watched,
 )
 from fedsim.engine.keys import key_for
+from fedsim.engine.lanes import Lanes
 from fedsim.randomness import stream
 from fedsim.record.shared_checkpoints import SharedCheckpoints
 from fedsim.report.progress import Progress
 from fedsim.report.summaries import has_diverged
 from fedsim.simulation import build, inputs, needs, resuming
 from fedsim.simulation.beginning import begin
-from fedsim.simulation.build import Problem, Trainer
+from fedsim.simulation.build import Problem
 from fedsim.simulation.current import Current, prepare
 from fedsim.simulation.ending import finish
 from fedsim.simulation.loaded import Run
 from fedsim.simulation.rehearsal import refuse_lanes
-from fedsim.simulation.rounds import Standing, Times, after, is_evaluated, judged, measured, round_line
+from fedsim.simulation.rounds import Standing, Times, after, is_evaluated, judged, measured, round_line, unread
+from fedsim.simulation.trainers import Trainer
+from fedsim.training import server as server_training
 
 
 def run(
@@ -203,29 +208,29 @@ def simulate(
                 progress.message("compiling")
             phase, trainer = now.phase, now.trainer
 
-            with timed(clock) as times:
+            with timed(clock) as times, server_training.watched() as own:
                 cohort = select(config, fleet, now, stand)
                 server, averaging, metrics = train(now, cohort)
                 did = measured(cohort, stand.totals["simulated_seconds"])
             stand = after(stand, did)
             stand.met[cohort.ids[cohort.present]] = stand.round
 
-            if phase.last == config.rounds and trainer.algorithm.finished(server):
-                stand = stand._replace(stopped="finished")
-            now, scores, each = now._replace(server=server, averaging=averaging), None, []
-            if is_evaluated(config, stand.round, phase.last) or stand.stopped == "finished":
-                scores, each = now.validate()
-                now = now._replace(server=trainer.algorithm.observe(server, scores))
-                stand = judged(config, stand, scores, patient=phase.last == config.rounds)
+            now = now._replace(server=server, averaging=averaging)
+            stand, now, scores, each = looked_at(config, stand, now)
 
             # As the record has it, so that a score that is no number is None here and after a resume alike.
             line = record.plain(round_line(
-                stand, did, times[0], now.cost, phase=phase.name, metrics=metrics, scores=scores, each=each,
-                simulates=not config.reliable, most_memory=most_memory(trainer.engine.own[0]), task=config.task,
+                stand, did, times[0]._replace(server=own.seconds), now.cost, phase=phase.name, metrics=metrics, scores=scores,
+                each=each, simulates=not config.reliable, most_memory=most_memory(trainer.engine.own[0]), task=config.task,
+                server_flops=own.flops,
             ))  # fmt: skip
             processes.by_first(functools.partial(record.append, directory, line))
             lines.append(line)
             tell(progress, line, changes_empty=runs_empty(trainer))
+            for option in unread(config, cohort) if stand.round == 1 else ():
+                progress.note(
+                    f"{option} of the training examples lie with the server, and {config.algorithm} does not read them"
+                )
 
             asked = processes.any_true(interrupted())
             ends = stand.stopped != "rounds" or stand.round == config.rounds
@@ -244,20 +249,58 @@ def simulate(
     progress.message("done")
 
 
-def select(config: Config, fleet: network.Fleet, now: Current, stand: Standing) -> Cohort:
-    """The clients of this round, and what they meet in it."""
-    engine, round = now.trainer.engine, stand.round
-    population = Population(engine.population, invited(config), network.reachable(fleet, round))
-    trainer = now.trainer
-    ids = np.asarray(trainer.algorithm.select(stream(config.seed, f"sample {round}"), now.server, population))
-    conditions = network.conditions(fleet, ids, round, invited(config))
+def looked_at(
+    config: Config, stand: Standing, now: Current
+) -> tuple[Standing, Current, dict[str, float] | None, list[float | None]]:
+    """Where the run stands after a look at the server, if this round ends with one: its scores, and those of clients."""
+    algorithm, final = now.trainer.algorithm, now.phase.last == config.rounds
+    if final and algorithm.finished(now.server):
+        stand = stand._replace(stopped="finished")
+    if not is_evaluated(config, stand.round, now.phase.last) and stand.stopped != "finished":
+        return stand, now, None, []
+    scores, each = now.validate()
+    now = now._replace(server=algorithm.observe(now.server, scores))
+    return judged(config, stand, scores, patient=final), now, scores, each
+
+
+def select(config: Config, fleet: network.Fleet, now: Current, stand: Standing) -> Cohort | GroupedCohort:
+    """The clients of this round, and what they meet in it; of several groups each draws its share of them."""
+    trainer, round = now.trainer, stand.round
+    if not trainer.groups:
+        return drawn(config, fleet, now, stand, trainer.engine, np.arange(trainer.engine.population), "", 1.0)
+    shares = {name: len(ids) / trainer.engine.population for name, ids in trainer.members.items() if len(ids)}
+    return GroupedCohort(
+        trainer.engine,
+        round,
+        {
+            name: drawn(config, fleet, now, stand, trainer.groups[name], trainer.members[name], name, share)
+            for name, share in shares.items()
+        },
+    )
+
+
+def drawn(
+    config: Config, fleet: network.Fleet, now: Current, stand: Standing, engine: Lanes, members: np.ndarray, group: str,
+    share: float,
+) -> Cohort:  # fmt: skip
+    """The cohort of one group, drawn from its `members` (K,), of which a round asks for `share` of the run's."""
+    trainer, round, available = now.trainer, stand.round, network.reachable(fleet, stand.round)
+    asked, wanted = (max(1, math.floor(share * n + 0.5)) for n in (invited(config), config.clients_per_round))
+    there = available if available is None or not group else lambda places: available(members[places])
+    population = Population(len(members), min(asked, len(members)), there)
+    purpose = " ".join(filter(None, (f"sample {round}", group)))
+    places = np.asarray(trainer.algorithm.select(stream(config.seed, purpose), now.server, population))
+    ids = np.where(places >= 0, members[places], -1) if group else places
+    conditions = network.conditions(fleet, ids, round, asked, wanted)
     return Cohort(
-        engine, ids, round, now.memory, conditions, met=stand.met, lr=trainer.lr(round),
-        average=trainer.average, averaging=now.averaging, releases=trainer.algorithm.releases,
+        engine, ids, round, now.memory.beside[group] if group else now.memory, conditions,
+        met=stand.met, lr=trainer.lr(round), average=trainer.average,
+        averaging=now.averaging[group] if group else now.averaging,
+        releases=trainer.algorithm.releases, stores=now.memory,
     )  # fmt: skip
 
 
-def train(now: Current, cohort: Cohort) -> tuple[Any, Any, dict[str, Any]]:
+def train(now: Current, cohort: Cohort | GroupedCohort) -> tuple[Any, Any, dict[str, Any]]:
     """The server and the average's state after this cohort's round, and the round's metrics on the host."""
     engine = cohort.engine
     key = key_for(engine.root, "server", cohort.round)
@@ -272,7 +315,9 @@ def runs_empty(trainer: Trainer) -> bool:
     return trainer.algorithm.runs_empty or trainer.average.runs_empty
 
 
-def exchange_round(key: jax.Array, trainer: Trainer, server: Any, cohort: Cohort) -> tuple[Any, Any, dict[str, Any]]:
+def exchange_round(
+    key: jax.Array, trainer: Trainer, server: Any, cohort: Cohort | GroupedCohort
+) -> tuple[Any, Any, dict[str, Any]]:
     """The algorithm's round: new server, new state of the average, metrics on the host. Where nobody reports, both as they
     were."""
     before = server, cohort.averaging, {}

@@ -7,6 +7,8 @@ what differs.
 
 from __future__ import annotations
 
+import copy
+import functools
 import tempfile
 import time
 from collections import Counter
@@ -18,41 +20,68 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from fedsim import algorithms, wire
 from fedsim.core import Population, Tree
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.keys import key_for
+from fedsim.engine.lanes import Lanes
 from fedsim.engine.messages import Outbox
 from fedsim.engine.peers import edges
-from fedsim.engine.programs import named
+from fedsim.engine.state import named
 from fedsim.folds import plain
 from fedsim.record.checkpoint import Checkpoints
+from fedsim.testing.packing import clipped, packed, packed_for_all
 from fedsim.testing.toys import (
     CLASSES,
     COHORT,
     SIZES,
-    Coding,
     Make,
+    Sent,
     coding,
     engine,
     one_client,
+    rounds,
     run,
     suited,
     tiny_problem,
 )
-from fedsim.wire.marks import as_value, is_sent, joined, on_the_way, path_name
+
+SECOND = (3, 11, 10, 6, 5, 8)  # another cohort of the same size
+FEW = (7, 2, 9)
+
+
+class Trial:
+    """One algorithm on the tiny task: its engines and compiled programs, shared by all checks."""
+
+    def __init__(self, make: Make) -> None:
+        self.make, self.problem, self.task = make, tiny_problem(), suited(make)
+        self.algorithm, self.average = make(self.task), plain(self.task.weight)
+        self.engines: dict[tuple[tuple[str, Any], ...], Lanes] = {}
+
+    def engine(self, **options: Any) -> Lanes:
+        """An engine with these options, made once."""
+        key = tuple(sorted(options.items()))
+        if key not in self.engines:
+            self.engines[key] = engine(self.problem, **options)
+        return self.engines[key]
+
+    def run(self, cohorts: tuple[tuple[int, ...], ...] = (COHORT,), *, state: Any = None, first: int = 1, met: Any = None,
+            sent: Any = None, **options: Any) -> tuple[Tree, Memory, list[Cohort]]:  # fmt: skip
+        """As `toys.run`, with what was compiled before."""
+        return rounds(self.engine(**options), self.algorithm, self.average, cohorts, state, first, met, sent)
+
+
+trial = functools.lru_cache(maxsize=2)(Trial)
 
 # --- the contract
 
 
 def check_structure(make: Make) -> None:
-    """Two rounds keep structure, shapes and dtypes of the server's state; after round one nothing compiles."""
-    problem = tiny_problem()
-    lanes, task = engine(problem), suited(make)
-    algorithm, average = make(task), plain(task.weight)
+    """Three rounds keep structure, shapes and dtypes of the server's state; after round one nothing compiles."""
+    t = trial(make)
+    lanes, algorithm = t.engine(), t.algorithm
     server = lanes.put(algorithm.init(key_for(lanes.root, "init"), lanes.held))
     before = jax.tree.map(lambda a: (a.shape, a.dtype), server)
     memory = Memory(algorithm.memory, lanes.held)
@@ -63,10 +92,11 @@ def check_structure(make: Make) -> None:
             compiled.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(note)
-    for round, ids in enumerate((COHORT, (3, 11, 10, 6, 5, 8), (0, 1, 2, 3, 4, 5)), 1):
-        cohort = Cohort(lanes, np.array(ids), round, memory, average=average)
+    for round, ids in enumerate((COHORT, SECOND, (0, 1, 2, 3, 4, 5)), 1):
+        cohort = Cohort(lanes, np.array(ids), round, memory, average=t.average, releases=algorithm.releases)
         server, metrics = algorithm.round(key_for(lanes.root, "server", round), lanes.held, server, cohort)
         cohort.fetch((server, metrics))
+        cohort.settle()
         cohort.traffic()
         if round > 1:
             assert not compiled, (
@@ -85,88 +115,11 @@ def not_finite(tree: Tree) -> list[str]:
     return [name for name, leaf in leaves if not np.isfinite(np.asarray(leaf)).all()]
 
 
-def packet_bytes(name: str, packet: wire.Packet) -> int:
-    """Length of an array from which the packet's value really comes back, and which has as many bytes as it claims.
-
-    Of the packets that an algorithm makes by itself: the array in 32 or 16 bits, whole or its first entries along an
-    axis where the others are zero. Another is refused.
-    """
-    value, claim = np.asarray(packet.value), int(packet.nbytes)
-    for dtype in (value.dtype, jnp.bfloat16, jnp.float16):
-        sent = value.astype(dtype)
-        for axis in range(value.ndim):
-            count, odd = divmod(claim, max(sent.nbytes // max(value.shape[axis], 1), 1))
-            if odd or count > value.shape[axis]:
-                continue
-            back = np.zeros_like(value)
-            first = (slice(None),) * axis + (slice(count),)
-            back[first] = sent[first].astype(value.dtype)
-            if np.array_equal(back, value):
-                return len(wire.to_bytes(sent[first]))
-    raise AssertionError(f"packet {name!r} claims {claim} bytes, from which its value does not come back")
-
-
-def packed(tree: Tree, codec: wire.Codec | None, coding: Coding) -> int:
-    """Length of one client's message or reply as really packed; from what is marked its values come back bit for bit."""
-    after, before = (travelling(tree, c, coding) for c in (codec, None))
-    kinds = {
-        joined(name, inner): node.change
-        for name, node in wire.named(tree)
-        if isinstance(node, wire.Coded)
-        for inner, _ in wire.named(node.tree)
-    }
-    length = 0
-    for kind, by in ((True, codec), (False, codec), (None, None)):  # changes, values, and what no codec acts on
-        own = {n: leaf for n, leaf in after.items() if isinstance(leaf, wire.Sent) and kinds.get(n) == kind}
-        if own:
-            data = wire.pack(own, by)
-            back = wire.unpack(data, {n: before[n] for n in own}, by)
-            wrong = [n for n in own if not np.array_equal(back[n], np.asarray(own[n].value))]
-            assert not wrong, f"{wrong[0]!r} does not come back from its {len(data)} bytes"
-            length += len(data)
-    for name, leaf in after.items():
-        if not isinstance(leaf, wire.Sent):
-            length += packet_bytes(name, leaf) if wire.is_packet(leaf) else len(wire.to_bytes(leaf))
-    return length
-
-
-def travelling(tree: Tree, codec: wire.Codec | None, coding: Coding) -> dict[str, Any]:
-    """The leaves of a message on their way, by name: marked ones as the codec leaves them."""
-    found, _ = on_the_way(tree, codec, *coding)
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found, is_leaf=is_sent)}
-
-
-def packed_for_all(message: Tree, codec: wire.Codec | None, key: Array) -> int:
-    """Length of a message to the whole cohort as really packed.
-
-    Of a packet with a price per client only its sum and its bound, the whole leaf, can be checked here: what a client
-    holds already is known to the algorithm alone, and to its own tests.
-    """
-
-    def part(node: Any, place: int) -> Any:
-        if isinstance(node, wire.PerClient):
-            return jax.tree.map(lambda a: a[place], node.tree)
-        by_client = lambda n: isinstance(n, wire.Kept) and n.axis is not None and n.entries.ndim == 1  # noqa: E731
-        return jax.tree.map(
-            lambda n: wire.Kept(n.leaf, n.entries[place], n.axis) if by_client(n) else n, node, is_leaf=by_client
-        )
-
-    length = 0
-    for name, node in wire.named(message):
-        if wire.is_packet(node) and np.ndim(node.nbytes):
-            whole = wire.array_bytes(node.value)
-            assert all(0 <= int(n) <= whole for n in node.nbytes), f"{name} costs more than its {whole} bytes"
-            length += sum(int(n) for n in node.nbytes)
-        else:
-            coding = Coding(key, key, ())
-            length += sum(packed(as_value(part(node, place)), codec, coding) for place in range(len(COHORT)))
-    return length
-
-
 def check_bytes(make: Make, up: wire.Codec | None = None, down: wire.Codec | None = None) -> None:
     """Bytes up and down equal the length of the really packed messages, of all clients, in Python integers."""
-    problem, sent = tiny_problem(), []
-    _, memory, cohorts = run(make, problem, sent=sent, up=up, down=down)
+    t = trial(make)
+    problem, sent = t.problem, []
+    _, memory, cohorts = t.run(sent=sent, up=up, down=down)
     claimed = cohorts[0].traffic()
     assert all(type(n) is int for side in claimed for n in side.values()), "bytes must be Python integers"
     root, outbox, turns, everybody = jax.random.key(0), Outbox(), Counter(), np.ones(len(COHORT), bool)
@@ -187,45 +140,75 @@ def check_bytes(make: Make, up: wire.Codec | None = None, down: wire.Codec | Non
         assert sum(each.values()) == real, f"{way}: {sum(each.values())} bytes claimed, {real} packed"
 
 
+def check_codecs(make: Make) -> None:
+    """As `check_bytes`, with a codec both ways; an algorithm that marks nothing for one refuses the option."""
+    t = trial(make)
+    sent: list[Sent] = []
+    t.run(sent=sent)
+    marks = {"down": any(wire.is_coded(one.message) for one in sent), "up": False}
+    for one in sent:
+        read = wire.for_client(wire.unmarked(one.message), 0)
+        kept = t.algorithm.memory(key_for(jax.random.key(0), "memory", COHORT[0]), t.problem.held)
+        marks["up"] |= wire.is_coded(one_client(t.problem, one.local, read, kept, COHORT[0], 1)[0])
+    if any(marks.values()):
+        check_bytes(make, **{way: wire.quantise(8) for way, marked in marks.items() if marked})
+
+
 def check_padding(make: Make) -> None:
-    """Padding, empty steps and a client without examples change nothing, whatever stands in the padded rows."""
-    problem = tiny_problem()
-    plain, _, _ = run(make, problem)
-    other = problem.x.copy()
+    """Padding, and a client without examples, change nothing, whatever stands in the padded rows."""
+    t = trial(make)
+    plain, _, _ = t.run()
+    lanes = copy.copy(t.engine())
+    other = t.problem.x.copy()
     other[0] = 1e3
-    same(plain, run(make, problem._replace(x=other))[0], "another padding row")
-    with_empty = run(make, problem, ((*COHORT, 3),))[0]
-    same(plain, with_empty, "a client without examples", rtol=1e-5)
+    lanes.x = lanes.keep(other)
+    same(plain, rounds(lanes, t.algorithm, t.average, (COHORT,))[0], "another padding row")
+    nobody, empty = (t.run(((*COHORT[:5], last),))[0] for last in (-1, 3))
+    same(nobody, empty, "a client without examples", rtol=1e-5)
+
+
+def check_sizes(make: Make) -> None:
+    """A cohort of another size, and one of nobody, which leaves the server as it was unless `runs_empty`."""
+    t = trial(make)
+    server, memory, _ = t.run((FEW,))
+    broken = not_finite(server)
+    assert not broken, f"a cohort of {len(FEW)} leaves what is not finite in {', '.join(broken)}"
+    met = np.isin(np.arange(len(SIZES)), FEW).astype(np.int32)
+    after, _, _ = t.run(((-1, -1, -1),), state=(server, memory), first=2, met=met)
+    if t.algorithm.runs_empty:
+        broken = not_finite(after)
+        assert not broken, f"a cohort of nobody leaves what is not finite in {', '.join(broken)}"
+    else:
+        same(t.algorithm.params(server), t.algorithm.params(after), "the parameters after a cohort of nobody")
 
 
 def check_lanes(make: Make) -> None:
-    """One lane, three, more than clients, and all devices agree to float tolerance."""
-    problem = tiny_problem()
-    plain, _, _ = run(make, problem, lanes=1)
+    """One lane step by step, more lanes than clients, and all devices agree to float tolerance."""
+    t = trial(make)
+    plain, _, _ = t.run()
     variants: tuple[dict[str, Any], ...] = (
-        {"lanes": 3},
+        {"lanes": 1, "segment_steps": 1},
         {"lanes": 16},
-        {"lanes": 2, "devices": None},
-        {"lanes": 2, "segment_steps": 1},
-        {"lanes": 2, "devices": None, "parallel": "pmap"},
+        {"devices": None},
+        {"devices": None, "parallel": "pmap"},
     )
     for options in variants:
-        same(plain, run(make, problem, **options)[0], f"{options}", rtol=1e-5)
+        same(plain, t.run(**options)[0], f"{options}", rtol=1e-5)
 
 
 def check_frozen(make: Make) -> None:
     """The frozen backbone is bit-identical after a round."""
-    problem = tiny_problem()
-    _, _, cohorts = run(make, problem)
-    same(problem.held, jax.device_get(cohorts[0].engine.held), "the frozen backbone")
+    t = trial(make)
+    _, _, cohorts = t.run()
+    same(t.problem.held, jax.device_get(cohorts[0].engine.held), "the frozen backbone")
 
 
 def check_resume(make: Make) -> None:
-    """A round after a checkpoint equals the same round without one, bit for bit."""
-    problem = tiny_problem()
+    """A round after a checkpoint, by an algorithm made anew, equals the same round without one, bit for bit."""
+    t = trial(make)
     cohorts = (COHORT, (7, 5, 3, 2, 8, 10))
-    whole, kept, done = run(make, problem, cohorts)
-    server, memory, _ = run(make, problem, cohorts[:1])
+    whole, kept, done = t.run(cohorts)
+    server, memory, _ = t.run(cohorts[:1])
     with tempfile.TemporaryDirectory() as folder:
         rows, ids = memory.state()
         with Checkpoints(Path(folder)) as checkpoints:
@@ -233,10 +216,10 @@ def check_resume(make: Make) -> None:
         with Checkpoints(Path(folder)) as checkpoints:
             found = checkpoints.restore({"server": server, "memory": rows, "ids": ids}, {})
     assert found is not None
-    fresh = Memory(memory.init, problem.held)
+    fresh = Memory(memory.init, t.problem.held)
     fresh.scatter(found[1]["ids"], found[1]["memory"])
     met = np.isin(np.arange(len(SIZES)), cohorts[0]).astype(np.int32)
-    resumed, fresh, more = run(make, problem, cohorts[1:], state=(found[1]["server"], fresh), first=2, met=met)
+    resumed, fresh, more = run(make, t.problem, cohorts[1:], state=(found[1]["server"], fresh), first=2, met=met)
     assert done[1].traffic() == more[0].traffic(), "the bytes of the round after resuming differ"
     same(whole, resumed, "the server's state after resuming")
     same(kept.state(), fresh.state(), "clients' memory after resuming")
@@ -244,12 +227,24 @@ def check_resume(make: Make) -> None:
 
 def check_memory(make: Make) -> None:
     """Memory of a client that was not in the cohort is untouched; structure and dtypes stay."""
-    problem = tiny_problem()
-    _, memory, _ = run(make, problem, ((0, 1, 2), (4, 5, 6)))
-    _, once, _ = run(make, problem, ((0, 1, 2),))
+    t = trial(make)
+    _, memory, _ = t.run(((0, 1, 2), (4, 5, 6)))
+    _, once, _ = t.run(((0, 1, 2),))
     (rows, ids), (first, first_ids) = memory.state(), once.state()
     places = [list(ids).index(i) for i in first_ids]
     same(jax.tree.map(lambda r: r[places], rows), first, "memory of absent clients")
+
+
+def check_average(make: Make) -> None:
+    """Under an average that is no plain mean the algorithm runs and stays finite, or is refused by name."""
+    t = trial(make)
+    try:
+        server, _, _ = rounds(t.engine(), t.algorithm, clipped(), (COHORT, SECOND))
+    except ValueError as error:
+        assert "average='clipped'" in str(error), f"refused for another reason: {error}"
+        return
+    broken = not_finite(t.algorithm.params(server))
+    assert not broken, f"the parameters are not finite in {', '.join(broken)}"
 
 
 def same(a: Tree, b: Tree, what: str, rtol: float = 0.0) -> None:
@@ -267,12 +262,15 @@ def same(a: Tree, b: Tree, what: str, rtol: float = 0.0) -> None:
 
 
 def check_functions(make: Make) -> None:
-    """`select`, `observe`, `setup`, `predict` and `params` work on what `init` and `round` give."""
-    problem, algorithm = tiny_problem(), make(suited(make))
-    server, memory, cohorts = run(make, problem)
+    """`select`, `observe`, `finished`, `setup`, `predict` and `params` work on what `init` and `round` give."""
+    t = trial(make)
+    problem, algorithm = t.problem, t.algorithm
+    server, memory, cohorts = t.run()
     held, clients = cohorts[0].engine.held, len(SIZES)
     ids = algorithm.select(np.random.default_rng(0), server, Population(clients, 5))
-    assert len(set(ids.tolist())) == len(ids) and all(0 <= i < clients for i in ids), f"select gave {ids}"
+    real = [i for i in ids.tolist() if i != -1]
+    assert len(set(real)) == len(real) and all(0 <= i < clients for i in real), f"select gave {ids}"
+    assert isinstance(algorithm.finished(server), bool), f"finished gave {algorithm.finished(server)!r}, no bool"
     after = algorithm.observe(server, {"loss": 1.0, "accuracy": 0.5})
     assert jax.tree.structure(after) == jax.tree.structure(server), "observe changed the server's structure"
     wire.price(jax.eval_shape(algorithm.setup, held))
@@ -286,11 +284,14 @@ def check_functions(make: Make) -> None:
 CHECKS: dict[str, Callable[[Make], None]] = {
     "structure kept, nothing recompiles": check_structure,
     "bytes equal the packed messages": check_bytes,
+    "the same under a codec": check_codecs,
     "padding and empty clients change nothing": check_padding,
+    "another cohort size, nobody": check_sizes,
     "lanes and devices agree": check_lanes,
     "frozen backbone untouched": check_frozen,
     "resumed equals uninterrupted": check_resume,
     "absent clients keep their memory": check_memory,
+    "an average that is no mean, or refused": check_average,
     "select, observe, setup, predict, params": check_functions,
 }
 
@@ -311,14 +312,15 @@ def check_algorithm(make: Make) -> None:
 def print_checks(algorithm: str) -> bool:
     """Runs the contract tests on an algorithm by name or `file.py:function`, a line each; True if all passed."""
     make = algorithms.find(algorithm)
-    passed = 0
+    passed, began = 0, time.perf_counter()
     for name, check in CHECKS.items():
         start = time.perf_counter()
+        print(f"{name:42} ", end="", flush=True)
         try:
             check(make)
             passed, said = passed + 1, "ok"
         except Exception as error:
             said = f"FAILED: {type(error).__name__}: {error}"
-        print(f"{name:42} {time.perf_counter() - start:5.1f} s  {said}", flush=True)
-    print(f"{passed} of {len(CHECKS)} checks passed for {algorithm}.")
+        print(f"{time.perf_counter() - start:5.1f} s  {said}", flush=True)
+    print(f"{passed} of {len(CHECKS)} checks passed for {algorithm}, in {time.perf_counter() - began:.0f} s.")
     return passed == len(CHECKS)

@@ -16,13 +16,13 @@ import optax
 from jax import Array
 
 from fedsim import wire
-from fedsim.core import Algorithm, Batch, Client, Factors, Local, Params, Passes, Peers, Reduce, Task, Tree
+from fedsim.core import Algorithm, Average, Batch, Client, Factors, Local, Params, Passes, Peers, Reduce, Task, Tree
 from fedsim.engine import plan
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Lanes
-from fedsim.engine.programs import named
+from fedsim.engine.state import named
 from fedsim.evaluation.evaluate import classification_criterion, classification_loss, classification_score
 from fedsim.folds import by_examples, plain
 from fedsim.wire import Codec
@@ -124,8 +124,9 @@ def suited(make: Make) -> Task:
 
 
 def engine(problem: Problem, **options: Any) -> Lanes:
-    """An engine over the problem; two lanes on one device unless said otherwise."""
+    """An engine over the problem; two lanes on one device unless said otherwise. The server holds a few examples too."""
     chosen: dict[str, Any] = {"lanes": 2, "devices": 1, "segment_steps": 5}
+    chosen |= {"public": np.arange(1, 21), "shard": np.arange(21, 33)}  # of clients, for want of others
     return Lanes(*problem, **{**chosen, **options})
 
 
@@ -154,10 +155,23 @@ def run(
     Args:
         state, met: of the rounds before `first`; `met` (N,) is the last round in which a client was in the cohort.
     """
-    lanes = engine(problem, **options)
-    met = np.zeros(lanes.population, np.int32) if met is None else met.copy()
     task = task or suited(make)
-    algorithm, average = make(task), plain(task.weight)
+    return rounds(engine(problem, **options), make(task), plain(task.weight), cohorts, state, first, met, sent)
+
+
+def rounds(
+    lanes: Lanes,
+    algorithm: Algorithm,
+    average: Average,
+    cohorts: tuple[tuple[int, ...], ...],
+    state: tuple[Tree, Memory] | None = None,
+    first: int = 1,
+    met: np.ndarray | None = None,
+    sent: list[Sent] | None = None,
+) -> tuple[Tree, Memory, list[Cohort]]:
+    """As `run`, of an algorithm and an engine that are there."""
+    met = np.zeros(lanes.population, np.int32) if met is None else met.copy()
+    averaging = lanes.put(average.init())
     server, memory = state or (
         algorithm.init(key_for(lanes.root, "init"), lanes.held),
         Memory(algorithm.memory, lanes.held),
@@ -165,11 +179,14 @@ def run(
     server = lanes.put(server)
     done = []
     for round, ids in enumerate(cohorts, first):
-        cohort = Cohort(lanes, np.array(ids), round, memory, met=met, average=average, releases=algorithm.releases)
-        met[list(ids)] = round
+        options: dict[str, Any] = {"average": average, "averaging": averaging, "releases": algorithm.releases}
+        cohort = Cohort(lanes, np.array(ids, np.int64), round, memory, met=met, **options)
+        met[cohort.ids[cohort.present]] = round
         if sent is not None:
             listen(cohort, sent)
         server, _ = algorithm.round(key_for(lanes.root, "server", round), lanes.held, server, cohort)
+        averaging = cohort.averaging
+        cohort.settle()
         done.append(cohort)
     return server, memory, done
 

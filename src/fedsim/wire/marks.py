@@ -146,12 +146,13 @@ def sent(leaf: Array | Kept) -> Sent:
 
 def changes(tree: Tree) -> dict[str, Sent]:
     """The marked changes of one reply by name, before any codec: one vector to codecs that look at all of it."""
-    return {
+    found = {
         joined(name, inner): sent(leaf)
         for name, node in named(tree)
         if isinstance(node, Coded) and node.change
         for inner, leaf in named(node.tree)
     }
+    return dict(sorted(found.items()))
 
 
 def unmarked_leaves(tree: Tree) -> list[str]:
@@ -179,6 +180,7 @@ def on_the_way(tree: Tree, codec: Codec | None, key: Array, common: Array, state
     for name, node in named(tree):
         if isinstance(node, Coded):
             by_kind[node.change] |= {joined(name, inner): sent(leaf) for inner, leaf in named(node.tree)}
+    by_kind = {change: dict(sorted(leaves.items())) for change, leaves in by_kind.items()}  # the order on the wire
     if codec is not None:
         refuse(codec, by_kind)
         if by_kind[True]:

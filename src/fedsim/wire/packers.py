@@ -29,7 +29,7 @@ def serialise(tree: Tree) -> bytes:
 
 def pack(coded: dict[str, Sent], codec: Codec | None) -> bytes:
     """The marked leaves of one message, by name, as `codec.encode` gave them."""
-    coded = jax.device_get(coded)
+    coded = jax.device_get(dict(sorted(coded.items())))
     return codec.pack(coded, codecs.write) if codec else codecs.write(coded)
 
 
@@ -39,6 +39,6 @@ def unpack(data: bytes, like: dict[str, Sent], codec: Codec | None) -> dict[str,
     Args:
         like: the leaves before the codec; their masks are what the receiver knows by itself, their values are not read.
     """
-    zeros: Any = {name: np.zeros_like(np.asarray(sent.value)) for name, sent in like.items()}
+    zeros: Any = {name: np.zeros_like(np.asarray(sent.value)) for name, sent in sorted(like.items())}
     blank = {name: sent._replace(value=zeros[name]) for name, sent in like.items()}
     return codec.unpack(data, blank, codecs.read) if codec else codecs.read(data, blank)

@@ -1,0 +1,40 @@
+"""Which clients are in which group, and how many of each a round asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from fedsim.config import Config, groups_of
+from fedsim.randomness import stream
+
+
+def members(config: Config, clients: int) -> dict[str, np.ndarray]:
+    """The clients of each group, ascending ids, drawn by seed; an empty one where the server alone has the model.
+
+    Raises:
+        ValueError: a group whose share of the clients is none.
+    """
+    groups = groups_of(config)
+    counts = shared(clients, {group.name: group.share or 0.0 for group in groups})
+    for group in groups:
+        if group.share is not None and counts[group.name] == 0:
+            raise ValueError(
+                f"Expected share={group.share} of {clients} clients to be at least one in group {group.name!r}; raise it, or add "
+                "clients."
+            )
+    order, found, at = stream(config.seed, "groups").permutation(clients), {}, 0
+    for name, count in counts.items():
+        found[name], at = np.sort(order[at : at + count]), at + count
+    return found
+
+
+def shared(total: int, shares: Mapping[str, float]) -> dict[str, int]:
+    """A whole number for each share, which sum to `total`: rounded down, the largest remainders rounded up."""
+    exact = {name: total * share for name, share in shares.items()}
+    found = {name: int(value + 1e-9) for name, value in exact.items()}
+    by_rest = sorted((name for name in shares if shares[name] > 0), key=lambda name: found[name] - exact[name])
+    for name in by_rest[: total - sum(found.values())]:
+        found[name] += 1
+    return found

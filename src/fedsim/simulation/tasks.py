@@ -1,0 +1,66 @@
+"""What an algorithm is made for: the model's pure functions and the config's training as a `Task`; the run's average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedsim import backbones, peft
+from fedsim.config import SMALLER, Config, metric_of
+from fedsim.core import Average, Passes, Task
+from fedsim.evaluation import language
+from fedsim.evaluation.evaluate import classification_criterion, classification_score, loss_of
+from fedsim.folds import by_examples, plain, uniform
+from fedsim.training import augment
+from fedsim.training.optimizers import optimizer, schedule
+
+
+def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached: bool, first: int = 1) -> Task:
+    """What an algorithm is constructed for; `first` is the round in which it starts, for schedules over rounds."""
+    apply, entry = (model.suffix, model.cut) if cached else (model.apply, 0)
+    criterion, score = classification_criterion, classification_score
+    classes = model.classes
+    if config.task == "language_model":  # whose `y` is the partition's label, and nothing reads it
+        pad = backbones.row(config.backbone).config.pad
+        criterion, score, classes = language.criterion(pad), language.score(pad), 0
+
+    def read_by_head(held: Any, params: Any, x: Any) -> Any:
+        h = model.run({**held, **params}, x, entry, model.stages - 1)
+        return h["x"] if isinstance(h, Mapping) else h
+
+    server_rate = schedule(config.server_lr_schedule, "server_lr_schedule", config.server_lr)
+    return Task(
+        init=lambda key: {name: jnp.asarray(leaf) for name, leaf in start.items()},
+        loss=loss_of(criterion, apply, augment.make(config.augment)),
+        logits=lambda held, params, x: apply(params, held, x),
+        criterion=criterion,
+        score=score,
+        optimizer=optimizer(config.optimizer, "optimizer"),
+        lr=lambda client, message: client.lr,
+        server_optimizer=optimizer(config.server_optimizer, "server_optimizer")(
+            lambda count: server_rate(count + first - 1)
+        ),
+        passes=Passes(config.epochs, config.steps, config.batch_size),
+        weight=weighting(config),
+        trained=frozenset(model.trained),
+        factors=peft.factors(model),
+        features=read_by_head,
+        blocks=lambda path: model.blocks[path],
+        classes=classes,
+        metric=metric_of(config),
+        larger=metric_of(config) not in SMALLER,
+    )
+
+
+def weighting(config: Config) -> Callable[[Any, Any], jax.Array]:
+    """Weight of a reply in the run's average."""
+    return by_examples if config.weighting == "examples" else uniform
+
+
+def average(config: Config) -> Average:
+    """The run's fold of replies."""
+    return plain(weighting(config))
