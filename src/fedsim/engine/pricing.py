@@ -77,6 +77,8 @@ class Setting(NamedTuple):
     down: wire.Codec | None
     seed: int
     lr: float
+    public: int | None = None  # examples that the server holds without labels, and with; None: unknown
+    shard: int | None = None
 
 
 class AnyMetric(dict[str, Array]):
@@ -105,8 +107,26 @@ class Sketch:
         self.ids, self.sizes, self.population = setting.ids, setting.sizes, setting.population
         self.present = self.reports = setting.ids >= 0
         self.done: list[Sending] = []
-        self.fetched = False
+        self.guessed = False
         self.outbox, self.turns = Outbox(wire.part_bytes), Counter[str]()
+
+    @property
+    def public(self) -> Tree:
+        """As of a cohort."""
+        return self._held(self.setting.public, self.setting.batch.x)
+
+    @property
+    def shard(self) -> Any:
+        """As of a cohort."""
+        return self._held(self.setting.shard, (self.setting.batch.x, self.setting.batch.y))
+
+    def _held(self, rows: int | None, batch: Tree) -> Tree:
+        """So many examples of the server's; where their number is unknown, as many as in a batch, and a guess."""
+        if rows == 0:
+            return None
+        self.guessed |= rows is None
+        shape = lambda leaf: jax.ShapeDtypeStruct((rows or leaf.shape[0], *leaf.shape[1:]), leaf.dtype)  # noqa: E731
+        return jax.tree.map(lambda leaf: self.unknown(shape(leaf)), batch)
 
     def rng(self, purpose: str) -> np.random.Generator:
         """As of a cohort."""
@@ -118,7 +138,7 @@ class Sketch:
         def value(leaf: Any) -> Any:
             if not isinstance(leaf, jax.core.Tracer):
                 return np.asarray(leaf)
-            self.fetched = True
+            self.guessed = True
             return np.ones(leaf.shape, leaf.dtype)
 
         return jax.tree.map(value, tree)
@@ -226,7 +246,7 @@ def sends(rounds: Callable[[Unknown], Sketch], shapes: Unknown) -> Sends:
 
     def traced(given: Unknown) -> list[Array]:
         sketch = rounds(given)
-        found[:] = jax.tree.flatten((sketch.done, sketch.fetched, len(sketch.ids)))
+        found[:] = jax.tree.flatten((sketch.done, sketch.guessed, len(sketch.ids)))
         return [leaf for leaf in found[0] if isinstance(leaf, jax.core.Tracer)]
 
     known = iter(evaluated(jax.make_jaxpr(traced)(shapes)))
