@@ -125,22 +125,20 @@ def test_a_row_equals_the_serialised_message(kind: str, codec: str) -> None:
     assert row.trainable_parameters == sum(leaf.size for leaf in sent.values())
 
 
-@pytest.mark.parametrize(("codec", "expected"), [(None, 4 * 112), (wire.quantise(3), 300 // 8 + 1 + 36 // 8 + 1 + 16)])
-def test_codecs_are_priced_by_shapes(codec: wire.Codec | None, expected: int) -> None:
-    """Both ways, and as a reply that is really packed; of sparse changes only the whole can be known."""
-    shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in (("a", (10, 10)), ("b", (12,)))}
-    ways = {
-        "up": lambda tree, key: wire.arrive(wire.coded(tree), codec, key, key)[0],
-        "down": lambda tree, key: wire.depart(codec, wire.coded(tree, change=False), key),
-    }
-    assert {way: cost.sent_bytes(shapes, send) for way, send in ways.items()} == {"up": expected, "down": expected}
-    leaves, key = (
-        wire.changes(wire.coded({n: np.ones(s.shape, np.float32) for n, s in shapes.items()})),
-        jax.random.key(0),
-    )
-    assert len(wire.pack(codec.encode(leaves, key, key, ())[0] if codec else leaves, codec)) == expected
-    sparse = cost.sent_bytes(shapes, lambda tree, key: wire.arrive(wire.coded(tree), wire.topk(0.1), key, key)[0])
-    assert sparse == 4 * 112
+@pytest.mark.parametrize("codec", ["quantise(3)", "topk(0.1)", "topk(0.1)+quantise(8)", "topk(0.95)+quantise(3)"])
+def test_codecs_are_priced_by_shapes(codec: str) -> None:
+    """As a reply that is really packed; where a codec chooses by value, its share of all entries is what can be known."""
+    row = cost.cost(Config(backbone="mlp", peft="full", codec_up=codec), 3, input_shape=(6,))
+    trained, _ = peft.start(peft.build("mlp", 3, input_shape=(6,), peft="full"), "random", 0)
+    coder, key = wire.codec(codec), jax.random.key(0)
+    assert coder is not None
+    leaves = wire.changes(wire.coded({name: jax.random.normal(key, leaf.shape) for name, leaf in trained.items()}))
+    packed = len(wire.pack(coder.encode(leaves, key, key, ())[0], coder))
+    sparse = codec.startswith("topk")
+    assert row.bytes_up_are == ("at most" if sparse else "exact")
+    slack = len(leaves) if codec.endswith("(3)") and sparse else 0  # each leaf ends at a whole byte
+    assert packed <= row.bytes_up <= packed + slack
+    assert row.bytes_down == 4 * row.trainable_parameters and row.bytes_down_are == "exact"
 
 
 @pytest.mark.parametrize(("kind", "head_rounds"), [("bias", 1), ("full", 0), ("head", 0)])

@@ -14,8 +14,8 @@ import pytest
 import fedsim
 from fedsim import peft
 from fedsim.config import Config, Speed
+from fedsim.engine.flops import equations
 from fedsim.peft import precision
-from fedsim.peft.flops import equations
 from fedsim.simulation import build, tasks, trainers
 
 CASES = [("vit_tiny", (16, 16, 3), kind) for kind in ("bias", "lora", "adapter", "prompt", "prefix", "ia3", "full")] + [

@@ -10,7 +10,6 @@ import pytest
 
 from fedsim import record
 from fedsim.config import Config
-from fedsim.peft.flops import Flops
 from fedsim.simulation.rounds import Cost, Measured, Standing, Times, after, is_evaluated, judged, round_line
 
 DID = Measured(
@@ -21,11 +20,12 @@ DID = Measured(
     reported=4,
     nonfinite=1,
     examples=64,
+    flops=64 * 35.0,
     occupancy=(0.75, 0.5),
     peers={"transmissions": 7, "broadcast_bytes": 300},
     simulated={"unavailable": 1, "dropped": 1, "late": 0, "surplus": 0, "seconds": 3.0, "total_seconds": 13.0},
 )
-COST = Cost(flops=Flops(10.0, 20.0, 5.0), setup={"small": 50, "large": 150}, peak=1e4)
+COST = Cost(setup={"small": 50, "large": 150}, peak=1e4)
 
 
 def standing(**changes: Any) -> Standing:

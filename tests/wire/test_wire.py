@@ -79,9 +79,9 @@ def test_a_broadcast_leaf_may_have_a_price_for_each_client():
     """Exact beyond what an int32 or a float32 holds."""
     prices = jnp.array([4_000_000_000, 0, 4_000_000_001], jnp.uint32)
     packet = wire.Packet(jnp.ones((2, 2)), prices)
-    assert wire.for_each(packet, 3).sum() == 8_000_000_001
-    assert wire.for_each(jnp.ones((2, 2)), 3).tolist() == [16, 16, 16]
-    assert wire.for_each(wire.Packet(jnp.ones(4), jnp.uint32(7)), 3).tolist() == [7, 7, 7]
+    assert wire.message_bytes(packet, 3)["message"].sum() == 8_000_000_001
+    assert wire.message_bytes(jnp.ones((2, 2)), 3)["message"].tolist() == [16, 16, 16]
+    assert wire.message_bytes(wire.Packet(jnp.ones(4), jnp.uint32(7)), 3)["message"].tolist() == [7, 7, 7]
     with pytest.raises(ValueError, match="to have one price"):
         wire.price({"w": packet})
 

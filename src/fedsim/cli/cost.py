@@ -2,8 +2,8 @@
 
 Of a checkpoint that is given it reads names and shapes: a vision transformer's positions have a grid of their own.
 
-The prices are those of a run: the same model, split by the same rules, priced by `wire`. They hold for algorithms that
-send the trained part each way (FedAvg, FedProx); what others send besides is counted when they run.
+The prices are those of a run: the same model, split by the same rules, and the algorithm's own round, traced on these
+shapes (`simulation.prices`). They are of a cohort that meets for the second time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -23,11 +23,10 @@ from rich.table import Table
 
 from fedsim import peft, wire
 from fedsim.config import OF_PEFT, Config, one_of
-from fedsim.simulation import build
+from fedsim.simulation import build, prices
 from fedsim.units import mebibytes, times
 
 DType = Literal["float32", "bfloat16", "float16"]
-Send = Callable[[Any, Any], Any]  # (what is sent, key) -> the message with packets
 
 
 class LeafCost(NamedTuple):
@@ -44,6 +43,7 @@ class Cost(NamedTuple):
 
     backbone: str
     peft: str
+    algorithm: str
     classes: int
     options: dict[str, Any]
     """Options of the backbone and the PEFT kind that are not the default."""
@@ -57,16 +57,24 @@ class Cost(NamedTuple):
     share: float
     """trainable_parameters / total_parameters."""
     bytes_up: int
-    """One client, one round."""
+    """One client, one round, the mean over the cohort."""
+    bytes_up_range: tuple[int, int]
+    """Of the client with the least and of the one with the most."""
+    bytes_up_are: str
+    """"exact"; "at most", where prices depend on values; "about", where they may follow from numbers that only a run has."""
     bytes_down: int
+    bytes_down_range: tuple[int, int]
+    bytes_down_are: str
     setup_bytes: int
     """What one client is given once: the frozen part, statistics and frozen attached leaves included."""
     full_bytes: int
     """One client, one way, one round of full fine-tuning without a codec."""
-    full_ratio: float
-    """Full fine-tuning's bytes of a round, both ways, over this one's."""
+    full_ratio: float | None
+    """Full fine-tuning's bytes of a round, both ways, over this one's; None where nothing is sent."""
     clients: int
     clients_per_round: int
+    members: int
+    """Of the cohort that was looked at, which an algorithm may choose otherwise."""
     rounds: int
     head_rounds: int
     round_bytes_up: int
@@ -88,29 +96,23 @@ def cost(config: Config, classes: int, *, input_shape: tuple[int, ...] | None = 
 
     Raises:
         ValueError: an unknown name or an option that does not fit the backbone, as `peft.build`; weights that do not fit it,
-            or are not here, as nothing is downloaded.
+            or are not here, as nothing is downloaded; an algorithm that does not fit, or cannot be priced by shapes.
     """
     one_of(get_args(DType), dtype=dtype)
-    models = [(phase, split(phase.config, classes, input_shape)) for phase in build.phases(config)]
-    up, down = wire.codec(config.codec_up, "codec_up"), wire.codec(config.codec_down, "codec_down")
-    ways: dict[str, Send] = {
-        "up": lambda tree, key: wire.arrive(wire.coded(tree), up, key, key)[0],
-        "down": lambda tree, key: wire.depart(down, wire.coded(tree, change=False), key),
-    }
-    rounds = [phase.last - phase.first + 1 for phase, _ in models]
-    sent = {way: [sent_bytes(typed(model.trained, dtype), send) for _, model in models] for way, send in ways.items()}
-    run = {
-        way: config.clients_per_round * sum(n * b for n, b in zip(rounds, each, strict=True))
-        for way, each in sent.items()
-    }
-    first, model = models[0][1], models[-1][1]
-    bytes_up, bytes_down = sent["up"][-1], sent["down"][-1]
+    phases = build.phases(config)
+    models = [split(phase.config, classes, input_shape) for phase in phases]
+    priced = [
+        prices.of_phase(phase, typed(model, dtype), example(config, input_shape))
+        for phase, model in zip(phases, models, strict=True)
+    ]
+    rounds, model, sent = [phase.last - phase.first + 1 for phase in phases], models[-1], priced[-1]
     trainable, whole = count(model.trained), count(peft.parameters(model))
-    full = total(wire.price(typed(peft.parameters(model), dtype)))
-    setup = total(wire.price(typed(first.frozen, dtype)))
+    full = total(wire.price(peft.parameters(typed(model, dtype))))
+    members = [int((one.ids >= 0).sum()) for one in priced]
     return Cost(
         backbone=config.backbone,
         peft=config.peft,
+        algorithm=config.algorithm,
         classes=model.classes,
         options=chosen(model.options),
         dtype=dtype,
@@ -119,36 +121,33 @@ def cost(config: Config, classes: int, *, input_shape: tuple[int, ...] | None = 
         trainable_parameters=trainable,
         total_parameters=whole,
         share=trainable / whole,
-        bytes_up=bytes_up,
-        bytes_down=bytes_down,
-        setup_bytes=setup,
+        bytes_up=round(sent.up.mean),
+        bytes_up_range=(sent.up.least, sent.up.most),
+        bytes_up_are=sent.up.certainty,
+        bytes_down=round(sent.down.mean),
+        bytes_down_range=(sent.down.least, sent.down.most),
+        bytes_down_are=sent.down.certainty,
+        setup_bytes=priced[0].setup,
         full_bytes=full,
-        full_ratio=2 * full / (bytes_up + bytes_down),
+        full_ratio=2 * full / each if (each := sent.up.mean + sent.down.mean) else None,
         clients=config.clients,
         clients_per_round=config.clients_per_round,
+        members=members[-1],
         rounds=config.rounds,
         head_rounds=sum(rounds[:-1]),
-        round_bytes_up=config.clients_per_round * bytes_up,
-        round_bytes_down=config.clients_per_round * bytes_down,
-        run_bytes_up=run["up"],
-        run_bytes_down=run["down"],
-        run_setup_bytes=setup * min(config.clients, config.rounds * config.clients_per_round),
+        round_bytes_up=sent.up.together,
+        round_bytes_down=sent.down.together,
+        run_bytes_up=sum(n * one.up.together for n, one in zip(rounds, priced, strict=True)),
+        run_bytes_down=sum(n * one.down.together for n, one in zip(rounds, priced, strict=True)),
+        run_setup_bytes=priced[0].setup * min(config.clients, config.rounds * max(members)),
     )
 
 
-def sent_bytes(shapes: peft.Shapes, send: Send) -> int:
-    """Bytes of one message; a leaf whose price depends on values counts as not encoded. Allocates nothing."""
-    prices: list[int] = []
-
-    def priced(tree: Any, key: Any) -> None:
-        with jax.ensure_compile_time_eval():  # a price that follows from shapes is a number here, else a tracer
-            message = send(tree, key)
-        for _, leaf in wire.named_leaves(message):
-            known = wire.is_packet(leaf) and not isinstance(leaf.nbytes, jax.core.Tracer)
-            prices.append(int(leaf.nbytes) if known else wire.array_bytes(wire.unwrap(leaf)))
-
-    jax.eval_shape(priced, shapes, jax.eval_shape(jax.random.key, 0))
-    return sum(prices)
+def example(config: Config, input_shape: tuple[int, ...] | None) -> jax.ShapeDtypeStruct:
+    """One input of the kind that the backbone reads; images of any size are resized on the device."""
+    shapes = {"text": ((config.tokens,), jnp.int32), "image": ((224, 224, 3), jnp.uint8)}
+    shape, dtype = shapes.get(build.kind(config), ((1,), jnp.float32))
+    return jax.ShapeDtypeStruct(input_shape or shape, dtype)
 
 
 def split(config: Config, classes: int, input_shape: tuple[int, ...] | None) -> peft.Model:
@@ -179,9 +178,13 @@ def rules(config: Config, classes: int, *, input_shape: tuple[int, ...] | None =
     return [LeafCost(path, model.rules[path], leaf.shape, math.prod(leaf.shape)) for path, leaf in leaves.items()]
 
 
-def typed(shapes: peft.Shapes, dtype: str) -> peft.Shapes:
-    """The same shapes in another dtype."""
-    return {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)) for path, leaf in shapes.items()}
+def typed(model: peft.Model, dtype: str) -> peft.Model:
+    """The model with leaves of another dtype."""
+
+    def of(shapes: peft.Shapes) -> peft.Shapes:
+        return {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)) for path, leaf in shapes.items()}
+
+    return model._replace(trained=of(model.trained), frozen=of(model.frozen))
 
 
 def count(shapes: peft.Shapes) -> int:
@@ -221,12 +224,22 @@ def table(costs: Sequence[Cost]) -> Table:
         said = [f"{k}={' '.join(v) if isinstance(v, tuple) else v}" for k, v in c.options.items()]
         outputs = "tokens" if c.options.get("task") == "language_model" else "classes"
         codecs = [f"{way} {c}" for way, c in (("up", c.codec_up), ("down", c.codec_down)) if c != "none"]
+        algorithm = [c.algorithm] * (c.algorithm != Config.algorithm)
+        one = [
+            way(name, n, are, "" if least == most else f"\n{least:,}\nto {most:,} B")
+            for name, n, are, (least, most) in (
+                ("up", c.bytes_up, c.bytes_up_are, c.bytes_up_range),
+                ("down", c.bytes_down, c.bytes_down_are, c.bytes_down_range),
+            )
+        ]
+        of_round = way("up", c.round_bytes_up, c.bytes_up_are), way("down", c.round_bytes_down, c.bytes_down_are)
+        of_run = way("up", c.run_bytes_up, c.bytes_up_are), way("down", c.run_bytes_down, c.bytes_down_are)
         made.add_row(
-            "\n".join([c.backbone, c.peft, *said, f"{c.classes} {outputs}", c.dtype, *codecs]),
+            "\n".join([c.backbone, c.peft, *algorithm, *said, f"{c.classes} {outputs}", c.dtype, *codecs]),
             f"{c.trainable_parameters:,}\n{c.share:.3%} of\n{c.total_parameters:,}",
-            both(c.bytes_up, c.bytes_down),
-            f"{both(c.round_bytes_up, c.round_bytes_down)}\n{c.clients_per_round} clients",
-            f"{both(c.run_bytes_up, c.run_bytes_down)}\n{c.rounds} rounds",
+            "\n".join(one),
+            "\n".join([*of_round, f"{c.members} clients"]),
+            "\n".join([*of_run, f"{c.rounds} rounds"]),
             exact(c.setup_bytes),
             times(c.full_ratio),
         )
@@ -245,9 +258,9 @@ def rules_table(setting: Cost, leaves: Sequence[LeafCost]) -> Table:
     return made
 
 
-def both(up: int, down: int) -> str:
-    """Both directions, one above the other."""
-    return f"up {exact(up)}\ndown {exact(down)}"
+def way(name: str, n: int, are: str, more: str = "") -> str:
+    """Bytes in one direction, marked where they are not exact."""
+    return f"{name} {'' if are == 'exact' else f'{are} '}{exact(n)}{more}"
 
 
 def exact(n: int) -> str:

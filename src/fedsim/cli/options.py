@@ -163,6 +163,8 @@ class CostOptions(Model):
     """Number of clients N."""
     clients_per_round: int = Config.clients_per_round
     """Cohort size M."""
+    algorithm: str = Config.algorithm
+    """Whose messages are priced, as for `fedsim run`: a name, options as a call, or a file of your own."""
     codec_up: str = Config.codec_up
     """What clients' messages are cast to on the wire, as for `fedsim run`."""
     codec_down: str = Config.codec_down

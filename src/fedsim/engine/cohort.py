@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jax import Array
 
 from fedsim import network, wire
 from fedsim.core import Average, Info, Local, Peers, Reduce, Tree
-from fedsim.engine import peers, processes
+from fedsim.engine import peers, processes, traffic
 from fedsim.engine import plan as planning
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.device_memory import all_fit
@@ -23,27 +22,11 @@ from fedsim.engine.messages import Outbox
 from fedsim.engine.programs import Programs
 from fedsim.engine.replies import allow, split_message
 from fedsim.engine.state import Clock, Slots, State, named
+from fedsim.engine.traffic import Exchanged
 from fedsim.folds import plain
 from fedsim.randomness import stream
 
 MEAN = plain()
-
-
-class Exchanged(NamedTuple):
-    """What the record needs of one exchange; device values until `Cohort.traffic` is asked."""
-
-    stream: str
-    down: dict[str, int]  # bytes, all clients together, by leaf
-    up: dict[str, int]
-    up_packets: dict[str, Array]  # (D, S) each, uint32: packets' prices, by client; 0 where none replied
-    times: np.ndarray  # (D, S): how often each reply travels; more than once from peer to peer
-    linked: bool  # from peer to peer
-    once: int  # bytes of leaves without a packet, if each reply travelled once
-    outcome: network.Outcome  # who reported, and when
-    steps: int  # of the plan
-    occupancy: tuple[float, float]  # of lanes, of rows computed
-    examples: int
-    info: Info
 
 
 class Cohort:
@@ -177,7 +160,7 @@ class Cohort:
         plain = {n: wire.array_bytes(leaf) for n, leaf in wire.named_leaves(reply.sent) if not wire.is_packet(leaf)}
         self.done.append(
             Exchanged(
-                stream=local.passes.stream,
+                request=request,
                 down={name: int(each[self.reports].sum()) for name, each in down.items()},
                 up={name: int(replies.sum()) * nbytes for name, nbytes in plain.items()},
                 up_packets=state.nbytes,
@@ -188,6 +171,7 @@ class Cohort:
                 steps=int(plan.length.max()),
                 occupancy=plan.occupancy,
                 examples=plan.examples,
+                live=int(plan.live.sum()),
                 info=info,
             )
         )
@@ -297,37 +281,19 @@ class Cohort:
 
     def traffic(self) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes (down, up) of the round so far, all clients together, by leaf; Python integers."""
-        down: Counter[str] = Counter()
-        up: Counter[str] = Counter()
-        for one in self.done:
-            down.update(one.down)
-            up.update(one.up)
-            for name, each in self.fetch(one.up_packets).items():
-                up[name] += int(np.sum(each * one.times.astype(np.uint64), dtype=np.uint64))
-        return dict(down), dict(up)
+        return traffic.traffic(self.done, self.fetch)
 
     def outcomes(self) -> list[network.Outcome]:
         """Who reported in each exchange, and when."""
         return [one.outcome for one in self.done]
 
     def peers(self) -> dict[str, int] | None:
-        """Replies that went from peer to peer, and what they would cost if each was sent once to all; None for none.
+        """What went from peer to peer in the round so far; None for nothing."""
+        return traffic.between_peers(self.done, self.fetch)
 
-        Their bytes are in `traffic`, up, once for each transmission.
-        """
-        linked = [one for one in self.done if one.linked]
-        if not linked:
-            return None
-        leaves = sum(one.once for one in linked)
-        packets = [
-            int(np.sum(each[one.times > 0], dtype=np.uint64))
-            for one in linked
-            for each in self.fetch(one.up_packets).values()
-        ]
-        return {
-            "transmissions": int(sum(one.times.sum() for one in linked)),
-            "broadcast_bytes": leaves + sum(packets),
-        }
+    def flops(self) -> float:
+        """FLOPs of the clients' steps in the round so far."""
+        return traffic.flops(self.done, self.engine)
 
     def _slots(
         self, plan: planning.Plan, outcome: network.Outcome, programs: Programs, local: Local, turn: int

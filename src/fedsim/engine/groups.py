@@ -16,8 +16,9 @@ import numpy as np
 from fedsim import network
 from fedsim.core import Tree
 from fedsim.engine import processes
-from fedsim.engine.cohort import Cohort, Exchanged
+from fedsim.engine.cohort import Cohort
 from fedsim.engine.lanes import Lanes
+from fedsim.engine.traffic import Exchanged
 from fedsim.randomness import stream
 
 
@@ -127,6 +128,10 @@ class GroupedCohort:
         """As `Cohort.peers`, summed."""
         found = [each for cohort in self.groups.values() if (each := cohort.peers())]
         return {name: sum(each[name] for each in found) for name in found[0]} if found else None
+
+    def flops(self) -> float:
+        """As `Cohort.flops`, summed."""
+        return sum(cohort.flops() for cohort in self.groups.values())
 
     def outcomes(self) -> list[network.Outcome]:
         """Who reported, and when: the groups' exchanges side by side."""

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from fedsim import wire
 from fedsim.core import Local, Reduce, Tree
-from fedsim.engine import packing, processes
+from fedsim.engine import flops, packing, processes
 from fedsim.engine.device_memory import Need, device_memory, exhausted, free_memory, refuse_too_large
 from fedsim.engine.host import aligned
 from fedsim.engine.lane_count import choose_lanes, own_convolutions
@@ -129,6 +129,7 @@ class Lanes:
         self._programs: dict[Any, Programs] = {}
         self._replies: dict[Any, Reply] = {}
         self._reply_bytes: dict[Any, int] = {}
+        self._flops: dict[Any, float] = {}
         self._gather = self.spread(
             lambda x, y, rows: (jax.tree.map(lambda leaf: leaf[rows], x), y[rows]), (False, False, True)
         )
@@ -203,6 +204,13 @@ class Lanes:
         if request.asked not in self._reply_bytes:
             self._reply_bytes[request.asked] = reply_bytes(*self._traced(request))
         return self._reply_bytes[request.asked]
+
+    def flops(self, request: Request) -> float:
+        """FLOPs of an example in a client's steps, or of a step; see `flops.of_local`. Traced once."""
+        if request.asked not in self._flops:
+            local, init_memory, message, _, *known = self._traced(request)
+            self._flops[request.asked] = flops.of_local(local, init_memory, message, *known)
+        return self._flops[request.asked]
 
     def _traced(self, request: Request) -> tuple[Any, ...]:
         local, init_memory, message = request.local, request.init_memory, request.message

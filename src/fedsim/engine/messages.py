@@ -14,9 +14,14 @@ from fedsim.core import Tree
 
 
 class Outbox:
-    """The messages of one round, so that `wire.again` can be checked."""
+    """The messages of one round, so that `wire.again` can be checked.
 
-    def __init__(self) -> None:
+    Args:
+        price: (message with packets, cohort size) -> bytes by leaf.
+    """
+
+    def __init__(self, price: Callable[[Tree, int], dict[str, Any]] = wire.message_bytes) -> None:
+        self.price = price
         self.before: dict[
             int, tuple[Any, Any]
         ] = {}  # by identity: an array as given, which stays alive, and as decoded
@@ -24,7 +29,7 @@ class Outbox:
 
     def sent(
         self, message: Tree, depart: Callable[[Tree, Array], Tree], key: Array, members: int
-    ) -> tuple[Tree, dict[str, np.ndarray]]:
+    ) -> tuple[Tree, dict[str, Any]]:
         """The message as its receivers decode it, per-client parts marked, and what it costs each, (M,) int64 by leaf.
 
         Args:
@@ -47,7 +52,7 @@ class Outbox:
             self.again(node.tree) if isinstance(node, wire.Again) else part
             for node, part in zip(nodes, decoded, strict=True)
         ]
-        return wire.unwrap(structure.unflatten(whole)), wire.message_bytes(new, members)
+        return wire.unwrap(structure.unflatten(whole)), self.price(new, members)
 
     def again(self, tree: Tree) -> Tree:
         """What was sent before, as it was decoded."""

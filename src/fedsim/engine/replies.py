@@ -43,11 +43,8 @@ def split_message(message: Tree) -> tuple[list[Any], list[Any], Any]:
     return shared, own, (treedef, [isinstance(n, wire.PerClient) for n in nodes])
 
 
-def first_step(local: Local, init_memory: Any, message: Tree, rows: int) -> Callable[..., Any]:
-    """A function of (held, shared, own, x, y, root), to be traced: a client's first step, on a batch of so many rows.
-
-    It returns the message and the client, the carry before and after, and the metrics.
-    """
+def beginning(local: Local, init_memory: Any, message: Tree) -> Callable[..., Any]:
+    """A function of (held, shared, own, x, y, root), to be traced: the message, a client, its first batch, its carry."""
     _, _, (treedef, own_part) = split_message(message)
 
     def traced(held: Tree, shared: list[Any], own: list[Any], x: Tree, y: Array, root: Array) -> Any:
@@ -55,14 +52,29 @@ def first_step(local: Local, init_memory: Any, message: Tree, rows: int) -> Call
         msg = treedef.unflatten([o if is_own else s for s, o, is_own in zip(shared, own, own_part, strict=True)])
         number = jnp.zeros((), jnp.int32)
         client = Client(number, number, init_memory(root, held), root, number, jnp.zeros((), jnp.float32), number)
+        batch = some_batch(x, y, root, local.passes.batch_size)
+        return msg, client, batch, local.start(held, msg, client, batch)
 
-        def batch(rows: int) -> Batch:
-            pick = jnp.zeros((rows,), jnp.int32)
-            some = jax.tree.map(lambda a: a[pick], x)
-            return Batch(some, y[pick], jnp.ones((rows,)), root, number, jnp.zeros((), bool))
+    return traced
 
-        carry = local.start(held, msg, client, batch(local.passes.batch_size))
-        return msg, client, carry, *local.step(held, msg, carry, batch(rows))
+
+def some_batch(x: Tree, y: Array, root: Array, rows: int) -> Batch:
+    """A batch of so many rows, the same each."""
+    pick = jnp.zeros((rows,), jnp.int32)
+    some = jax.tree.map(lambda a: a[pick], x)
+    return Batch(some, y[pick], jnp.ones((rows,)), root, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+
+
+def first_step(local: Local, init_memory: Any, message: Tree, rows: int) -> Callable[..., Any]:
+    """A function of (held, shared, own, x, y, root), to be traced: a client's first step, on a batch of so many rows.
+
+    It returns the message and the client, the carry before and after, and the metrics.
+    """
+    begin = beginning(local, init_memory, message)
+
+    def traced(held: Tree, shared: list[Any], own: list[Any], x: Tree, y: Array, root: Array) -> Any:
+        msg, client, _, carry = begin(held, shared, own, x, y, root)
+        return msg, client, carry, *local.step(held, msg, carry, some_batch(x, y, root, rows))
 
     return traced
 

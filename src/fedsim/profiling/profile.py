@@ -27,7 +27,7 @@ from fedsim.engine import peaks
 from fedsim.engine.host import cpu_devices, divide_cpu, tune_host
 from fedsim.profiling import report as profile_report
 from fedsim.profiling.rounds import apart, memory, pieces, run_round, step_rows, throughput, tile_notes
-from fedsim.simulation import build, needs
+from fedsim.simulation import build, needs, trainers
 from fedsim.simulation.build import Phase, Problem
 from fedsim.simulation.rehearsal import stand_in
 
@@ -187,7 +187,8 @@ def profile(
         base, now = throughput(fill(problem, phase), phase, repeats, Path(folder))
         engine = now.trainer.engine
         said("the pieces of a round")
-        seconds, seen, halves = pieces(now, repeats)
+        counted = trainers.example_flops(problem, now.trainer)
+        seconds, seen, halves = pieces(now, counted, repeats)
         limits = peaks.share(engine.devices)
         if trace:
             with jax.profiler.trace(str(out / "trace"), create_perfetto_trace=True):
@@ -202,7 +203,7 @@ def profile(
             "phase": phase.name,
             "peak": limits._asdict(),
             "base": base,
-            "flops": now.cost.flops._asdict(),
+            "flops": counted._asdict(),
             "seconds": seconds,
             "apart": apart(problem, now, repeats),
             "memory": memory(now, seen),

@@ -29,6 +29,7 @@ from fedsim.engine import plan as planning
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.keys import key_for
 from fedsim.engine.state import State
+from fedsim.peft.flops import Flops
 from fedsim.randomness import stream
 from fedsim.record.checkpoint import Checkpoints
 from fedsim.simulation.build import Phase, Problem
@@ -122,7 +123,7 @@ def throughput(
     cohort = rounds[-1][0]
     seconds = [busy + waiting for _, busy, waiting in rounds]
     steady, examples = statistics.median(seconds), sum(e.examples for e in cohort.done)
-    rate = examples * now.cost.flops.total / steady
+    rate = cohort.flops() / steady
     devices = now.trainer.engine.devices
     return {
         "lanes": now.trainer.engine.lanes,
@@ -144,13 +145,16 @@ def throughput(
 # --- where the time of the base setting goes
 
 
-def pieces(now: Current, repeats: int) -> tuple[dict[str, float], Seen, list[dict[str, Any]]]:
+def pieces(now: Current, counted: Flops, repeats: int) -> tuple[dict[str, float], Seen, list[dict[str, Any]]]:
     """Seconds of the pieces of a round, and the two programs of a step for the roofline.
 
     `segments` is what trains; of it `forward` and `backward` are one step of all lanes times the plan's steps, at each
     width of a batch that they have (the two programs are those of the width that takes most time), `update` is the rest:
     optimizer, masking, start and finish of clients. `host` is what is left of a round whose every piece is waited for:
     bytes, slots, keys, dispatch.
+
+    Args:
+        counted: FLOPs of an example.
     """
     spent: dict[str, list[float]] = {}
     for _ in range(repeats):
@@ -165,7 +169,7 @@ def pieces(now: Current, repeats: int) -> tuple[dict[str, float], Seen, list[dic
         device = int(plan.length.argmax())  # the one that the others wait for
         steps.update(plan.width[device, : plan.length[device]].tolist())
     del steps[0]
-    halves = {width: step_programs(now, seen.plans[0], width, repeats) for width in steps}
+    halves = {width: step_programs(now, counted, seen.plans[0], width, repeats) for width in steps}
     spans = {
         width: [statistics.median(half["seconds"]) * steps[width] for half in both] for width, both in halves.items()
     }
@@ -178,7 +182,7 @@ def pieces(now: Current, repeats: int) -> tuple[dict[str, float], Seen, list[dic
     return found, Seen(seen.spent, seen.plans, *seen.segment), halves[max(spans, key=lambda width: spans[width][1])]
 
 
-def step_programs(now: Current, plan: planning.Plan, size: int, repeats: int) -> list[dict[str, Any]]:
+def step_programs(now: Current, counted: Flops, plan: planning.Plan, size: int, repeats: int) -> list[dict[str, Any]]:
     """The loss of one step of all lanes on `size` rows each, and with its gradients: seconds, FLOPs, bytes by XLA's count."""
     engine, task = now.trainer.engine, now.trainer.task
     devices, _, lanes, _ = plan.rows.shape
@@ -191,8 +195,8 @@ def step_programs(now: Current, plan: planning.Plan, size: int, repeats: int) ->
         return task.loss(held, params, batch)[0]
 
     wanted = (
-        ("forward", loss, now.cost.flops.forward),
-        ("training step", jax.value_and_grad(loss, 1), now.cost.flops.total),
+        ("forward", loss, counted.forward),
+        ("training step", jax.value_and_grad(loss, 1), counted.total),
     )
     found, calls = [], []
     for name, fn, work in wanted:

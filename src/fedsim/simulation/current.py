@@ -51,11 +51,7 @@ def prepare(
     trainer = trainers.trainer(problem, phase, overlay)
     engine = trainer.engine
     server = engine.put(trainer.algorithm.init(key_for(engine.root, "init"), engine.held))
-    cost = Cost(
-        flops=trainers.example_flops(problem, trainer),
-        setup=trainers.setup_bytes(trainer),
-        peak=peak(trainer, problem.speed),
-    )
+    cost = Cost(setup=trainers.setup_bytes(trainer), peak=peak(trainer, problem.speed))
     # Of several processes the first one has the folder; the others keep the same rows in main memory.
     file = directory / f"memory-{phase.name}.rows" if directory is not None and processes.is_first() else None
     init = (lambda key, held: ()) if trainer.groups else trainer.algorithm.memory

@@ -18,12 +18,12 @@ from fedsim.engine import processes
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.device_memory import Need, free_memory
+from fedsim.engine.flops import all_equations
 from fedsim.engine.host import zeros
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import MEMORY_SHARE, Lanes, Request
 from fedsim.engine.programs import Programs
 from fedsim.engine.state import State
-from fedsim.peft.flops import all_equations
 from fedsim.simulation import build, trainers
 from fedsim.simulation.build import Phase, Problem
 from fedsim.training import lengths

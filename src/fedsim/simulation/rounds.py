@@ -12,7 +12,6 @@ from fedsim.config import Config, Data, Evaluation, is_better, is_reached, metri
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.groups import GroupedCohort
 from fedsim.evaluation.metrics import of_training
-from fedsim.peft.flops import Flops
 
 
 class Standing(NamedTuple):
@@ -41,6 +40,7 @@ class Measured(NamedTuple):
     reported: int
     nonfinite: int  # replies that were left out
     examples: int
+    flops: float  # of the clients' steps
     occupancy: tuple[float, float]  # of lanes, of rows computed
     peers: dict[str, int] | None  # what went from peer to peer, where anything did
     simulated: dict[str, Any]  # absence and simulated time, as `network.figures` gives them
@@ -49,7 +49,6 @@ class Measured(NamedTuple):
 class Cost(NamedTuple):
     """What a phase costs, whatever happens in it."""
 
-    flops: Flops  # of one example in a training step
     setup: Mapping[str, int]  # bytes that a client is given once, before its first round, by group
     peak: float | None  # published FLOP/s of all devices; None where none is known, as of a CPU
 
@@ -85,6 +84,7 @@ def measured(cohort: Cohort | GroupedCohort, simulated_before: float) -> Measure
         reported=int(cohort.reports.sum()),
         nonfinite=int(sum(cohort.fetch([e.info.nonfinite for e in done]))),
         examples=sum(e.examples for e in done),
+        flops=cohort.flops(),
         occupancy=(
             float(np.mean([e.occupancy[0] for e in done] or [0.0])),
             float(np.mean([e.occupancy[1] for e in done] or [0.0])),
@@ -160,7 +160,7 @@ def round_line(
         server_flops: of the server's own training.
     """
     trained = of_training(task, metrics)
-    rate = did.examples * cost.flops.total / took.steady
+    rate = did.flops / took.steady
     return {
         "round": stand.round,
         "phase": phase,
@@ -184,7 +184,7 @@ def round_line(
         "server_seconds": took.server,
         "clients_per_second": did.clients / took.steady,
         "examples_per_second": did.examples / took.steady,
-        "flops": did.examples * cost.flops.total,
+        "flops": did.flops,
         "server_flops": server_flops,
         "flops_per_second": rate,
         "mfu": None if cost.peak is None else rate / cost.peak,

@@ -30,8 +30,8 @@ from jax.sharding import PartitionSpec as P
 from fedsim.core import Batch, Metrics, Params, Tree
 from fedsim.engine import processes
 from fedsim.engine.device_memory import exhausted
+from fedsim.engine.flops import all_products
 from fedsim.engine.host import compile_clock
-from fedsim.peft.flops import all_products
 
 Loss = Callable[[Tree, Params, Batch, Tree], tuple[Array, Metrics]]  # (held, params, batch, args) -> mean loss, metrics
 Run = Callable[[Tree, Params, Tree, Tree, Tree, Array], tuple[Params, Tree, Metrics]]
@@ -167,7 +167,10 @@ def length(examples: Tree) -> int:
 
 def mesh_of(tree: Tree) -> Mesh | None:
     """The engine's devices, over which its values lie; None for values of no engine."""
-    shardings = [leaf.sharding for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    shardings = [
+        leaf.sharding for leaf in arrays if not isinstance(leaf, jax.core.Tracer)
+    ]  # of a round that is only traced
     return next((s.mesh for s in shardings if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)), None)
 
 

@@ -11,6 +11,7 @@ from fedsim.wire.marks import (
     Again,
     Coded,
     Kept,
+    Most,
     again,
     arrive,
     changes,
@@ -19,10 +20,12 @@ from fedsim.wire.marks import (
     is_coded,
     is_mark,
     kept,
+    most,
     named,
     news,
     unmarked,
     unmarked_leaves,
+    whole,
 )
 from fedsim.wire.packers import pack, serialise, to_bytes, unpack
 from fedsim.wire.prices import (
@@ -30,10 +33,10 @@ from fedsim.wire.prices import (
     PerClient,
     array_bytes,
     for_client,
-    for_each,
     is_packet,
     message_bytes,
     named_leaves,
+    part_bytes,
     parts,
     price,
     unwrap,

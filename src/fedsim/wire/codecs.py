@@ -53,6 +53,8 @@ class Codec(NamedTuple):
     init: Callable[[Array, Mapping[str, Any]], Tree] = lambda key, shapes: ()
     """(key, shapes of the marked changes) -> what ONE client keeps for it; () for most."""
     on_values: bool = False  # whether it may act on what is no change: entry by entry, without state
+    most: Callable[[int], int] = lambda entries: entries
+    """(entries that would travel) -> entries that do, at most, all leaves together."""
 
 
 def nbytes(sent: Sent) -> Array | int:
@@ -222,7 +224,10 @@ def topk(share: float) -> Codec:
             masks[name], at = taken[at : at + mask.size].reshape(mask.shape), at + mask.size
         return read(data[length:], {name: sent._replace(mask=masks[name]) for name, sent in like.items()})
 
-    return Codec(f"topk({share})", encode, pack, unpack, init)
+    def most(entries: int) -> int:
+        return int(np.ceil(np.float32(share) * np.float32(entries)))  # as `encode` computes it
+
+    return Codec(f"topk({share})", encode, pack, unpack, init, most=most)
 
 
 def unmasked(coded: Coded) -> dict[str, Array]:
@@ -260,8 +265,8 @@ def chain(*codecs: Codec) -> Codec:
     def unpack(data: bytes, like: Coded, read: Read) -> dict[str, np.ndarray]:
         return first.unpack(data, like, lambda data, like: rest.unpack(data, like, read))
 
-    stateless = all(codec.on_values for codec in codecs)
-    return Codec("+".join(codec.name for codec in codecs), encode, pack, unpack, init, stateless)
+    stateless, names = all(codec.on_values for codec in codecs), "+".join(codec.name for codec in codecs)
+    return Codec(names, encode, pack, unpack, init, stateless, lambda entries: rest.most(first.most(entries)))
 
 
 CODECS: dict[str, Callable[..., Codec]] = {

@@ -5,9 +5,10 @@ The engine turns a marked reply into decoded values and prices by `arrive`, a ma
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from fedsim.wire.codecs import Codec, Sent, cost, nbytes
-from fedsim.wire.prices import Packet, PerClient, Tree, array_bytes, is_packet
+from fedsim.wire.prices import Packet, PerClient, Tree, array_bytes, is_packet, unwrap
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["tree"], meta_fields=["change"])
@@ -96,6 +97,19 @@ def unmarked(tree: Tree) -> Tree:
         return node.leaf if isinstance(node, Kept) else node
 
     return jax.tree.map(bare, tree, is_leaf=is_mark)
+
+
+def whole(tree: Tree) -> Tree:
+    """The tree as if every entry of its leaves travelled; codecs' marks stay."""
+
+    def all_of(node: Any) -> Any:
+        if isinstance(node, Coded):
+            return Coded(whole(node.tree), node.change)
+        if isinstance(node, PerClient):
+            return PerClient(whole(node.tree))
+        return node.leaf if isinstance(node, Kept) else node
+
+    return jax.tree.map(all_of, tree, is_leaf=is_mark)
 
 
 def news(message: Tree) -> Tree:
@@ -184,6 +198,35 @@ def on_the_way(tree: Tree, codec: Codec | None, key: Array, common: Array, state
         return sent(node) if isinstance(node, Kept) else node
 
     return jax.tree_util.tree_map_with_path(place, tree, is_leaf=is_mark), state
+
+
+class Most(NamedTuple):
+    """What the leaves of a reply cost at most, whatever their values."""
+
+    entries: dict[str, int]  # bytes of all of a leaf's entries
+    side: dict[str, Array | int]  # beside them
+    sparse: dict[str, int]  # leaves of which a codec leaves entries out -> bytes of what it leaves in, all together
+
+
+def most(tree: Tree, codec: Codec | None, key: Array, common: Array, state: Tree = ()) -> Most:
+    """Bounds of a reply whose prices depend on values, from shapes; arguments as of `arrive`.
+
+    What is a packet already costs as much as its array.
+    """
+    found, _ = on_the_way(whole(tree), codec, key, common, state)
+    nodes = {
+        path_name(path) or "message": node for path, node in jax.tree_util.tree_leaves_with_path(found, is_leaf=is_sent)
+    }
+    leaves = {name: node for name, node in nodes.items() if isinstance(node, Sent)}
+    entries = {name: array_bytes(unwrap(node)) for name, node in nodes.items() if name not in leaves}
+    entries |= {name: (math.prod(one.value.shape) * one.bits + 7) // 8 for name, one in leaves.items()}
+    sparse = {name: one for name, one in leaves.items() if one.mask is not None}
+    left = 0
+    if sparse and codec is not None:
+        bits = max(one.bits for one in sparse.values())
+        left = codec.most(sum(math.prod(one.value.shape) for one in sparse.values())) * bits // 8
+        left += len(sparse) * (bits % 8 > 0)  # each is a whole number of bytes
+    return Most(entries, {name: one.side for name, one in leaves.items()}, dict.fromkeys(sparse, left))
 
 
 def packet(sent: Sent) -> Any:

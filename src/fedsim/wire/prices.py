@@ -81,28 +81,27 @@ def price(tree: Tree) -> dict[str, int]:
             if isinstance(leaf.nbytes, (jax.ShapeDtypeStruct, jax.core.Tracer)):
                 raise ValueError(f"Expected the price of packet {name!r} to be a value; price it after it was made.")
             if np.ndim(leaf.nbytes):
-                raise ValueError(f"Expected packet {name!r} to have one price; `for_each` gives prices by client.")
+                raise ValueError(f"Expected packet {name!r} to have one price; `message_bytes` gives prices by client.")
             prices[name] = int(leaf.nbytes)
         else:
             prices[name] = array_bytes(leaf)
     return prices
 
 
-def for_each(leaf: Any, members: int) -> np.ndarray:
-    """Bytes of broadcasting one leaf to so many clients, (M,) int64: the same for each, or as a packet's prices say."""
-    own = np.asarray(leaf.nbytes) if is_packet(leaf) and np.ndim(leaf.nbytes) else sum(price(leaf).values())
-    return np.broadcast_to(own, members).astype(np.int64)
-
-
 def message_bytes(message: Tree, members: int) -> dict[str, np.ndarray]:
     """Bytes that each member of a cohort is sent, by leaf, (M,) int64: broadcast parts the same, own parts by client."""
-    prices: dict[str, np.ndarray] = {}
+    found = part_bytes(message, members)
+    return {name: np.broadcast_to(np.asarray(each), members).astype(np.int64) for name, each in found.items()}
+
+
+def part_bytes(message: Tree, members: int) -> dict[str, Any]:
+    """As `message_bytes`, each a number or an array, () or (M,): of a message in a traced program, where they may be tracers."""
+    prices: dict[str, Any] = {}
     for name, node in parts(message):
         if isinstance(node, PerClient):
             for leaf_name, leaf in named_leaves(node.tree):
-                own = np.asarray(leaf.nbytes) if is_packet(leaf) else array_bytes(leaf) // max(members, 1)
                 place = "/".join(filter(None, (name, leaf_name.removeprefix("message")))) or "message"
-                prices[place] = np.broadcast_to(own, members).astype(np.int64)
+                prices[place] = leaf.nbytes if is_packet(leaf) else array_bytes(leaf) // max(members, 1)
         else:
-            prices[name or "message"] = for_each(node, members)
+            prices[name or "message"] = node.nbytes if is_packet(node) else array_bytes(node)
     return prices
