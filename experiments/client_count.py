@@ -43,7 +43,7 @@ from fedsim.engine.host import tune_host
 from fedsim.engine.keys import key_for
 from fedsim.randomness import stream
 from fedsim.report import plots
-from fedsim.simulation import build, needs
+from fedsim.simulation import build, needs, trainers
 
 ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES = ROOT / "experiments" / "results", ROOT / "docs" / "images"
@@ -169,7 +169,7 @@ def measure(o: Options, form: str, members: int, population: int) -> dict[str, A
     jax.monitoring.register_event_duration_secs_listener(listen)
     p = problem(o, form, members, population)
     tune_host(p.speed)
-    trainer = build.trainer(p, build.phases(p.config)[-1])
+    trainer = trainers.trainer(p, build.phases(p.config)[-1])
     engine, algorithm = trainer.engine, trainer.algorithm
     server = engine.put(algorithm.init(key_for(engine.root, "init"), engine.held))
     kept, met = Memory(algorithm.memory, engine.held), np.zeros(population, np.int32)

@@ -47,8 +47,8 @@ def trained(problem: build.Problem, config: fedsim.Config, overlay: Any = None) 
     stand = Standing(np.zeros(problem.partition.clients, np.int32))
     for round in range(phase.first, phase.last + 1):
         stand = stand._replace(round=round)
-        server, _ = train(now, select(config, fleet, now, stand))
-        now = now._replace(server=server)
+        server, averaging, _ = train(now, select(config, fleet, now, stand))
+        now = now._replace(server=server, averaging=averaging)
     found = now.validate().scores["accuracy"]
     return now, found if math.isfinite(found) else None
 

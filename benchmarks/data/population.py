@@ -32,7 +32,7 @@ from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.keys import key_for
 from fedsim.randomness import stream
-from fedsim.simulation import build
+from fedsim.simulation import build, trainers
 
 sys.path.append(str(Path(__file__).parents[1]))
 import report
@@ -92,7 +92,7 @@ def measure(o: Options, clients: int, examples: int) -> dict[str, Any]:
     }
     speed = dataclasses.replace(report.speed(), devices=1)  # the plan that is made alone is one device's too
     problem = build.Problem(config, speed, data, owned, (), {})
-    trainer = build.trainer(problem, build.phases(config)[-1])
+    trainer = trainers.trainer(problem, build.phases(config)[-1])
     engine, algorithm = trainer.engine, trainer.algorithm
     for size in (m for m in o.cohorts if 10 * m <= clients):
         server = engine.put(algorithm.init(key_for(engine.root, "init"), engine.held))

@@ -97,17 +97,20 @@ def finishing(o: Options) -> dict[str, Any]:
 
 def mixing(o: Options) -> list[dict[str, Any]]:
     """Seconds of a round of peers, by members and by how many each hears."""
-    rounds, rows = {}, []
+    rounds: dict[Any, Callable[[], Any]] = {}
+    rows: list[dict[str, Any]] = []
     for members in o.members:
         lanes, local = engine(np.ones(members, int), lanes=16, devices=1), replying(1000)
         memory, fold = Memory(lambda key, held: jnp.zeros(1000), ()), mean(uniform)
-        into = lambda memory, mixed, client: mixed  # noqa: E731
+        into = lambda memory, mixed, client: mixed  # noqa: E731 - one expression, named
         for heard in o.heard:
             whom = (np.arange(members)[:, None] + np.arange(1, heard + 1)) % members
             share = np.full((members, heard), 1 / (heard + 1), np.float32)
             link = Peers(Graph(whom, share, np.full(members, 1 / (heard + 1), np.float32)), into)
 
-            def round(lanes: Any = lanes, local: Any = local, memory: Any = memory, link: Any = link) -> Any:
+            def round(
+                lanes: Any = lanes, local: Any = local, memory: Any = memory, fold: Any = fold, link: Any = link
+            ) -> Any:
                 cohort = Cohort(lanes, np.arange(lanes.population), 1, memory)
                 return cohort.exchange((), local, fold, link=link)[0]
 
@@ -115,7 +118,12 @@ def mixing(o: Options) -> list[dict[str, Any]]:
             jax.block_until_ready(round())
     for (members, heard), seconds in report.interleaved(rounds, o.repeats).items():
         rows.append(
-            {"members": members, "heard": heard, "edges": members * heard, "seconds": statistics.median(seconds)}
+            {
+                "members": members,
+                "heard": heard,
+                "edges": int(members) * int(heard),
+                "seconds": statistics.median(seconds),
+            }
         )
     return rows
 

@@ -28,7 +28,7 @@ from fedsim.data.partition import Partition
 from fedsim.engine.cohort import Cohort, Memory
 from fedsim.engine.host import tune_host
 from fedsim.engine.keys import key_for
-from fedsim.simulation import build, simulate
+from fedsim.simulation import build, simulate, trainers
 
 TRANSFORMER = "transformer_of_peers"  # the name of the workload's ViT or BERT in the table of backbones
 PATHS = {
@@ -79,7 +79,7 @@ def row_of(w: Workload) -> Row:
     return row._replace(config=dataclasses.replace(row.config, image=w.image))
 
 
-def trainer_of(w: Workload, d: workloads.Data, speed: Speed) -> tuple[build.Trainer, list[str]]:
+def trainer_of(w: Workload, d: workloads.Data, speed: Speed) -> tuple[trainers.Trainer, list[str]]:
     """Data, weights, algorithm and engine, as a run makes them; the published names of what is trained."""
     trained, frozen = workloads.weights(w)
     n, probe = len(d.y), np.arange(len(d.probe_y))
@@ -91,7 +91,7 @@ def trainer_of(w: Workload, d: workloads.Data, speed: Speed) -> tuple[build.Trai
         problem = build.problem(config.replace(partition="iid", min_size=1), speed, source)
         problem = problem._replace(partition=Partition(np.arange(n, dtype=np.int32), d.offsets))
         start = {ours(n): v for n, v in jax_models.prepared(w, trained).items()}
-        made = build.trainer(problem, build.phases(config)[0], start)
+        made = trainers.trainer(problem, build.phases(config)[0], start)
     missing = start.keys() ^ made.start.keys()
     if missing:
         raise SystemExit(

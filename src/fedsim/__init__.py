@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fedsim.simulation.simulate import run as run
     from fedsim.testing.contract import check_algorithm as check_algorithm
     from fedsim.training.local import fit as fit
+    from fedsim.training.server import trainer as trainer
     from fedsim.wire import Packet as Packet
     from fedsim.wire import PerClient as PerClient
     from fedsim.wire import again as again
@@ -65,6 +66,7 @@ _HOME = {
     "fedsim.folds": ("both", "mean", "stack"),
     "fedsim.data.arrays": ("arrays",),
     "fedsim.training.local": ("fit",),
+    "fedsim.training.server": ("trainer",),
     "fedsim.engine.processes": ("distributed",),
     "fedsim.simulation.loaded": ("load",),
     "fedsim.report.tables": ("compare",),

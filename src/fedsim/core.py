@@ -167,6 +167,10 @@ class Cohort(Protocol):
     @property
     def reports(self) -> np.ndarray: ...  # (M,), bool: still in the round; who does not report in an exchange is out
     @property
+    def public(self) -> Tree: ...  # x (n, ...) that the server holds without labels, by group if any; None for none
+    @property
+    def shard(self) -> Any: ...  # (x, y) that it holds with labels, likewise; both whole on every device
+    @property
     def exchange(self) -> Exchange: ...
     @property
     def fetch(self) -> Callable[[Tree], Tree]: ...  # device values -> NumPy, the same in every process

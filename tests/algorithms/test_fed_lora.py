@@ -582,7 +582,7 @@ def test_a_packet_that_claims_too_little_is_found():
 
     def sending(message=lambda tree: tree, reply=lambda tree: tree):
         def make(task):
-            changed = lambda carry, message, client: (jax.tree.map(jnp.subtract, carry.params, message), ())  # noqa: E731
+            changed = lambda carry, message, client: (jax.tree.map(jnp.subtract, carry.params, message), ())  # noqa: E731 - one expression, named
             local = fit(
                 task.loss, task.optimizer, task.lr, task.passes, reply=lambda *now: (reply(changed(*now)[0]), ())
             )

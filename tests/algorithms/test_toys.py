@@ -38,7 +38,7 @@ def test_fed_res_pays_for_the_parameters_once():
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_a_complete_graph_that_shares_all_is_fed_avg_with_the_same_shuffled_batches(devices):
     """Oracle (b) of DFedAlt: full participation, uniform weights, one copy for all."""
-    make = lambda task: toys.dfed_alt(task, personal=(), graph=toys.complete)  # noqa: E731
+    make = lambda task: toys.dfed_alt(task, personal=(), graph=toys.complete)  # noqa: E731 - one expression, named
     cohort = tuple(i for i, size in enumerate(SIZES) if size)  # a client without examples counts in a mean over peers
     everybody = (cohort, cohort)
     start = tiny_task(weight=uniform, init=lambda key: tiny_task().init(jax.random.key(0)))
@@ -53,7 +53,7 @@ def test_a_complete_graph_that_shares_all_is_fed_avg_with_the_same_shuffled_batc
 def test_personal_heads_on_a_complete_graph_are_fed_rep():
     """Oracle (c): against a loop, client by client - the head, then the body, then the mean of bodies."""
     cohort = tuple(i for i, size in enumerate(SIZES) if size)
-    make = lambda task: toys.dfed_alt(task, graph=toys.complete)  # noqa: E731
+    make = lambda task: toys.dfed_alt(task, graph=toys.complete)  # noqa: E731 - one expression, named
     sent: list = []
     mixed, memory, _ = run(make, tiny_problem(), (cohort,), sent=sent)
     from fedsim.testing.toys import one_client
@@ -80,7 +80,7 @@ def test_nobody_hears_anybody_is_local_training():
     assert sum(down.values()) == sum(up.values()) == 0
     rows, ids = memory.state()
     for id in cohort:
-        make = lambda task: toys.dfed_alt(task, personal=(), graph=toys.alone)  # noqa: E731
+        make = lambda task: toys.dfed_alt(task, personal=(), graph=toys.alone)  # noqa: E731 - one expression, named
         _, alone, _ = run(make, tiny_problem(), ((id,),))
         place, (own, _) = list(ids).index(id), alone.state()
         for path, leaf in rows.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 TIMES = {"seconds", "compile_seconds", "clients_per_second", "examples_per_second", "flops_per_second", "mfu"}
-TIMES |= {"most_memory"}
+TIMES |= {"most_memory", "server_seconds"}
 
 RIGHT, REFUSED = "right", "refused"  # the result of an undisturbed run; a clear error
 WRONG, LOST, UNCLEAR = (

@@ -209,6 +209,39 @@ def test_more_clients_than_examples_only_if_they_may_be_empty(law) -> None:
         partition.make(config.replace(min_size=1), dataset(20))
 
 
+SHARES = st.sampled_from([0.0, 0.001, 0.1, 0.25, 0.49])
+
+
+@given(total=st.integers(1, 300), public=SHARES, shard=SHARES, seed=st.integers(0, 9))
+def test_what_the_server_holds_belongs_to_nobody_else(total: int, public: float, shard: float, seed: int) -> None:
+    rows, _ = labelled(total, 3)
+    config = Config(public_share=public, server_share=shard, seed=seed)
+    counts = [max(1, round(share * total)) if share else 0 for share in (public, shard)]
+    if sum(counts) and sum(counts) >= total:
+        with pytest.raises(ValueError, match=r"to leave at least one of \d+ training examples to the clients"):
+            partition.holders(config, rows)
+        return
+    found = partition.holders(config, rows)
+    assert np.array_equal(np.sort(np.concatenate(found)), rows) and all((np.diff(part) > 0).all() for part in found)
+    assert [len(found.public), len(found.shard)] == counts
+    assert np.array_equal(found.public, partition.holders(config.replace(server_share=0.0), rows).public)
+    assert np.array_equal(found.shard, partition.holders(config.replace(public_share=0.0), rows).shard)
+    assert not (public or shard) or sum(counts) < 9 or not np.array_equal(found.clients, rows[: len(found.clients)])
+
+
+def test_shares_of_the_server_that_leave_too_little_are_named() -> None:
+    """Where the law would do without them, and only there."""
+    config = Config(clients=5, clients_per_round=5, min_size=8, partition="iid", server_share=0.5)
+    toy = dataset(100)
+    assert np.array_equal(np.sort(partition.make(config, toy).rows), partition.holders(config, toy.train).clients)
+    said = r"min_size=8 <= .* The server holds 30 of 60 .*lower public_share=0\.0 or server_share=0\.5"
+    with pytest.raises(ValueError, match=said):
+        partition.make(config, dataset(60))
+    with pytest.raises(ValueError, match="min_size=8 <=") as caught:
+        partition.make(config, dataset(30))
+    assert "server" not in str(caught.value)
+
+
 @pytest.mark.slow
 def test_a_million_clients_cost_seconds_and_memory_by_examples() -> None:
     rows, labels = labelled(2_000_000, 10)

@@ -278,7 +278,7 @@ def test_steps_of() -> None:
     sizes = np.array([0, 1, 8, 9])
     assert plan.steps_of(sizes, Passes(epochs=2, batch_size=8)).tolist() == [0, 2, 2, 4]
     assert plan.steps_of(sizes, Passes(steps=3)).tolist() == [0, 3, 3, 3]
-    labels = lambda place: np.zeros(sizes[place], np.int32)  # noqa: E731
+    labels = lambda place: np.zeros(sizes[place], np.int32)  # noqa: E731 - one expression, named
     assert plan.steps_of(sizes, Passes(steps=3, rows=scattered(8)), labels).tolist() == [3, 3, 3, 3]
     by_labels = Passes(steps=lambda labels: len(labels) // 4, rows=scattered(8))
     assert plan.steps_of(sizes, by_labels, labels).tolist() == [0, 0, 2, 2]
@@ -520,7 +520,7 @@ def test_own_rows_do_not_depend_on_the_cohort_and_have_a_generator_of_their_own(
 
     def visits(ids: list[int], seed: int = 0, round: int = 1, exchange: int = 0, **named: str) -> list[tuple[int, ...]]:
         """Of each client its rows, as its own examples."""
-        labels = lambda place: np.zeros([30, 30, 9][ids[place]], np.int32)  # noqa: E731
+        labels = lambda place: np.zeros([30, 30, 9][ids[place]], np.int32)  # noqa: E731 - one expression, named
         made = plan.make(np.array(ids), rows, offsets, passes, seed, round, 1, 3, exchange, labels=labels, **named)
         grid = by_segments(made, 3)[0]
         slots = [int(np.flatnonzero(made.member[0] == place)[0]) for place in range(len(ids))]

@@ -16,7 +16,7 @@ from fedsim import peft
 from fedsim.config import Config, Speed
 from fedsim.peft import precision
 from fedsim.peft.flops import equations
-from fedsim.simulation import build, tasks
+from fedsim.simulation import build, tasks, trainers
 
 CASES = [("vit_tiny", (16, 16, 3), kind) for kind in ("bias", "lora", "adapter", "prompt", "prefix", "ia3", "full")] + [
     ("bert_tiny", (8,), "lora+bias"),
@@ -96,7 +96,7 @@ def test_a_cached_prefix_is_that_of_the_precision(tmp_path: Path, blobs: Callabl
     kept = {}
     for kind in ("float32", "bfloat16"):
         shared = problem._replace(speed=Speed(cache="on", precision=kind, compilation_cache=False))
-        kept[kind] = build.trainer(shared, build.phases(config)[0]).engine
+        kept[kind] = trainers.trainer(shared, build.phases(config)[0]).engine
     assert [engine.shapes[0].dtype for engine in kept.values()] == [jnp.float32, jnp.bfloat16]
     assert set(problem.cache) == {("float32", 2), ("bfloat16", 2)}
 
@@ -107,7 +107,7 @@ def test_what_an_algorithm_writes_stays_float32() -> None:
     model = precision.computed(peft.build("vit_tiny", 3, peft="lora"), "bfloat16")
     trained, frozen = peft.start(model, "random", 0)
     algorithm = build.check(config)(tasks.task(config, model, trained, cached=False))
-    written = build.written(algorithm, frozen)
+    written = trainers.written(algorithm, frozen)
     assert written == {f.kernel for f in peft.factors(model)}
     held = precision.held(frozen, "bfloat16", written)
     server = algorithm.init(jax.random.key(0), held)

@@ -117,6 +117,19 @@ def test_a_round_in_which_nobody_reported(tmp_path: Path) -> None:
     assert record.rounds(tmp_path)[0]["loss"] is None
 
 
+def test_the_servers_own_training_is_no_clients_time(tmp_path: Path) -> None:
+    """4 s a round, 2 s of compiling in the first, 1 s of the server's: 5 s for 20 clients."""
+    written(tmp_path, 0)
+    for i in (1, 2):
+        record.append(tmp_path, line(i, server_seconds=1.0 if i == 2 else 0.0, server_flops=5e9))
+    found = ended(tmp_path)
+    assert (found["server_seconds"], found["server_flops"]) == (1.0, 1e10)
+    assert found["clients_per_second"] == 20 / 5 and found["seconds_in_rounds"] == 8
+    record.append(tmp_path, line(3, server_seconds="long"))
+    with pytest.raises(ValueError, match="server_seconds to be a number, not 'long'"):
+        record.rounds(tmp_path)
+
+
 def test_more_fields_are_kept(tmp_path: Path) -> None:
     record.append(tmp_path, line(1, epsilon=1.5))
     assert record.rounds(tmp_path)[0]["epsilon"] == 1.5

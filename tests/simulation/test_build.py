@@ -17,7 +17,7 @@ from fedsim.backbones.load import random
 from fedsim.config import Config, Speed
 from fedsim.core import Client
 from fedsim.engine import host
-from fedsim.simulation import build, needs, tasks
+from fedsim.simulation import build, needs, tasks, trainers
 from fedsim.training import features, optimizers
 
 
@@ -123,8 +123,8 @@ def test_backbones_without_a_checkpoint_start_at_random(tmp_path: Path, blobs: C
     assert needs.weights(config) == "random" and needs.weights(Config()) is None
     assert needs.weights(config.replace(weights="file.npz")) == "file.npz"
     problem = build.problem(config, Speed())
-    trained = build.trainer(problem, build.phases(config)[0]).start
-    again = build.trainer(problem, build.phases(config.replace(weights="random"))[0]).start
+    trained = trainers.trainer(problem, build.phases(config)[0]).start
+    again = trainers.trainer(problem, build.phases(config.replace(weights="random"))[0]).start
     assert all(np.array_equal(trained[k], again[k]) for k in trained) and len(trained) == 6
 
 
@@ -148,7 +148,7 @@ def test_the_tokenizer_lies_beside_the_weights(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "tokenizer.json").write_text("{}")
     config = Config(backbone="bert_base", weights=str(tmp_path))
     assert needs.tokenizer(config) == tmp_path / "tokenizer.json"
-    monkeypatch.setattr(needs.load, "hub", lambda name: tmp_path / name.rpartition("/")[2])
+    monkeypatch.setattr(needs.load, "hub", lambda name, fetch=True: tmp_path / name.rpartition("/")[2])
     (tmp_path / "model").mkdir()
     with pytest.raises(ValueError, match="to come with a tokenizer"):
         needs.tokenizer(config.replace(weights="owner/model"))
@@ -174,7 +174,7 @@ def test_local_tests_are_cut_from_what_clients_train_on(tmp_path: Path, blobs: C
         both = [cut.partition.client(i), cut.local_test.client(i)]
         assert np.array_equal(np.concatenate(both), whole.partition.client(i))
         assert len(both[1]) == round(len(whole.partition.client(i)) / 4) > 0
-    own, held = (build.trainer(p, build.phases(config)[0]).engine.rows for p in (cut, whole))
+    own, held = (trainers.trainer(p, build.phases(config)[0]).engine.rows for p in (cut, whole))
     assert set(own) == set(held) - set(cut.local_test.rows)
 
 
@@ -186,11 +186,11 @@ def test_features_equal_the_prefix_and_build_on_one_another(tmp_path: Path, blob
     model = build.split_model(config, problem.dataset)
     frozen = peft.start(model, "random", 0)[1]
     expected = np.asarray(model.prefix(frozen, problem.dataset.x))
-    np.testing.assert_allclose(build.features(problem, model, frozen), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(trainers.features(problem, model, frozen), expected, rtol=1e-5, atol=1e-6)
     two = problem._replace(cuts=(1, 2), cache={})
-    np.testing.assert_allclose(build.features(two, model, frozen), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(trainers.features(two, model, frozen), expected, rtol=1e-5, atol=1e-6)
     assert sorted(two.cache) == [("float32", 1), ("float32", 2)]
-    assert build.features(two, model, {}) is two.cache["float32", 2], "nothing is computed twice"
+    assert trainers.features(two, model, {}) is two.cache["float32", 2], "nothing is computed twice"
 
 
 def test_when_features_are_cached() -> None:
@@ -242,7 +242,7 @@ def test_the_engine_of_a_config_has_its_codecs_and_the_run_its_average(
         dataset=str(blobs(tmp_path)), backbone="mlp", clients=4, clients_per_round=2, min_size=3, peft="head",
         weighting="uniform", codec_up="bfloat16",
     )  # fmt: skip
-    trainer = build.trainer(build.problem(config, Speed(devices=1)), build.phases(config)[0])
+    trainer = trainers.trainer(build.problem(config, Speed(devices=1)), build.phases(config)[0])
     assert trainer.engine.up is not None and trainer.engine.down is None
     reply, key = wire.coded({"a": jnp.array([1 / 3], jnp.float32)}), jax.random.key(0)
     packet = wire.arrive(reply, trainer.engine.up, key, key)[0]["a"]
@@ -266,10 +266,10 @@ def test_phases_hand_on_what_was_trained(tmp_path: Path, blobs: Callable[..., Pa
     )
     problem = build.problem(config, Speed())
     head, rest = build.phases(config)
-    rates = [build.trainer(problem, phase).lr for phase in (head, rest)]
+    rates = [trainers.trainer(problem, phase).lr for phase in (head, rest)]
     np.testing.assert_allclose([rates[0](1), rates[0](2), rates[1](6)], [0.5, 0.45, 0.05], rtol=1e-6)
-    trained = {k: v + 1 for k, v in build.trainer(problem, head).start.items()}
-    start = build.trainer(problem, rest, trained).start
+    trained = {k: v + 1 for k, v in trainers.trainer(problem, head).start.items()}
+    start = trainers.trainer(problem, rest, trained).start
     assert set(trained) < set(start) and all(np.array_equal(start[k], trained[k]) for k in trained)
     backbone = random({k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in start.items()}, config.seed)
     assert all(np.array_equal(start[k], backbone[k]) for k in start if k not in trained)

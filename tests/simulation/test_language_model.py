@@ -15,7 +15,7 @@ import fedsim
 from fedsim import record
 from fedsim.config import Config, Speed
 from fedsim.report import tables
-from fedsim.simulation import build
+from fedsim.simulation import build, trainers
 
 SPEED = Speed(devices=1, lanes=2, checkpoint_every=2)
 PHRASES = ("the cat sat on the mat", "a dog ran in the park", "one bird flew to the tree")
@@ -83,10 +83,10 @@ def test_labels_are_spread_and_not_learned(config: Config) -> None:
     problem = build.problem(config.replace(alpha=0.05), SPEED)
     mixed = [len(set(problem.dataset.y[problem.partition.client(k)])) for k in range(6)]
     assert len(problem.dataset.classes) == 3 and min(mixed) < 3
-    task = build.trainer(problem, build.phases(config)[0]).task
+    task = trainers.trainer(problem, build.phases(config)[0]).task
     assert (task.classes, task.metric, task.larger) == (0, "perplexity", False)
     assert task.features is not None and task.blocks("blocks/1/mlp/up/kernel") == 1
-    found = task.features({}, task.init(None), problem.dataset.x[:3])  # pyrefly: ignore[bad-argument-type]
+    found = task.features({}, task.init(None), problem.dataset.x[:3])  # pyrefly: ignore[bad-argument-type] - no key is read
     assert found.shape == (*problem.dataset.x[:3].shape, 64)
 
 
@@ -180,3 +180,25 @@ def test_progress_names_the_metric(config: Config, tmp_path: Path, capsys: pytes
     assert "train and valid are the perplexity" in said and said.count("perplexity") == 2
     assert f"{perplexities(run)[0]:.1f}" in said
     assert json.loads((run.directory / record.SUMMARY).read_text())["metric"] == "perplexity"
+
+
+@pytest.mark.parametrize("kind", ["full", "last_k"])
+def test_a_loss_may_be_about_some_tokens_alone(config: Config, tmp_path: Path, kind: str) -> None:
+    """Texts and masks through the whole run, from kept features too: only what is asked is learned and scored."""
+    speed = Speed(devices=1, lanes=2, length_buckets=1)
+    problem = build.problem(config.replace(peft=kind, rounds=3), speed)
+    ids = problem.dataset.x
+    masked = {"ids": ids, "loss": (np.arange(ids.shape[1]) < 6) * np.ones(ids.shape, np.float32)}
+    run = fedsim.run(
+        problem.config, speed, out=tmp_path / "run", quiet=True,
+        problem=problem._replace(dataset=problem.dataset._replace(x=masked), cache={}),
+    )  # fmt: skip
+    plain = fedsim.run(problem.config, speed, out=tmp_path / "plain", quiet=True, problem=problem)
+    assert run.rounds[-1]["validation"]["loss"] < (run.summary or {})["start"]["validation"]["loss"]
+    model = trainers.trainer(problem, build.phases(problem.config)[0]).model
+    frozen = build.peft.start(model, "random", problem.config.seed)[1]
+    logits = np.asarray(model.apply(run.parameters, frozen, ids[problem.dataset.test]), np.float64)[:, :5]
+    now = ids[problem.dataset.test][:, 1:6]
+    losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, now[..., None], 2)[..., 0]
+    assert (run.summary or {})["final"]["test"]["loss"] == pytest.approx(losses[now > 0].mean(), rel=1e-4)
+    assert plain.parameters.keys() == run.parameters.keys() and plain.rounds[0]["loss"] != run.rounds[0]["loss"]

@@ -33,6 +33,13 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "head-first": {"peft": "bias", "head_rounds": 13, "head_lr": 0.01, "optimizer": "adam", "lr": 0.002},
     "memory": {"peft": "full", "optimizer": "sgd(momentum=0.9)", "lr": 0.01, "algorithm": "mine.py:fed_remembers"},
+    "server": {
+        "peft": "full",
+        "optimizer": "adam",
+        "lr": 0.002,
+        "algorithm": "serves.py:fed_tuned",
+        "server_share": 0.1,
+    },
 }
 EXPERIMENT = """
 import fedsim
@@ -76,6 +83,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str],
     folder = tmp_path_factory.mktemp("runs")
     blobs(folder)
     (folder / "mine.py").write_text(REMEMBERS)
+    shutil.copy(Path(__file__).parents[1] / "serves.py", folder)
     return Place(folder, environment)
 
 
@@ -123,7 +131,7 @@ def kill_at(place: Place, name: str, process: subprocess.Popen[str], when: str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["head-first", "memory"])
+@pytest.mark.parametrize("case", ["head-first", "memory", "server"])
 def test_killed_again_and_again(place: Place, uninterrupted: Callable[[str], record.Run], case: str) -> None:
     """kill -9 in the middle of rounds and of saves, whatever the moment; then on, until it is done."""
     reference, rng = uninterrupted(case), random.Random(case)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,12 +16,12 @@ import numpy as np
 import pytest
 
 import fedsim
-from fedsim import peft
+from fedsim import peft, record
 from fedsim.algorithms.fed_avg import fed_avg
 from fedsim.config import Config, Speed
 from fedsim.record import Run
 from fedsim.report import plots, tables
-from fedsim.simulation import build, simulate
+from fedsim.simulation import build, simulate, trainers
 from fedsim.testing import contract
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -133,12 +135,12 @@ def test_a_shared_problem_changes_no_result(done: Run, config: Config, run: Call
         assert without_times(run(config.replace(rounds=1), problem=problem)) == without_times(done)[:1]
 
 
-def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[build.Trainer, list[str]]]:
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[trainers.Trainer, list[str]]]:
     """Every trainer that a run makes, with what was asked of it in order."""
-    made: list[tuple[build.Trainer, list[str]]] = []
-    original = build.trainer
+    made: list[tuple[trainers.Trainer, list[str]]] = []
+    original = trainers.trainer
 
-    def trainer(*args: Any) -> build.Trainer:
+    def trainer(*args: Any) -> trainers.Trainer:
         real, calls = original(*args), []
 
         def noted(name: str) -> Callable[..., Any]:
@@ -186,6 +188,34 @@ def test_a_target_stops_the_run(config: Config, run: Callable[..., Run]) -> None
     seen = [line["validation"]["accuracy"] for line in result.rounds]
     assert result.summary["stopped"] == "target" and len(seen) < 50
     assert seen[-1] >= 0.8 and all(a < 0.8 for a in seen[:-1])
+
+
+def test_a_run_recorded_before_metrics_had_names_goes_on(
+    config: Config, run: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its options are `target_accuracy` and neither task nor metric, its summary names no metric; it means what it meant."""
+    whole = run(config.replace(rounds=4, target=0.999, lr=1e-3), dataclasses.replace(SPEED, checkpoint_every=2))
+    older = tmp_path / "older"
+    shutil.copytree(whole.directory, older)
+    about = json.loads((older / record.CONFIG).read_text())
+    about["config"]["target_accuracy"] = about["config"].pop("target")
+    del about["config"]["task"], about["config"]["metric"], about["checksum"]
+    (older / record.CONFIG).write_text(json.dumps(about))
+    summary = json.loads((older / record.SUMMARY).read_text())
+    del summary["metric"], summary["checksum"]
+    (older / record.SUMMARY).write_text(json.dumps(summary))
+
+    found = fedsim.load(older)
+    assert found.config == whole.config and found.summary is not None and found.summary["best"] == summary["best"]
+    compared = fedsim.compare(whole, found)
+    assert not compared["config"] and len(set(compared["results"]["test accuracy"])) == 1
+    tables.print_summary(found.summary)
+    assert f"{summary['final']['test']['accuracy']:.3f}" in capsys.readouterr().out
+    (older / record.SUMMARY).unlink()
+    shutil.rmtree(older / record.CHECKPOINTS / "4")
+    again = fedsim.run(resume=older, quiet=True)
+    assert without_times(again) == without_times(whole)
+    assert (again.summary or {})["best"] == summary["best"] and (again.summary or {})["metric"] == "accuracy"
 
 
 def test_patience_stops_the_run(config: Config, run: Callable[..., Run]) -> None:
@@ -310,7 +340,7 @@ def test_what_is_refused_leaves_no_folder(config: Config, tmp_path: Path) -> Non
 def test_a_shared_problem_takes_the_run_s_own_speed(
     config: Config, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, seen = build.trainer, []
+    made, seen = trainers.trainer, []
     monkeypatch.setattr(build, "trainer", lambda *args: seen.append(made(*args)) or seen[-1])
     run(config.replace(rounds=1), Speed(lanes=3, devices=1), problem=build.problem(config, Speed(lanes=2, devices=1)))
     assert [trainer.engine.lanes for trainer in seen] == [3]

@@ -13,7 +13,7 @@ from fedsim.config import Config, Speed
 from fedsim.core import Batch
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
-from fedsim.simulation import build, tasks
+from fedsim.simulation import build, tasks, trainers
 from fedsim.training import augment, features
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -102,7 +102,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.mark.slow
 def test_neither_lanes_nor_devices_change_what_is_drawn(config: Config) -> None:
     def after_a_round(config: Config, **speed: Any) -> np.ndarray:
-        t = build.trainer(build.problem(config, Speed(**speed)), build.phases(config)[0])
+        t = trainers.trainer(build.problem(config, Speed(**speed)), build.phases(config)[0])
         server = t.algorithm.init(jax.random.key(0), t.engine.held)
         cohort = Cohort(t.engine, np.arange(6), 1, Memory(t.algorithm.memory, t.engine.held), lr=config.lr)
         server, _ = t.algorithm.round(jax.random.key(0), t.engine.held, server, cohort)
@@ -115,7 +115,7 @@ def test_neither_lanes_nor_devices_change_what_is_drawn(config: Config) -> None:
 
 def test_training_alone_sees_changed_images(config: Config) -> None:
     plain = config.replace(augment=())
-    with_, without = (build.trainer(build.problem(c, Speed()), build.phases(c)[0]) for c in (config, plain))
+    with_, without = (trainers.trainer(build.problem(c, Speed()), build.phases(c)[0]) for c in (config, plain))
     assert with_.engine.x.dtype == np.uint8, "bytes stay bytes on the device"
     server = {name: with_.engine.put(value) for name, value in with_.start.items()}
     scores = [t.validate(t.algorithm.init(jax.random.key(0), t.engine.held)) for t in (with_, without)]

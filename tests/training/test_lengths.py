@@ -12,7 +12,7 @@ import pytest
 from fedsim import peft
 from fedsim.backbones import row
 from fedsim.config import Config, Speed
-from fedsim.simulation import build
+from fedsim.simulation import build, trainers
 from fedsim.training import features, lengths
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -118,7 +118,7 @@ def test_scores_equal_those_of_padded_texts(config: Config, cache: Literal["on",
     scores = {}
     for count in (4, 1):
         speed = Speed(length_buckets=count, cache=cache, devices=1, eval_batch=16)
-        trainer = build.trainer(build.problem(config, speed), build.phases(config)[0])
+        trainer = trainers.trainer(build.problem(config, speed), build.phases(config)[0])
         assert jax.tree.leaves(trainer.engine.x)[0].shape[1] == (32 if count > 1 else 40)
         scores[count] = trainer.test(trainer.algorithm.init(jax.random.key(0), trainer.engine.held))
     assert scores[4]["accuracy"] == scores[1]["accuracy"]

@@ -219,9 +219,10 @@ def table(costs: Sequence[Cost]) -> Table:
     made.add_column("less\nthan full", justify="right")
     for c in costs:
         said = [f"{k}={' '.join(v) if isinstance(v, tuple) else v}" for k, v in c.options.items()]
+        outputs = "tokens" if c.options.get("task") == "language_model" else "classes"
         codecs = [f"{way} {c}" for way, c in (("up", c.codec_up), ("down", c.codec_down)) if c != "none"]
         made.add_row(
-            "\n".join([c.backbone, c.peft, *said, f"{c.classes} classes", c.dtype, *codecs]),
+            "\n".join([c.backbone, c.peft, *said, f"{c.classes} {outputs}", c.dtype, *codecs]),
             f"{c.trainable_parameters:,}\n{c.share:.3%} of\n{c.total_parameters:,}",
             both(c.bytes_up, c.bytes_down),
             f"{both(c.round_bytes_up, c.round_bytes_down)}\n{c.clients_per_round} clients",

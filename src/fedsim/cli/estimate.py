@@ -13,11 +13,12 @@ from fedsim import peft
 from fedsim.backbones.load import draw
 from fedsim.config import Config, Speed
 from fedsim.core import Passes
+from fedsim.data.partition import holders
 from fedsim.engine import plan
 from fedsim.engine.host import tune_host
 from fedsim.peft import flops
 from fedsim.randomness import stream
-from fedsim.simulation import build, needs
+from fedsim.simulation import build, needs, trainers
 from fedsim.simulation.build import Phase, Problem
 from fedsim.simulation.rehearsal import rehearse
 from fedsim.training.features import use_cache
@@ -82,7 +83,7 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
         plan.make(ids, parts.rows, parts.offsets, passes, config.seed, round, devices, lanes, widths=widths)
         for round, ids in enumerate(cohorts, 1)
     ]
-    shape, dtype = build.example(problem)
+    shape, dtype = trainers.example(problem)
     return PhaseEstimate(
         phase=phase,
         trained=_count(model.trained),
@@ -134,6 +135,9 @@ def print_estimate(problem: Problem, found: list[PhaseEstimate], flops_per_secon
         f"{len(problem.dataset.test)} test examples, {len(problem.dataset.classes)} classes; "
         f"{config.clients} clients of {problem.partition.sizes.min()} to {problem.partition.sizes.max()}."
     )
+    held = holders(config, problem.dataset.train)
+    if len(held.clients) < len(problem.dataset.train):
+        print(f"The server holds {len(held.public)} of the training examples without labels, {len(held.shard)} with.")
     # Phases share what is cached: the deepest frozen prefix is computed once, the others on the way.
     once = len(problem.dataset.y) * max(e.prefix_flops for e in found) / flops_per_second
     total_bytes, total_seconds = 0.0, once

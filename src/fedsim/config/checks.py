@@ -39,6 +39,7 @@ def check(config: Config) -> None:
         )
     if not 0 < c.validation < 1:
         raise ValueError(f"Expected 0 < validation={c.validation} < 1; it is the share held out, e.g. 0.1.")
+    check_shares(c)
     check_scores(c)
     check_groups(c)
     for call in c.augment:
@@ -67,6 +68,24 @@ def check(config: Config) -> None:
     plan_fits(invited(c), c.steps or c.epochs, c.batch_size, "steps" if c.steps else "epochs")
     for name in ("algorithm", "optimizer", "lr_schedule", "server_optimizer", "server_lr_schedule"):
         parse_call(getattr(c, name), name)
+
+
+def check_shares(c: Config) -> None:
+    """Refuses shares of the server that are none, or that leave nothing to the clients.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    for name in ("public_share", "server_share"):
+        if not 0 <= getattr(c, name) < 1:
+            raise ValueError(
+                f"Expected 0 <= {name}={getattr(c, name)} < 1; it is the share of the training examples that the server holds, "
+                "e.g. 0.1."
+            )
+    if c.public_share + c.server_share >= 1:
+        raise ValueError(
+            f"Expected public_share={c.public_share} + server_share={c.server_share} < 1; the rest is the clients': lower them."
+        )
 
 
 def size_law(text: str) -> tuple[str, float]:

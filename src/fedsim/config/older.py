@@ -10,6 +10,8 @@ ADDED: dict[str, Any] = {
     "task": "classification",
     "metric": None,
     "groups": (),
+    "public_share": 0.0,
+    "server_share": 0.0,
 }  # options since then -> what a run without them did
 
 

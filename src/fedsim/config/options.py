@@ -50,6 +50,10 @@ class Data:
     """Share of the training examples held out for every choice (where the set has no validation split)."""
     examples: int | None = None
     """Keep only this many training examples, drawn by seed (default: all)."""
+    public_share: float = 0.0
+    """Share of the training examples that the server holds without their labels (`cohort.public`); no client has them."""
+    server_share: float = 0.0
+    """Share of the training examples that the server holds with their labels (`cohort.shard`); no client has them."""
     clients: int = 100
     """Number of clients N."""
     partition: PartitionLaw = "dirichlet"

@@ -16,7 +16,7 @@ from fedsim.config import Data
 from fedsim.data import assets
 from fedsim.data.dataset import Dataset, divide, unheld
 from fedsim.data.gate import printable
-from fedsim.data.partition import Partition, make, split_local
+from fedsim.data.partition import Partition, holders, make, split_local
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,7 +120,10 @@ def summary(options: Data, dataset: Dataset, partition: Partition) -> Table:
     sizes = partition.sizes
     classes = ", ".join(map(_short, dataset.classes[:8])) + (" ..." if len(dataset.classes) > 8 else "")
     table.add_row("kind", dataset.kind)
-    table.add_row("train", f"{len(dataset.train):,} examples, held by the clients")
+    held = holders(options, dataset.train)
+    table.add_row("train", f"{len(held.clients):,} examples, held by the clients")
+    if len(held.clients) < len(dataset.train):
+        table.add_row("", f"{len(held.public):,} without and {len(held.shard):,} with labels, held by the server")
     table.add_row("validation", f"{len(dataset.validation):,} examples, for every choice")
     table.add_row("test", f"{len(dataset.test):,} examples, read once at the end")
     table.add_row("classes", f"{len(dataset.classes)}: {classes}")
@@ -130,8 +133,8 @@ def summary(options: Data, dataset: Dataset, partition: Partition) -> Table:
     table.add_row("clients", f"{partition.clients:,}, {int((sizes == 0).sum()):,} of them empty")
     for key, values in dataset.natural.items():
         table.add_row(f"natural key {key}", _values(values[dataset.train]))
-    if len(partition.rows) < len(dataset.train):
-        left_out = len(dataset.train) - len(partition.rows)
+    if len(partition.rows) < len(held.clients):
+        left_out = len(held.clients) - len(partition.rows)
         table.add_row(
             "left out", f"{left_out:,} training examples of {options.partition} clients that are not among these"
         )
@@ -139,8 +142,10 @@ def summary(options: Data, dataset: Dataset, partition: Partition) -> Table:
     _, local_test = split_local(partition, options.local_test)
     if local_test is not None:
         table.add_row("of them held out", f"{_spread(local_test.sizes)} (local_test={options.local_test:g})")
-    held = classes_held(dataset, partition)
-    table.add_row("classes a client", f"fewest {held.min()}, median {np.median(held):g}, most {held.max()}")
+    classes_of = classes_held(dataset, partition)
+    table.add_row(
+        "classes a client", f"fewest {classes_of.min()}, median {np.median(classes_of):g}, most {classes_of.max()}"
+    )
     table.add_row("licence", printable(dataset.licence))
     return table
 

@@ -90,13 +90,12 @@ class Cohort:
         self.sizes[self.places] = engine.offsets[real + 1] - engine.offsets[real]
         self.conditions = conditions or network.reliable(self.ids)
         self.present = self.conditions.present
-        self.reports = (
-            self.present
-        )  # (M,) bool: still in the round; whoever does not report in an exchange is out of it
+        self.reports = self.present  # (M,) bool: still in the round; who does not report in an exchange is out of it
         self.last = np.zeros(len(self.ids), np.int64)
         if met is not None:
             self.last[self.places] = met[real]
         self.done: list[Exchanged] = []
+        self.read: set[str] = set()  # options whose examples of the server the algorithm has read
         self.stores = stores or memory
         self.outbox, self.coded_up, self.averages = Outbox(), False, 0
         self._rows: tuple[np.ndarray, Tree] | None = None  # members by slot, and their memory on the devices
@@ -105,6 +104,18 @@ class Cohort:
     def population(self) -> int:
         """Number of clients N."""
         return self.engine.population
+
+    @property
+    def public(self) -> Tree:
+        """x (n, ...) of the examples that the server holds without labels, whole on every device; None for none."""
+        self.read.add("public_share")
+        return self.engine.public
+
+    @property
+    def shard(self) -> Any:
+        """(x, y) of the examples that the server holds with labels, whole on every device; None for none."""
+        self.read.add("server_share")
+        return self.engine.shard
 
     def rng(self, purpose: str) -> np.random.Generator:
         """A generator on the host, of (seed, round, purpose)."""
@@ -339,12 +350,12 @@ class Cohort:
 
     def _coding(self, programs: Programs, local: Local, turn: int) -> Memory | None:
         """Where clients keep the codec's state for exchanges like this one."""
-        engine, shapes = self.engine, self.engine.coding_shapes(programs.reply)
-        if not jax.tree.leaves(shapes):
+        engine, codec = self.engine, self.engine.up
+        if codec is None or not jax.tree.leaves(engine.coding_shapes(programs.reply)):
             return None
         changes = programs.reply.changes
         name = "-".join(filter(None, ("codec", engine.name(local).replace("/", "-"), str(turn))))
-        return self.stores.store(name, lambda key, held: engine.up.init(key, changes), ())
+        return self.stores.store(name, lambda key, held: codec.init(key, changes), ())
 
     def _by_slot(self, plan: planning.Plan, leaf: Any) -> Any:
         return leaf[np.minimum(plan.member, max(len(self.ids) - 1, 0))]

@@ -31,6 +31,7 @@ class GroupedCohort:
 
     def __init__(self, engine: Lanes, round: int, groups: Mapping[str, Cohort]) -> None:
         self.engine, self.round, self.groups = engine, round, groups
+        self.own_read: set[str] = set()
         self.ids = self._joined("ids")
         self.sizes, self.last = self._joined("sizes"), self._joined("last")
 
@@ -66,7 +67,7 @@ class GroupedCohort:
     def conditions(self) -> network.Conditions:
         """What the clients meet, all groups' in a row."""
         each = [cohort.conditions for cohort in self.groups.values()]
-        columns = {
+        columns: dict[str, Any] = {
             name: np.concatenate([getattr(c, name) for c in each])
             for name in each[0]._fields
             if isinstance(getattr(each[0], name), np.ndarray)
@@ -74,6 +75,25 @@ class GroupedCohort:
         return each[0]._replace(
             **columns, wanted=sum(c.wanted for c in each), unavailable=sum(c.unavailable for c in each)
         )
+
+    @property
+    def read(self) -> set[str]:
+        """Options whose examples of the server the algorithm has read."""
+        return self.own_read.union(*(cohort.read for cohort in self.groups.values()))
+
+    @property
+    def public(self) -> dict[str, Tree] | None:
+        """As `Cohort.public`, by group, the server's own model included."""
+        self.own_read.add("public_share")
+        x = self.engine.public
+        return None if x is None else dict.fromkeys(self.engine.held, x)
+
+    @property
+    def shard(self) -> dict[str, Any] | None:
+        """As `Cohort.shard`, by group, the server's own model included."""
+        self.own_read.add("server_share")
+        pair = self.engine.shard
+        return None if pair is None else dict.fromkeys(self.engine.held, pair)
 
     def rng(self, purpose: str) -> np.random.Generator:
         """A generator on the host, of (seed, round, purpose)."""

@@ -32,11 +32,12 @@ from fedsim.engine.packing import Labels
 from fedsim.engine.programs import Programs, make_programs
 from fedsim.engine.replies import Reply, reply_bytes, reply_shapes, split_message, takes_rows
 from fedsim.engine.state import Clock, Parts, Slots
-from fedsim.folds import stack, uniform
+from fedsim.folds import stack
 
 PREFETCH_BYTES = 256 * 2**20  # of batches that a segment may hold on a device at once
 RESIDENT_SHARE = 0.4  # of a device's memory that the examples may take; larger sets stay on the host
 MEMORY_SHARE = 0.8  # of a device's free memory that "auto" lets the program take; the rest is for fragments
+SPOKEN = stack(lambda client, reply: jnp.ones((), jnp.float32))  # every reply that came, whatever a fold weighs it by
 
 
 class Request(NamedTuple):
@@ -74,6 +75,8 @@ class Lanes:
         may_refuse: whether a program that should not fit by its own analysis is an error; else it is tried.
         up, down: codecs of replies and messages; None for none.
         group: its name, where several engines are one cohort's: no two draw the same.
+        public, shard: rows of the examples that the server holds, without and with labels; they are put whole on every
+            device, whether the others are or not.
     """
 
     def __init__(
@@ -95,6 +98,8 @@ class Lanes:
         up: wire.Codec | None = None,
         down: wire.Codec | None = None,
         group: str = "",
+        public: np.ndarray | None = None,
+        shard: np.ndarray | None = None,
     ) -> None:
         self.devices = processes.devices(devices)
         self.own = [d for d in self.devices if d.process_index == jax.process_index()]
@@ -109,6 +114,7 @@ class Lanes:
         self.held, self.root = self.keep((held, jax.random.key(seed)))
         self.x, self.y = x, np.asarray(y, np.int32)
         self.labels = self.y  # on the host, for plans that read them
+        self.public, self.shard = self._of_server(x, public), self._of_server((x, self.y), shard)
         size = sum(wire.array_bytes(leaf) for leaf in jax.tree.leaves(x))
         self.row_bytes = size // max(len(self.y), 1)
         self.resident = resident == "on" or (
@@ -132,6 +138,12 @@ class Lanes:
         if self.resident:
             return self._gather(self.x, self.y, self.split(rows))
         return processes.put_rows((self.x, self.y), rows, self.apart)
+
+    def _of_server(self, tree: Tree, rows: np.ndarray | None) -> Tree:
+        """These rows whole on every device; None for none."""
+        if rows is None or not len(rows):
+            return None
+        return self.keep(jax.tree.map(lambda leaf: leaf[rows], tree))
 
     @property
     def shapes(self) -> tuple[Tree, Any]:
@@ -250,7 +262,7 @@ class Lanes:
         _, _, (structure, own) = split_message(request.message)
         fold = request.reduce if request.into else None  # peers keep their replies until all are there
         parts = Parts(
-            reduce=stack(uniform) if fold else request.reduce, members=members, lanes=lanes, widths=widths, reply=reply,
+            reduce=SPOKEN if fold else request.reduce, members=members, lanes=lanes, widths=widths, reply=reply,
             local=request.local, averages=request.averages, init_memory=request.init_memory, codec=self.up,
             name=self.name(request.local), message=structure, own=own,
         )  # fmt: skip
@@ -271,8 +283,11 @@ class Lanes:
         """Compiles the segment ahead of its first call; what it takes on a device, by XLA's own analysis."""
         common, (x, y, at, trip) = self._arguments(programs, request, members)
         state = self._apart(jax.eval_shape(programs.begin, *common, x, y, at))
-        held = sum(wire.array_bytes(leaf) for leaf in jax.tree.leaves(self.held))
-        there = held + self.resident * self.row_bytes * len(self.y)
+        held, servers = (
+            sum(wire.array_bytes(leaf) for leaf in jax.tree.leaves(tree))
+            for tree in (self.held, (self.public, self.shard))
+        )
+        there = held + servers + self.resident * self.row_bytes * len(self.y)
         try:
             segment = programs.segment.lower(*common, state, x, y, at, trip).compile()
         except jax.errors.JaxRuntimeError as error:

@@ -37,7 +37,7 @@ from fedsim.engine.state import (
     where_lane,
 )
 
-FINISHING = 8  # lanes whose clients finish together, at least; and an eighth of all, see `folded`
+FINISHING: int = 8  # lanes whose clients finish together, at least; and an eighth of all, see `folded`
 
 
 class Spread(Protocol):
@@ -170,13 +170,15 @@ def hear(
     """The state after every client has heard its peers; mixed (S, ...). The fold is that of what they heard."""
     given = Given(held, shared, own, slots, clock, root, args)
     clients, _ = in_lanes(parts, given, state.memory, jnp.arange(slots.id.shape[0]))
-    weights = state.total.weight  # of the replies that counted; the others keep what they had
-    memory = where_lane(weights > 0, jax.vmap(into)(state.memory, mixed, clients), state.memory)
+    spoke = state.total.weight > 0  # whose reply counted; the others keep what they had
+    memory = where_lane(spoke, jax.vmap(into)(state.memory, mixed, clients), state.memory)
     total = parts.reduce.zero(parts.reply.values, slots.id.shape[0] if parts.reduce.rows else parts.members)
-    mixed = where_lane(weights > 0, mixed, jax.tree.map(jnp.zeros_like, mixed))
+    mixed = where_lane(spoke, mixed, jax.tree.map(jnp.zeros_like, mixed))
+    weights = jnp.where(spoke, jax.vmap(parts.reduce.weight)(clients, mixed), 0.0)
     place = jnp.arange(slots.id.shape[0]) if parts.reduce.rows else slots.member
-    place = jnp.where(weights > 0, place, parts.members)
-    return state._replace(memory=memory, total=parts.reduce.add(total, mixed, weights, place, args))
+    place = jnp.where(spoke, place, max(slots.id.shape[0], parts.members))
+    total = parts.reduce.add(total, mixed, weights, place, args)
+    return state._replace(memory=memory, total=total, weight=weights.sum())
 
 
 def end(parts: Parts, state: State, member: Array, args: Tree, key: Array) -> tuple[Tree, Info, Tree]:

@@ -87,6 +87,11 @@ def products(fn: Callable[..., Any], *shapes: Any) -> tuple[float, float]:
     return kept / EXAMPLES, summed / EXAMPLES
 
 
+def all_products(jaxpr: core.Jaxpr) -> float:
+    """FLOPs of all products of a program, on whatever they compute; a loop of known length counts every turn."""
+    return float(sum(times * _product(eqn) for eqn, times in equations(jaxpr)))
+
+
 def equations(jaxpr: core.Jaxpr) -> Iterator[tuple[core.JaxprEqn, int]]:
     """Every product of a program and of those inside it, and how often it runs; a `while` counts as one turn."""
     return ((eqn, times) for eqn, times in all_equations(jaxpr) if eqn.primitive.name in PRODUCTS)

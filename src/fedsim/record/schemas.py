@@ -41,6 +41,7 @@ ABOUT: Shape = {
     "files?": {str: FILE},
     "versions?": {str: str},
     "git?": (None, {"commit": str}),
+    "server_examples?": {"public": int, "shard": int},
     "device?": {"platform": str, "kind": str, "count": int},
     **dict.fromkeys(("config_hash?", "started?", "python?", "platform?"), str),
 }
@@ -64,6 +65,8 @@ LINE: Shape = {
     "simulated?": (None, SIMULATED),
     "metrics?": {str: MAYBE},
     "bitwise?": bool,
+    "server_seconds?": float,
+    "server_flops?": float,
 }
 
 TESTED = {

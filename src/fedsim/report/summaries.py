@@ -41,7 +41,7 @@ def summary(
         full.get("setup_bytes", 0),
     )
     best = best_of(lines, metric)
-    steady = _sum(lines, "seconds") - _sum(lines, "compile_seconds")
+    steady = clients_seconds(lines)
     return plain(
         {
             "schema": SCHEMA,
@@ -63,6 +63,7 @@ def summary(
             "seconds": seconds,
             "seconds_in_rounds": _sum(lines, "seconds"),
             "compile_seconds": _sum(lines, "compile_seconds"),
+            **{name: _of_server(lines, name) for name in ("server_seconds", "server_flops")},
             "clients_per_second": _sum(lines, "clients") / steady if steady > 0 else None,
             "examples_per_second": _sum(lines, "examples") / steady if steady > 0 else None,
         }
@@ -105,6 +106,11 @@ def simulated(lines: Sequence[Round]) -> dict[str, Any] | None:
     return {**counts, "empty_rounds": empty, "seconds": seen[-1]["total_seconds"]}
 
 
+def clients_seconds(lines: Sequence[Round]) -> float:
+    """Seconds of the rounds without compiling and without the server's own training."""
+    return _sum(lines, "seconds") - _sum(lines, "compile_seconds") - _of_server(lines, "server_seconds")
+
+
 def totals(up: int, down: int, setup: int) -> dict[str, int]:
     """Bytes of a run: both ways, their sum, the one-off set-up, and the sum with it."""
     return {"up": up, "down": down, "total": up + down, "setup": setup, "with_setup": up + down + setup}
@@ -112,3 +118,7 @@ def totals(up: int, down: int, setup: int) -> dict[str, int]:
 
 def _sum(lines: Sequence[Round], name: str) -> Any:
     return sum(line[name] for line in lines)
+
+
+def _of_server(lines: Sequence[Round], name: str) -> float:
+    return sum(line.get(name, 0.0) for line in lines)  # earlier versions wrote none

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-from fedsim.report.summaries import _sum, best_of, has_diverged, judge
+from fedsim.report.summaries import _sum, best_of, clients_seconds, has_diverged, judge
 from fedsim.units import duration, exact_size, share, size, times, words
 
 Compared = dict[str, dict[str, tuple[Any, ...]]]  # part -> name -> the value of each run
@@ -258,7 +258,7 @@ def results(run: Run) -> dict[str, Any]:
     done = run.summary or {}
     final = done.get("final", {})
     up, down, setup = (_sum(lines, k) for k in ("bytes_up", "bytes_down", "setup_bytes"))
-    steady = _sum(lines, "seconds") - _sum(lines, "compile_seconds")
+    steady = clients_seconds(lines)
     return {
         "rounds": len(lines),
         f"validation {metric}": (final.get("validation") or (seen[-1] if seen else {})).get(metric),

@@ -12,6 +12,7 @@ import jax
 from fedsim import record
 from fedsim.backbones.own import identity as backbone_hash
 from fedsim.config import Config, Speed
+from fedsim.data import partition
 from fedsim.engine import processes
 from fedsim.simulation import inputs, needs
 from fedsim.simulation.build import Problem
@@ -41,6 +42,7 @@ def facts(config: Config, speed: Speed, problem: Problem, read: str) -> dict[str
     """
     shape = list(jax.tree.leaves(problem.dataset.x)[0].shape[1:])
     own = backbone_hash(config.backbone)
+    held = partition.holders(config, problem.dataset.train)
     return {
         "classes": list(problem.dataset.classes),
         "input_shape": shape,
@@ -48,4 +50,5 @@ def facts(config: Config, speed: Speed, problem: Problem, read: str) -> dict[str
         "identity": record.checksum([config.hash(), dataclasses.asdict(speed), read]),
         "files": inputs.files(config),
         **({"backbone_hash": own} if own else {}),
+        "server_examples": {"public": len(held.public), "shard": len(held.shard)},
     }

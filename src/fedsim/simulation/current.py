@@ -12,9 +12,10 @@ from fedsim.engine import peaks, processes
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.keys import key_for
 from fedsim.record.checkpoint import KEEP
-from fedsim.simulation import build, personal
-from fedsim.simulation.build import Phase, Problem, Trainer
+from fedsim.simulation import personal, trainers
+from fedsim.simulation.build import Phase, Problem
 from fedsim.simulation.rounds import Cost
+from fedsim.simulation.trainers import Trainer
 
 
 class Current(NamedTuple):
@@ -47,12 +48,12 @@ def prepare(
     Args:
         overlay: what the phase before has trained, by path.
     """
-    trainer = build.trainer(problem, phase, overlay)
+    trainer = trainers.trainer(problem, phase, overlay)
     engine = trainer.engine
     server = engine.put(trainer.algorithm.init(key_for(engine.root, "init"), engine.held))
     cost = Cost(
-        flops=build.example_flops(problem, trainer),
-        setup=build.setup_bytes(trainer),
+        flops=trainers.example_flops(problem, trainer),
+        setup=trainers.setup_bytes(trainer),
         peak=peak(trainer, problem.speed),
     )
     # Of several processes the first one has the folder; the others keep the same rows in main memory.

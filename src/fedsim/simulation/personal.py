@@ -27,7 +27,8 @@ from fedsim.evaluation import metrics
 from fedsim.evaluation.evaluate import Score
 from fedsim.folds import stack
 from fedsim.randomness import stream
-from fedsim.simulation.build import Problem, Trainer
+from fedsim.simulation.build import Problem
+from fedsim.simulation.trainers import Trainer
 
 KINDS = ("global", "memory", "tuned")
 SUMS = stack(lambda client, reply: jnp.ones(client.n.shape))

@@ -1,4 +1,7 @@
-"""A round without training: what it sends and needs. The algorithm runs; its programs are compiled, and answer with ones."""
+"""A round without training: what it sends and needs. The algorithm runs; its programs are compiled, and answer with ones.
+
+The server's own training is traced, and gives back what it got.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,11 @@ from fedsim.engine.lanes import MEMORY_SHARE, Lanes, Request
 from fedsim.engine.programs import Programs
 from fedsim.engine.state import State
 from fedsim.peft.flops import all_equations
-from fedsim.simulation import build
+from fedsim.simulation import build, trainers
 from fedsim.simulation.build import Phase, Problem
 from fedsim.training import lengths
 from fedsim.training.features import use_cache
+from fedsim.training.server import watched
 from fedsim.wire import array_bytes
 
 LONG = 1000  # examples whose frozen features take longer than tracing and compiling a phase's programs once more
@@ -55,7 +59,9 @@ def rehearse(problem: Problem, phase: Phase, ids: np.ndarray) -> Rehearsal:
     Raises:
         ValueError: lanes that were asked for and do not fit into the memory; see `device_memory.refuse_too_large`.
     """
-    trainer = build.trainer(stand_in(problem, phase, lambda count, shape, dtype: zeros((count, *shape), dtype)), phase)
+    trainer = trainers.trainer(
+        stand_in(problem, phase, lambda count, shape, dtype: zeros((count, *shape), dtype)), phase
+    )
     engine, algorithm = trainer.engine, trainer.algorithm
     asked = answer_ones(engine)
     server = engine.put(algorithm.init(key_for(engine.root, "init"), engine.held))
@@ -67,14 +73,15 @@ def rehearse(problem: Problem, phase: Phase, ids: np.ndarray) -> Rehearsal:
             engine, ids, round, memory, met=met, lr=trainer.lr(round),
             average=trainer.average, averaging=averaging, releases=algorithm.releases,
         )  # fmt: skip
-        server, _ = algorithm.round(key_for(engine.root, "server", round), engine.held, server, cohort)
+        with watched(trains=False):
+            server, _ = algorithm.round(key_for(engine.root, "server", round), engine.held, server, cohort)
         cohort.settle()
         averaging = cohort.averaging
         met[ids] = round
         down = sum(sum(exchange.down.values()) for exchange in cohort.done) / max(len(cohort.places), 1)
     up = sum(exchange.up for exchange in asked)
     return Rehearsal(
-        down, up, sum(build.setup_bytes(trainer).values()), int(engine.lanes), asked[0].widths, engine.need
+        down, up, sum(trainers.setup_bytes(trainer).values()), int(engine.lanes), asked[0].widths, engine.need
     )
 
 
@@ -120,7 +127,7 @@ def answer_ones(engine: Lanes) -> list[Asked]:
 
         return real._replace(begin=begin, segment=lambda *args: args[7], end=end)
 
-    engine.programs = programs  # pyrefly: ignore[bad-assignment]
+    engine.programs = programs  # pyrefly: ignore[bad-assignment] - this engine answers with ones
     return asked
 
 

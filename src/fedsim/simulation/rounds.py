@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedsim import network
-from fedsim.config import Config, Evaluation, is_better, is_reached, metric_of
+from fedsim.config import Config, Data, Evaluation, is_better, is_reached, metric_of
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.groups import GroupedCohort
 from fedsim.evaluation.metrics import of_training
@@ -59,11 +59,12 @@ class Times(NamedTuple):
 
     seconds: float
     compiling: float  # of these
+    server: float = 0.0  # of these, in the server's own training, without compiling
 
     @property
     def steady(self) -> float:
-        """Seconds without compiling, above 0."""
-        return max(self.seconds - self.compiling, 1e-9)
+        """Seconds of the clients without compiling, above 0."""
+        return max(self.seconds - self.compiling - self.server, 1e-9)
 
 
 def measured(cohort: Cohort | GroupedCohort, simulated_before: float) -> Measured:
@@ -91,6 +92,12 @@ def measured(cohort: Cohort | GroupedCohort, simulated_before: float) -> Measure
         peers=cohort.peers(),
         simulated=network.figures(cohort.conditions, cohort.outcomes(), simulated_before),
     )
+
+
+def unread(options: Data, cohort: Cohort | GroupedCohort) -> list[str]:
+    """Shares of the server, as `server_share=0.1`, that the algorithm did not look at."""
+    given = {name: getattr(options, name) for name in ("public_share", "server_share")}
+    return [f"{name}={share}" for name, share in given.items() if share and name not in cohort.read]
 
 
 def after(stand: Standing, did: Measured) -> Standing:
@@ -138,6 +145,7 @@ def round_line(
     simulates: bool,
     most_memory: int,
     task: str = "classification",
+    server_flops: float = 0.0,
 ) -> dict[str, Any]:
     """The round's line of `rounds.jsonl`; `docs/record.md` has every field.
 
@@ -149,6 +157,7 @@ def round_line(
         simulates: clients may be absent or take time.
         most_memory: bytes of the device's memory that were in use at most so far.
         task: of the config.
+        server_flops: of the server's own training.
     """
     trained = of_training(task, metrics)
     rate = did.examples * cost.flops.total / took.steady
@@ -172,9 +181,11 @@ def round_line(
         "examples": did.examples,
         "seconds": took.seconds,
         "compile_seconds": took.compiling,
+        "server_seconds": took.server,
         "clients_per_second": did.clients / took.steady,
         "examples_per_second": did.examples / took.steady,
         "flops": did.examples * cost.flops.total,
+        "server_flops": server_flops,
         "flops_per_second": rate,
         "mfu": None if cost.peak is None else rate / cost.peak,
         "lane_occupancy": did.occupancy[0],

@@ -1,6 +1,6 @@
 """Which client owns which rows: pure functions from rows, labels or keys and a seed to index arrays (docs/partitions.md).
 
-Begin with `index.py`, the type; `labels.py`, `sizes.py` and `keys.py` hold the laws.
+Begin with `index.py`, the type; `labels.py`, `sizes.py` and `keys.py` hold the laws. `server.py` is what the server holds.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from fedsim.data.gate import require_memory
 from fedsim.data.partition.index import Partition, split_local
 from fedsim.data.partition.keys import domain, natural
 from fedsim.data.partition.labels import dirichlet, dirichlet_balanced, dirichlet_pfllib, shards
+from fedsim.data.partition.server import Holders, held_apart, holders
 from fedsim.data.partition.sizes import iid, quantity
 
 __all__ = [
+    "Holders",
     "Partition",
     "dirichlet",
     "dirichlet_balanced",
     "dirichlet_pfllib",
     "domain",
+    "held_apart",
+    "holders",
     "iid",
     "make",
     "natural",
@@ -33,11 +37,35 @@ __all__ = [
 def make(options: Data, dataset: Dataset) -> Partition:
     """The partition of the training rows that the config asks for; its local test sets are not cut off yet.
 
+    What the server holds (`holders`) belongs to no client.
+
     Raises:
         ValueError: a natural key that the set has not, a client that would have fewer examples than `min_size`, or what
             the law itself cannot do.
     """
-    c, rows = options, dataset.train
+    rows, all_rows = holders(options, dataset.train).clients, dataset.train
+    try:
+        return _by_law(options, dataset, rows)
+    except ValueError as error:
+        if len(rows) < len(all_rows) and _can(options, dataset, all_rows):
+            raise ValueError(
+                f"{error} The server holds {len(all_rows) - len(rows)} of {len(all_rows)} training examples: lower "
+                f"public_share={options.public_share} or server_share={options.server_share}."
+            ) from None
+        raise
+
+
+def _can(options: Data, dataset: Dataset, rows: np.ndarray) -> bool:
+    """Whether the law has a partition of these rows."""
+    try:
+        _by_law(options, dataset, rows)
+    except ValueError:
+        return False
+    return True
+
+
+def _by_law(c: Data, dataset: Dataset, rows: np.ndarray) -> Partition:
+    """The partition of these rows that the law makes; raises `ValueError` as `make`."""
     labels = dataset.y[rows]
     if c.clients > len(rows) and c.min_size > 0 and c.partition != "natural":
         raise ValueError(
