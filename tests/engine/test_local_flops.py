@@ -56,7 +56,7 @@ def compiled() -> Iterator[list[str]]:
     from jax._src import monitoring
 
     seen: list[str] = []
-    listen = lambda event, seconds, **more: seen.append(event) if "backend_compile" in event else None  # noqa: E731
+    listen = lambda event, seconds, **more: seen.append(event) if "backend_compile" in event else None  # noqa: E731 - one expression, named
     monitoring.register_event_duration_secs_listener(listen)
     yield seen
     monitoring.unregister_event_duration_listener(listen)

@@ -246,7 +246,7 @@ def remembering(tmp_path_factory: pytest.TempPathFactory, blobs: Callable[..., P
         dataset=str(blobs(folder)), backbone="mlp", peft="full", clients=5, clients_per_round=3, rounds=3,
         optimizer="sgd", lr=0.05, min_size=6, algorithm=f"{folder / 'mine.py'}:fed_remembers",
     )  # fmt: skip
-    return tuple(fedsim.run(config.replace(seed=s), SPEED, out=folder / str(s), quiet=True) for s in (0, 1))  # type: ignore[return-value]
+    return tuple(fedsim.run(config.replace(seed=s), SPEED, out=folder / str(s), quiet=True) for s in (0, 1))  # type: ignore[return-value]  # two of them
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def test_weights_that_change_after_the_start(tmp_path: Path, monkeypatch: pytest
     file = tmp_path / "w" / "model.safetensors"
     save_file({k: v + np.float32(0.3) for k, v in load_file(file).items()}, file)
     other = inputs.file_sha256(file)
-    words = rf"Expected sha256={other[:16]} of .*w, the weights of .*run, to be {known['sha256'][:16]}, .*bring the old file back"
+    words = rf"Expected sha256={other[:16]} of .*w, the weights of .*run, to be {known['sha256'][:16]}, .*bring the old one back"
     with pytest.raises(ValueError, match=words):
         fedsim.load(tmp_path / "run").predict(x[:4])
     cut_back(tmp_path / "run")
@@ -146,7 +146,7 @@ def test_code_at_another_place_or_changed_is_not_run_unasked(
     assert "executed" not in capsys.readouterr().out
     assert len(fedsim.load(place / "run", trust_code=True).predict(X)) == 8
     cut_back(place / "run")
-    with pytest.raises(ValueError, match="bring the old file back, or start a new run"):
+    with pytest.raises(ValueError, match="bring the old one back, or start a new run"):
         fedsim.run(resume=place / "run", quiet=True, trust_code=True)
     (away / "mine.py").unlink()
     with pytest.raises(ValueError, match=r"to be .*away/mine\.py or .*home/mine\.py, sha256=.*neither is there"):
@@ -176,3 +176,93 @@ def test_changed_data_are_refused_before_the_first_checkpoint_too(place: Path, b
     blobs(place, rows=90, seed=4)
     with pytest.raises(ValueError, match=r"Expected sha256=\w+ of blobs\.npz|of .*blobs\.npz, the dataset of"):
         fedsim.run(resume=place / "run", quiet=True)
+
+
+def stopped(config: Config, out: Path) -> None:
+    """A run of the set as after a kill before the last round's checkpoint."""
+    fedsim.run(config, SPEED, out=out, quiet=True)
+    cut_back(out)
+
+
+def refused(out: Path, copy: Path) -> str:
+    """What a resume of a copy of the stopped run is refused with."""
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(out, copy)
+    with pytest.raises(
+        ValueError, match=r"Expected sha256=\w{16} of .*, the dataset of .*, to be \w{16}, as when"
+    ) as error:
+        fedsim.run(resume=copy, quiet=True)
+    return str(error.value)
+
+
+def test_a_folder_of_images_is_known_by_names_and_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for i in range(48):
+        file = tmp_path / "set" / ("cat", "dog")[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).save(file)
+    config = Config(
+        dataset="set", backbone="mlp", peft="head", rounds=2, clients=3, clients_per_round=2, min_size=1, head_rounds=0
+    )
+    out = tmp_path / "run"
+    stopped(config, out)
+    assert len(fedsim.load(out).about["files"]["dataset"]["sha256"]) == 64
+    image = tmp_path / "set" / "cat" / "0.png"
+    before = image.read_bytes()
+    image.write_bytes(before + b"\0")  # decodes to the same pixels; who wants the same bits keeps the same files
+    assert "set, the dataset" in refused(out, tmp_path / "copy")
+    image.rename(image.with_name("zero.png"))
+    (image.with_name("zero.png")).write_bytes(before)
+    refused(out, tmp_path / "copy")
+    image.with_name("zero.png").rename(image)
+    (tmp_path / "set" / "cow").mkdir()
+    refused(out, tmp_path / "copy")
+    (tmp_path / "set" / "cow").rmdir()
+    (tmp_path / "set" / "cat" / "notes.txt").write_text("not read")
+
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")  # found from anywhere, by the recorded path and by the typed one
+    shutil.copytree(out, tmp_path / "copied")
+    assert fedsim.run(resume=tmp_path / "copied", quiet=True).summary is not None
+    (tmp_path / "set").rename(tmp_path / "away" / "set")
+    assert fedsim.run(resume=out, quiet=True).summary is not None
+
+
+def test_a_prepared_set_is_known_by_its_files(tmp_path: Path) -> None:
+    fixtures = Path(__file__).parents[1] / "fixtures" / "data"
+    shutil.copytree(fixtures, tmp_path / "sets")
+    config = Config(
+        dataset="tfds:fedsim_quadrants", data_dir=str(tmp_path / "sets"), backbone="mlp", peft="head", rounds=2, clients=3,
+        clients_per_round=2, min_size=1, head_rounds=0,
+    )  # fmt: skip
+    out = tmp_path / "run"
+    stopped(config, out)
+    known = fedsim.load(out).about["files"]
+    assert len(known["dataset"]["sha256"]) == 64 and known["data_dir"] == {"path": str(tmp_path / "sets")}
+    info = next((tmp_path / "sets").rglob("dataset_info.json"))
+    before = info.read_text()
+    info.write_text(before.replace('"description": "', '"description": "another ', 1))
+    assert info.read_text() != before
+    assert "tfds:fedsim_quadrants, the dataset" in refused(out, tmp_path / "copy")
+    info.write_text(before)
+    assert fedsim.run(resume=out, quiet=True).summary is not None
+
+
+def test_many_files_are_hashed_once_and_by_name(tmp_path: Path) -> None:
+    from fedsim.digests import files_sha256
+
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "c").mkdir()
+    files = {name: tmp_path / name for name in ("b", "a", "c")}
+    told: list[tuple[int, int]] = []
+    first = files_sha256(files, lambda done, of: told.append((done, of)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert files_sha256(dict(reversed(files.items())), lambda done, of: told.append((0, 0))) == first and len(told) == 3
+    assert files_sha256({"a": files["a"], "b": files["b"]}) != first, "a folder counts"
+    assert files_sha256({"a": files["b"], "b": files["a"], "c": files["c"]}) != first, "names count"
+    (tmp_path / "a").write_text("x")
+    assert files_sha256(files) != first

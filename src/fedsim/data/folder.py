@@ -54,6 +54,16 @@ def read_folder(folder: Path, side: int | None) -> Source:
     )
 
 
+def members(folder: Path) -> dict[str, Path]:
+    """What `read_folder` goes by: folders of classes and their images, by path inside the folder.
+
+    Raises:
+        ValueError: another layout.
+    """
+    kept = [path for part in _parts(folder).values() for inside in part for path in (inside, *_images(inside))]
+    return {path.relative_to(folder).as_posix(): path for path in kept}
+
+
 def _parts(folder: Path) -> dict[str, list[Path]]:
     """Split -> its class folders; all are train where the folders are classes."""
     inside = _folders(folder)

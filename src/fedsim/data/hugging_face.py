@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+_fingerprints: dict[str, str] = {}  # of sets that this process has read, by name
+
+
 def read_hugging_face(name: str, columns: Columns, side: int | None = None) -> Source:
     """A set of `datasets`: its `image` column, or else the text column, with the classes of the label column.
 
@@ -62,6 +65,13 @@ def read_hugging_face(name: str, columns: Columns, side: int | None = None) -> S
     return Source(f"hf:{name}", x, y, splits, classes, kind, licence, natural=natural)
 
 
+def fingerprint(name: str) -> str | None:
+    """The fingerprints that `datasets` gives to the parts of a set of the hub; None where it gives none."""
+    if name not in _fingerprints:
+        _loaded(name)
+    return _fingerprints.get(name)
+
+
 def _loaded(name: str) -> dict[str, Any]:
     """The parts train, validation and test of the set, as far as it has them; one part without a name is train."""
     try:
@@ -87,6 +97,9 @@ def _loaded(name: str) -> dict[str, Any]:
     kept = {split: parts[split] for split in SPLITS if split in parts and len(parts[split])}
     if "train" not in kept:
         raise ValueError(f"Expected a split `train` in hf:{name}, got {', '.join(found)}; choose another set.")
+    marks = [getattr(part, "_fingerprint", None) for part in kept.values()]
+    if all(marks):
+        _fingerprints[name] = ", ".join(f"{split} {mark}" for split, mark in zip(kept, marks, strict=True))
     return kept
 
 

@@ -90,6 +90,18 @@ def read_tfds(name: str, data_dir: str | None, columns: Columns, side: int | Non
     return Source(f"tfds:{name}", x, y, splits, classes, kind, licence, natural=keys)
 
 
+def prepared(name: str, data_dir: str | None) -> Path | None:
+    """The folder of a prepared set, as `read_tfds` finds it; None where there is none."""
+    import tensorflow_datasets as tfds
+
+    with _quiet():
+        try:
+            folder = Path(tfds.builder(name, data_dir=data_dir, file_format="array_record").data_path)
+        except Exception:  # which `read_tfds` explains
+            return None
+    return folder if folder.is_dir() else None
+
+
 def prepare(name: str, data_dir: str | None) -> Path:
     """Downloads a set and writes it in the array_record format, by TFDS and TensorFlow; gives the set's folder.
 

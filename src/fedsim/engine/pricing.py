@@ -125,7 +125,7 @@ class Sketch:
         if rows == 0:
             return None
         self.guessed |= rows is None
-        shape = lambda leaf: jax.ShapeDtypeStruct((rows or leaf.shape[0], *leaf.shape[1:]), leaf.dtype)  # noqa: E731
+        shape = lambda leaf: jax.ShapeDtypeStruct((rows or leaf.shape[0], *leaf.shape[1:]), leaf.dtype)  # noqa: E731 - one expression, named
         return jax.tree.map(lambda leaf: self.unknown(shape(leaf)), batch)
 
     def rng(self, purpose: str) -> np.random.Generator:

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 from fedsim.backbones import load, sources
 from fedsim.backbones.own import file_of
 from fedsim.config import Config
-from fedsim.data import PACKAGED, TABLES
+from fedsim.data import PACKAGED, TABLES, hashes
 from fedsim.digests import file_sha256, shown
+from fedsim.engine.host import went
 from fedsim.record.files import decode, read_bytes
 from fedsim.simulation import needs
 
 if TYPE_CHECKING:
     from fedsim.record import Run
 
+HUB = "hf:"  # before a name of the Hugging Face hub, or a folder as its library writes one
 CODE = ("algorithm", "backbone")  # options that may name a Python file, `file.py:name`
 LISTS = ("availability", "device_table", "download", "upload", "latency", "compute")  # that may name a .csv
 TRUST = "say so by --trust-code, in Python trust_code=True"
@@ -38,8 +40,10 @@ def files(config: Config) -> Known:
     """
     found: Known = {}
     for option, path in named(config).items():
-        digest = digest_of(option, path)
+        digest = digest_of(option, path, config)
         found[option] = {"path": str(path.resolve())} | ({"sha256": digest} if digest else {})
+    if "dataset" not in found and (digest := set_sha256(config)) is not None:
+        found["dataset"] = {"sha256": digest}  # of TFDS or the hub: no path that was typed
     if "weights" not in found and (file := weights(config)) is not None:
         found["weights"] = {"sha256": checkpoint_sha256(file)}  # of the hub or packaged: no path that was typed
     if (file := tokenizer(config)) is not None:
@@ -58,8 +62,9 @@ def named(config: Config) -> dict[str, Path]:
         text = getattr(config, option)
         if text is not None and (option == "device_table" or text.lower().endswith(".csv")):
             found[option] = Path(text)
-    data = Path(config.dataset).expanduser()
-    if config.dataset not in PACKAGED and (data.suffix.lower() in (*TABLES, ".npz") or data.is_dir()):
+    data = Path(config.dataset.removeprefix(HUB)).expanduser()
+    is_file = data.suffix.lower() in (*TABLES, ".npz") and not config.dataset.startswith(HUB)
+    if config.dataset not in (*PACKAGED, "arrays") and (is_file or data.is_dir()):
         found["dataset"] = data
     if config.data_dir is not None:
         found["data_dir"] = Path(config.data_dir)
@@ -86,14 +91,24 @@ def tokenizer(config: Config) -> Path | None:
         raise
 
 
-def digest_of(option: str, path: Path) -> str | None:
-    """SHA-256 of what an option's path leads to; None where there is no such file, and of folders of data."""
+def digest_of(option: str, path: Path, config: Config) -> str | None:
+    """SHA-256 of what an option's path leads to; None where there is no such file, and of `data_dir`."""
     try:
         if option == "weights":
             return checkpoint_sha256(sources.open_source(path).file)
+        if option == "dataset" and path.exists():
+            return set_sha256(config.replace(dataset=retyped(config.dataset, option, path)))
         return file_sha256(path) if path.is_file() else None
     except (OSError, ValueError):
         return None
+
+
+def set_sha256(config: Config) -> str | None:
+    """SHA-256 of the data set, as `hashes.sha256` has it; None of packaged sets, which are known, and of arrays."""
+    if config.dataset in (*PACKAGED, "arrays"):
+        return None
+    what = f"hashing the files of {config.dataset}"
+    return hashes.sha256(config.dataset, config.data_dir, lambda done, of: went(what, done, of))
 
 
 def checkpoint_sha256(file: Path) -> str:
@@ -132,6 +147,11 @@ def located(run: Run, *, resumed: bool = False) -> Config:
             found = checkpoint_sha256(now)
             if found != expected:
                 raise changed(run, option, now, expected, found)
+    known_set = run.about.get("files", {}).get("dataset", {})
+    if resumed and "path" not in known_set and "sha256" in known_set:
+        found = set_sha256(config)
+        if found not in (None, known_set["sha256"]):
+            raise changed(run, "dataset", config.dataset, known_set["sha256"], found)
     return config
 
 
@@ -145,7 +165,10 @@ def placed(run: Run, *, resumed: bool = False) -> Config:
                 f"Expected trust_code=True for {option}={text!r} of {run.directory}, whose record does not know that file by "
                 f"hash: it would be executed here. Read it, then {TRUST}."
             )
-    for option, typed in named(config).items():
+    paths = named(config)
+    if "path" in known.get("dataset", {}):  # a folder is known as one only where the typed path leads to it
+        paths.setdefault("dataset", Path(config.dataset.removeprefix(HUB)).expanduser())
+    for option, typed in paths.items():
         if "path" in known.get(option, {}) and (resumed or option in (*CODE, "weights")):
             path = find(run, option, typed, known[option], resumed=resumed)
             if path != typed:
@@ -160,12 +183,12 @@ def find(run: Run, option: str, typed: Path, known: dict[str, str], *, resumed: 
         ValueError: as `located`.
     """
     recorded, expected = Path(known["path"]), known.get("sha256")
-    if expected is None:  # a folder of data, which is compared once it is read
+    if expected is None:  # a folder of data that was recorded without: it is compared once it is read
         return typed if typed.exists() or not recorded.exists() else recorded
-    if option in CODE and digest_of(option, recorded) == expected:
+    if option in CODE and digest_of(option, recorded, run.config) == expected:
         return typed if typed.exists() and typed.resolve() == recorded else recorded
     for path in (typed, recorded):
-        if digest_of(option, path) != expected:
+        if digest_of(option, path, run.config) != expected:
             continue
         if option in CODE and not run.trust_code:
             raise ValueError(
@@ -181,7 +204,7 @@ def find(run: Run, option: str, typed: Path, known: dict[str, str], *, resumed: 
             f"{shown(expected)}, but neither is there; bring it back, or start in a folder from which {str(typed)!r} leads "
             "to it."
         )
-    found = digest_of(option, other)
+    found = digest_of(option, other, run.config)
     if option not in CODE or resumed:
         raise changed(run, option, other, expected, found)
     if not run.trust_code:
@@ -192,16 +215,16 @@ def find(run: Run, option: str, typed: Path, known: dict[str, str], *, resumed: 
     return other
 
 
-def changed(run: Run, option: str, path: Path, expected: str, found: str | None) -> ValueError:
+def changed(run: Run, option: str, path: Path | str, expected: str, found: str | None) -> ValueError:
     """What is said of a file that is not the one with which the run started."""
     return ValueError(
         f"Expected sha256={shown(found)} of {path}, the {option} of {run.directory}, to be {shown(expected)}, as when the run "
-        "started; bring the old file back, or start a new run in another folder."
+        "started; bring the old one back, or start a new run in another folder."
     )
 
 
 def retyped(text: str, option: str, path: Path) -> Any:
     """An option's value with another path in it."""
     if option not in CODE:
-        return str(path)
+        return f"{HUB if option == 'dataset' and text.startswith(HUB) else ''}{path}"
     return f"{path}:{text.removeprefix(text.partition('(')[0].rpartition(':')[0] + ':')}"
