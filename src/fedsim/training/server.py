@@ -168,7 +168,9 @@ def length(examples: Tree) -> int:
 def mesh_of(tree: Tree) -> Mesh | None:
     """The engine's devices, over which its values lie; None for values of no engine."""
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-    shardings = [leaf.sharding for leaf in arrays if not isinstance(leaf, jax.core.Tracer)]  # of a round that is only traced
+    shardings = [
+        leaf.sharding for leaf in arrays if not isinstance(leaf, jax.core.Tracer)
+    ]  # of a round that is only traced
     return next((s.mesh for s in shardings if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)), None)
 
 
