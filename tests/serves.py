@@ -18,6 +18,12 @@ class Server(NamedTuple):
     optimizer: Any
 
 
+@jax.jit
+def where_any(weight: Any, new: Server, old: Server) -> Server:
+    """The new state where a reply counted, else the old one."""
+    return jax.tree.map(lambda n, o: jnp.where(weight > 0, n, o), new, old)
+
+
 def fed_tuned(task: Any, steps: int = 6, batch: int = 8, optimizer: Any = None) -> fedsim.Algorithm:
     """FedAvg whose server then takes steps on its own examples, with one optimizer for all rounds; Adam unless said otherwise."""
     optimizer = optimizer or optax.adam(optax.linear_schedule(0.05, 0.0, 100))
@@ -33,7 +39,8 @@ def fed_tuned(task: Any, steps: int = 6, batch: int = 8, optimizer: Any = None) 
         change, info = cohort.exchange(fedsim.coded(server.params, change=False), local)
         params = add(server.params, change)
         params, state, metrics = run(held, params, server.optimizer, cohort.shard, (), key)
-        return Server(params, state), {**info.metrics, "server_loss": metrics["loss"]}
+        new = where_any(info.weight, Server(params, state), server)
+        return new, {**info.metrics, "server_loss": metrics["loss"]}
 
     def predict(held: Any, server: Server, memory: Any, x: Any) -> Any:
         return task.logits(held, server.params, x)
@@ -69,7 +76,7 @@ def fed_distilled(task: Any, steps: int = 5, batch: int = 8, lr: float = 0.1) ->
         found, info = cohort.exchange(fedsim.coded(server.params, change=False), local, teachers)
         params = mean(found)
         params, _, metrics = run(held, params, optimizer.init(params), cohort.public, found, key)
-        return Server(params, ()), {**info.metrics, **metrics}
+        return where_any(info.weight, Server(params, ()), server), {**info.metrics, **metrics}
 
     def predict(held: Any, server: Server, memory: Any, x: Any) -> Any:
         return task.logits(held, server.params, x)

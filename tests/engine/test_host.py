@@ -204,17 +204,6 @@ def test_a_signal_stops_a_run_after_its_round_and_says_the_way_on(
         assert f"Stopped after round {max(kept)};" in out
 
 
-def test_handlers_are_put_back() -> None:
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with host.interruptible("go on") as asked:
-        assert not asked()
-        signal.raise_signal(signal.SIGTERM)
-        assert asked()
-        with pytest.raises(KeyboardInterrupt, match="Stopped at once; go on"):
-            signal.raise_signal(signal.SIGTERM)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-
 def test_who_watches_is_told_how_far_something_is() -> None:
     told: list[tuple[str, int, int]] = []
     host.went("nobody watches", 1, 2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,6 +213,92 @@ def test_a_full_disk_is_an_error_before_anything_changes(file: Path, monkeypatch
     for a, b in zip(jax.tree.leaves(memory.state()), jax.tree.leaves(before), strict=True):
         assert a.tobytes() == b.tobytes()
     memory.scatter(ids, new)  # rows that have their slot need no room
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from fedsim.engine.client_memory import Memory
+
+memory = Memory(lambda key, held: {"x": np.zeros(1000, np.float32)}, (), Path(sys.argv[1]))
+memory.scatter(np.arange(2), {"x": np.ones((2, 1000), np.float32)})
+table = memory.seal()
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))  # the disk is full for larger files
+try:
+    memory.scatter(np.arange(2, 4), {"x": np.ones((2, 1000), np.float32)})
+except OSError as error:
+    print(error)
+assert memory.damage(table) is None and memory.state()[1].tolist() == [0, 1], "as before"
+"""
+
+
+def test_a_file_that_cannot_grow_is_named_with_the_remedy(file: Path, environment: dict[str, str]) -> None:
+    """The limit of the system on a file's size answers as a full disk does."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(file)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        f"Expected clients' memory in {file} to be written (File too large); make room or choose another disk.\n"
+    )
+
+
+def test_a_folder_in_the_files_place_is_named_and_damages_no_checkpoint(file: Path) -> None:
+    memory = Memory(init, (), file)
+    memory.scatter(*rounds(1, 30, 6)[0])
+    table = memory.seal()
+    file.unlink(), file.mkdir()
+    with pytest.raises(
+        ValueError, match=r"memory\.rows to be readable \(Is a directory\); move the folder of that name away"
+    ):
+        memory.damage(table)
+    with pytest.raises(
+        OSError, match=r"memory\.rows to be written \(Is a directory\); move the folder of that name away"
+    ):
+        Memory(init, (), file).scatter(*rounds(1, 30, 6)[0])
+
+
+BARRED = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from fedsim.engine.client_memory import Memory
+
+rows = {"x": np.ones((2, 10), np.float32)}
+make = lambda: Memory(lambda key, held: {"x": np.zeros(10, np.float32)}, (), Path(sys.argv[1]))
+memory = make()
+memory.scatter(np.arange(2), rows)
+table = memory.seal()
+os.chmod(sys.argv[1], 0)
+if os.geteuid() == 0:
+    os.setuid(65534)  # root may read and write all files
+for use in (lambda: memory.damage(table), lambda: make().scatter(np.arange(2), rows)):
+    try:
+        use()
+    except (OSError, ValueError) as error:
+        print(error)
+"""
+
+
+def test_a_file_that_one_may_not_read_damages_no_checkpoint(file: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BARRED, str(file)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines() == [
+        f"Expected {file} to be readable (Permission denied); make it so for you.",
+        f"Expected clients' memory in {file} to be written (Permission denied); make its folder writable for you or choose "
+        "another one.",
+    ], done.stderr
+
+
+def test_rows_have_their_room_before_they_are_written(file: Path) -> None:
+    """Else the system kills a process that writes to a map where the disk is full."""
+    memory = Memory(lambda key, held: {"x": np.zeros(100_000, np.float32)}, (), file)
+    memory._take(3)
+    assert file.stat().st_blocks * 512 >= 3 * memory.row.itemsize
+    with pytest.raises(OSError, match=r"File too large|No space left"):
+        memories.reserve(file, 2**62, 2**61)
 
 
 def test_without_a_file_there_is_no_checkpoint() -> None:

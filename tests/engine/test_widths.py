@@ -12,7 +12,7 @@ from fedsim.algorithms import ALGORITHMS
 from fedsim.core import Algorithm, Local, Passes
 from fedsim.engine import packing
 from fedsim.engine.lane_count import choose_lanes
-from fedsim.engine.lanes import Lanes
+from fedsim.engine.lanes import Lanes, Request
 from fedsim.folds import mean
 from fedsim.testing.contract import same
 from fedsim.testing.toys import SIZES, run, tiny_problem, tiny_task
@@ -52,13 +52,13 @@ def test_few_clients_of_an_accelerator_fill_tiles():
     """Narrow steps of two or three lanes, at widths that an accelerator would pad otherwise; a CPU keeps its own."""
     sizes, passes = np.array([9, 12, 17]), Passes(1, None, 8)
     rows, offsets = np.arange(38, dtype=np.int32), np.concatenate([[0], np.cumsum(sizes)])
-    local = fit(tiny_task().loss, optax.sgd, lambda client: client.lr, passes)
+    local = fit(tiny_task().loss, optax.sgd, lambda client, message: client.lr, passes)
     params = {"kernel": jnp.zeros((6, 3)), "bias": jnp.zeros(3)}
     problem = tiny_problem()
     engine = Lanes(problem.held, problem.x[:38], problem.y[:38], rows, offsets, devices=1)
 
     def widths() -> tuple[int, ...]:
-        return engine._widths_for(local, lambda key, held: (), params)
+        return engine._widths_for(Request(local, mean(), False, lambda key, held: (), params))
 
     assert widths() == packing.choose_widths(sizes, passes) == (0, 1, 4, 8)
     engine.devices = [SimpleNamespace(platform="tpu")]

@@ -19,6 +19,7 @@ from fedsim import record
 from fedsim.config import Config, Speed
 from fedsim.report import tables
 from fedsim.simulation.loaded import Run
+from remembers import REMEMBERS
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -234,6 +235,77 @@ def test_checkpoints(runs: tuple[Run, Run], folder: Path, damage: str) -> None:
     )
     same_end(runs[0], resumed(folder))
     assert (folder / record.CHECKPOINTS / "damaged-3").is_dir()
+
+
+@pytest.fixture(scope="module")
+def remembering(tmp_path_factory: pytest.TempPathFactory, blobs: Callable[..., Path]) -> tuple[Run, Run]:
+    """A finished run whose clients keep something between rounds, and another one of another seed."""
+    folder = tmp_path_factory.mktemp("remembering")
+    (folder / "mine.py").write_text(REMEMBERS)
+    config = Config(
+        dataset=str(blobs(folder)), backbone="mlp", peft="full", clients=5, clients_per_round=3, rounds=3,
+        optimizer="sgd", lr=0.05, min_size=6, algorithm=f"{folder / 'mine.py'}:fed_remembers",
+    )  # fmt: skip
+    return tuple(fedsim.run(config.replace(seed=s), SPEED, out=folder / str(s), quiet=True) for s in (0, 1))  # type: ignore[return-value]
+
+
+@pytest.fixture
+def stopped(remembering: tuple[Run, Run], tmp_path: Path) -> Path:
+    """The first run as killed in its last round."""
+    folder = tmp_path / "run"
+    shutil.copytree(remembering[0].directory, folder, ignore=shutil.ignore_patterns("*.png"))
+    (folder / record.SUMMARY).unlink()
+    shutil.rmtree(folder / record.CHECKPOINTS / "3")
+    return folder
+
+
+def hurt(file: Path, damage: str, other: Path) -> None:
+    """Damages a file; `other` is another run's of that name."""
+    data = file.read_bytes()
+    flipped = bytearray(data)
+    for at in range(len(data) // 2 % 512, len(data), 512):
+        flipped[at] ^= 1
+    if damage == "deleted":
+        file.unlink()
+    elif damage == "another run's":
+        shutil.copyfile(other, file)
+    else:
+        file.write_bytes({"cut": data[: min(len(data) // 2, 1000)], "flipped": flipped, "emptied": b""}[damage])
+
+
+WAYS = ("cut", "flipped", "emptied", "deleted", "another run's")
+
+
+@pytest.mark.parametrize("damage", WAYS)
+def test_rows_of_clients_memory(remembering: tuple[Run, Run], stopped: Path, damage: str) -> None:
+    """No checkpoint that needs a damaged row is used; what was lost is trained again to the same bits."""
+    rows = stopped / "memory-peft.rows"
+    hurt(rows, damage, remembering[1].directory / rows.name)
+    same_end(remembering[0], resumed(stopped))
+    assert rows.stat().st_size
+    assert (stopped / record.CHECKPOINTS / "damaged-2").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", WAYS)
+def test_arrays_of_a_checkpoint(remembering: tuple[Run, Run], stopped: Path, tmp_path: Path, damage: str) -> None:
+    """Every file of Orbax' in the newest checkpoint: it is read right, or the one before is taken."""
+    for file in sorted(p for p in (stopped / record.CHECKPOINTS / "2").rglob("*") if p.is_file()):
+        folder, name = tmp_path / "hurt", file.relative_to(stopped)
+        shutil.copytree(stopped, folder)
+        other = remembering[1].directory / name
+        same_name = other if other.is_file() else largest(other.parent)  # Orbax draws some names anew
+        hurt(folder / name, damage, same_name)
+        try:
+            same_end(remembering[0], resumed(folder))
+        except ValueError as error:
+            assert damage == "another run's" and "to be a checkpoint of this run, but config is" in str(error), name
+        shutil.rmtree(folder)
+
+
+def largest(folder: Path) -> Path:
+    """The largest file below a folder."""
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
 def test_a_lock_of_odd_bytes_and_one_that_is_a_folder(runs: tuple[Run, Run], folder: Path) -> None:

@@ -16,16 +16,16 @@ DID = Measured(
     up={"head/bias": 24, "head/kernel": 1000},
     down={"head/bias": 30, "head/kernel": 1250},
     clients=5,
-    newcomers={"": 2},
+    newcomers={"small": 1, "large": 1},
     reported=4,
     nonfinite=1,
     examples=64,
     flops=64 * 35.0,
     occupancy=(0.75, 0.5),
-    peers=None,
+    peers={"transmissions": 7, "broadcast_bytes": 300},
     simulated={"unavailable": 1, "dropped": 1, "late": 0, "surplus": 0, "seconds": 3.0, "total_seconds": 13.0},
 )
-COST = Cost(setup={"": 100}, peak=1e4)
+COST = Cost(setup={"small": 50, "large": 150}, peak=1e4)
 
 
 def standing(**changes: Any) -> Standing:
@@ -37,7 +37,7 @@ def line(**changes: Any) -> dict[str, Any]:
         "phase": "peft",
         "metrics": {"loss": np.float32(0.5), "accuracy": np.float32(0.25), "distance": np.float32(2.0)},
         "scores": {"loss": 0.4, "accuracy": 0.5},
-        "each": [],
+        "each": [0.25, None],
         "simulates": True,
         "most_memory": 2**30,
     }
@@ -52,6 +52,8 @@ def test_a_line_says_what_was_measured() -> None:
     assert found["metrics"] == {"distance": 2.0} and found["validation"] == {"loss": 0.4, "accuracy": 0.5}
     assert (found["bytes_up"], found["bytes_down"], found["setup_bytes"]) == (1024, 1280, 200)
     assert (found["total_bytes_up"], found["total_bytes_down"]) == (1100, 1300)
+    assert found["validation_clients"] == [0.25, None] and line(each=())["validation_clients"] is None
+    assert found["peers"] == {"transmissions": 7, "broadcast_bytes": 300}
     assert (found["clients"], found["reported"], found["nonfinite"], found["examples"]) == (5, 4, 1, 64)
     assert (found["lane_occupancy"], found["row_occupancy"]) == (0.75, 0.5)
     assert found["simulated"]["total_seconds"] == 13.0 and found["bitwise"] and found["most_memory"] == 2**30

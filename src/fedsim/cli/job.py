@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsim import record
+from fedsim import record, stops
 from fedsim.config import RATES, RELIABLE, SMALLER, USUAL, Config, Speed, metric_of, nearest
 from fedsim.engine import processes
 from fedsim.report import tables as report
@@ -113,10 +112,9 @@ def _compared(done: record.Run, config: Config, problem: Any, speed: Speed, name
     try:
         for name in names:
             rows += _comparison(problem, speed, done.directory, name, configs[name], quiet)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"Stopped in what the run is compared with; go on with: fedsim run --resume {shlex.quote(str(done.directory))}"
-        ) from None
+    except KeyboardInterrupt as stop:
+        words = f"Stopped in what the run is compared with; {stops.way_on(done.directory)}"
+        raise stops.reworded(stop, words) from None
     finally:  # the run itself is done: its table is due, whatever happens to what it is compared with
         close(done, rows)
 

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from fedsim import stops
 from fedsim.cli.options import (
     CheckOptions,
     CompareOptions,
@@ -32,9 +33,10 @@ def run(argv: Sequence[str]) -> int:
         extra = [a for a in argv if a.endswith(".py") or (a.startswith("--") and not a.startswith(allowed))]
         if extra:
             raise ValueError(f"Expected --resume without {extra[0]}; options and folder are those of the resumed run.")
-        from fedsim.cli.job import resume_job
+        with stops.at_once(lambda: f"Stopped while loading; nothing is lost; {stops.way_on(options.resume)}"):
+            from fedsim.cli.job import resume_job
 
-        resume_job(options.resume, quiet=options.quiet, trust_code=options.trust_code)
+            resume_job(options.resume, quiet=options.quiet, trust_code=options.trust_code)
         return 0
     config = options.config()
     from fedsim.cli.job import run_job
@@ -212,7 +214,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit status is 0, 1 for a failed check, 2 for bad input, 130 after Ctrl-C."""
+    """Entry point; the exit status is 0, 1 for a failed check, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
+    own = argv is None  # the process is this command's
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
@@ -232,7 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"Expected command {argv[0]!r} to be one of {', '.join(COMMANDS)}{nearest(argv[0], COMMANDS)}."
             )
-        return COMMANDS[argv[0]](argv[1:]) or 0
+        with stops.at_once(lambda: stops.ANEW if argv[0] == "run" else "Stopped.", last=own):
+            return COMMANDS[argv[0]](argv[1:]) or 0
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -253,10 +257,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return processes.failed(2) if processes else 2
     except KeyboardInterrupt as stop:
         print(f"\n{stop}" if str(stop) else "\nStopped.", file=sys.stderr)
+        if getattr(stop, "hard", False):  # the second signal: threads that still write are not waited for
+            sys.stdout.flush()
+            os._exit(stops.status(stop))
         processes = sys.modules.get("fedsim.engine.processes")
-        return (
-            processes.failed(130) if processes and not str(stop) else 130
-        )  # a stop after a round is one of all processes
+        alone = processes and not getattr(stop, "shared", False)
+        return processes.failed(stops.status(stop)) if alone else stops.status(stop)
 
 
 if __name__ == "__main__":

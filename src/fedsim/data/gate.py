@@ -6,13 +6,13 @@ for files, folders, TFDS, Hugging Face, arrays in memory and packaged sets.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from fedsim import host_memory
 from fedsim.config import nearest
 from fedsim.data.dataset import Dataset, Source
 from fedsim.units import size
@@ -173,10 +173,8 @@ def printable(word: str) -> str:
 
 
 def require_memory(nbytes: int, what: str, remedy: str) -> None:
-    """Raises `ValueError` where an array would be larger than this machine's memory, before it is allocated."""
-    if "SC_PHYS_PAGES" not in os.sysconf_names:
-        return
-    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Raises `ValueError` where an array would be larger than the memory that this process can have, before it is allocated."""
+    most = host_memory.total()
     if nbytes > most:
         raise ValueError(
             f"Expected {what} to need less memory than there is, not {size(nbytes)} of {size(most)}; {remedy}."

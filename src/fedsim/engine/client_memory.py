@@ -9,6 +9,8 @@ table of 12 bytes a client that was ever seen: who, which slot, the row's checks
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import zlib
 from collections import deque
@@ -20,6 +22,7 @@ import jax
 import numpy as np
 
 from fedsim.core import Tree
+from fedsim.disk import unreadable, unwritten
 
 SEEN = np.dtype([("id", np.int32), ("slot", np.int32), ("sum", np.uint32), ("sealed", np.bool_)])  # 13 bytes
 
@@ -125,7 +128,7 @@ class Memory:
         """Keeps the rows (M, ...) of these clients, each once.
 
         Raises:
-            OSError: the disk has no room for them.
+            OSError: the disk has no room for them, or the file cannot be written.
         """
         if self.empty or len(ids) == 0:
             return
@@ -157,6 +160,7 @@ class Memory:
 
         Raises:
             ValueError: the rows lie in no file.
+            OSError: the disk does not take them.
         """
         self.settle()
         seen = self.seen[: self.count]
@@ -167,7 +171,10 @@ class Memory:
         for place, slot in zip(changed.tolist(), seen["slot"][changed].tolist(), strict=True):
             seen["sum"][place] = zlib.crc32(content[slot])
         if isinstance(self.rows, np.memmap):
-            self.rows.flush()
+            try:
+                self.rows.flush()
+            except OSError as error:
+                raise unwritten(f"clients' memory in {self.file}", error) from None
         seen["sealed"] = True
         # A slot left before this table is in older ones. When the table after the next `keep` - 1 is sealed, and the
         # checkpoint before that one is whole, the last of those is gone.
@@ -184,14 +191,26 @@ class Memory:
         return Table(ids, slots, sums, np.zeros((), np.int64))
 
     def damage(self, table: Table) -> str | None:
-        """What is wrong with the rows in the file, measured by a table of them; reads them all. None: nothing."""
+        """What is wrong with the rows in the file, measured by a table of them; reads them all. None: nothing.
+
+        Raises:
+            ValueError: the file is there and cannot be read, which says nothing about the rows.
+        """
         if len(table.ids) == 0:
             return None
         need = (int(table.slots.max()) + 1) * self.row.itemsize
-        have = self.file.stat().st_size if self.file and self.file.is_file() else 0
-        if self.file is None or have < need:
-            return f"{self.file} has {have} of {need} bytes"
-        content = np.memmap(self.file, np.uint8, "r").reshape(-1)[:need].reshape(-1, self.row.itemsize)
+        if self.file is None:
+            return f"no file has {need} bytes"
+        try:
+            with self.file.open("rb") as opened:
+                have = opened.seek(0, os.SEEK_END)
+                if have < need:
+                    return f"{self.file} has {have} of {need} bytes"
+                content = np.memmap(opened, np.uint8, "r").reshape(-1)[:need].reshape(-1, self.row.itemsize)
+        except FileNotFoundError:
+            return f"{self.file} has 0 of {need} bytes"
+        except OSError as error:
+            raise unreadable(self.file, error) from None
         for id, slot, expected in zip(table.ids.tolist(), table.slots.tolist(), table.sums.tolist(), strict=True):
             if zlib.crc32(content[slot]) != expected:
                 return f"{self.file}: the row of client {id} differs from its checksum"
@@ -236,20 +255,46 @@ class Memory:
         if self.file is None:
             self.rows = grown(self.rows, slots)
             return
+        try:
+            self._grow_file(self.file, slots)
+        except OSError as error:
+            if error.errno is None:  # in our words already
+                raise
+            raise unwritten(f"clients' memory in {self.file}", error) from None
+
+    def _grow_file(self, file: Path, slots: int) -> None:
         need = (slots - self.used) * self.row.itemsize  # a disk that is full while a map is written kills the process
-        if need > 0 and (room := shutil.disk_usage(self.file.parent).free) < need:
+        if need > 0 and (room := shutil.disk_usage(file.parent).free) < need:
             raise OSError(
-                f"Expected room for {need} more bytes of clients' memory in {self.file.parent}, got {room}; make room or "
+                f"Expected room for {need} more bytes of clients' memory in {file.parent}, got {room}; make room or "
                 "choose another disk, then resume."
             )
         if slots > len(self.rows):
             size = max(slots, 2 * len(self.rows)) * self.row.itemsize
-            with self.file.open("ab") as file:
-                if file.tell() < size:
-                    file.truncate(size)
+            with file.open("ab") as open_file:
+                if open_file.tell() < size:
+                    open_file.truncate(size)
                 else:
-                    size = file.tell() // self.row.itemsize * self.row.itemsize
-            self.rows = np.memmap(self.file, self.row, "r+", shape=(size // self.row.itemsize,))
+                    size = open_file.tell() // self.row.itemsize * self.row.itemsize
+            self.rows = np.memmap(file, self.row, "r+", shape=(size // self.row.itemsize,))
+        if need > 0:
+            reserve(file, self.used * self.row.itemsize, need)
+
+
+def reserve(file: Path, start: int, count: int) -> None:
+    """Takes room on the disk for bytes of a sparse file: free space says nothing of quotas, and others take it, too.
+
+    Raises:
+        OSError: there is none.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with file.open("r+b") as opened:
+        try:
+            os.posix_fallocate(opened.fileno(), start, count)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # file systems that know nothing of it
+                raise
 
 
 def grown(array: np.ndarray, count: int) -> np.ndarray:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 import resource
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 
+from fedsim import host_memory
 from fedsim.engine import processes
 from fedsim.units import size
 
 T = TypeVar("T")
-
-GROUP = Path("/sys/fs/cgroup")  # where Linux says what a container may use
-MEMORY = Path("/proc/meminfo")
 
 
 class Need(NamedTuple):
@@ -37,11 +33,7 @@ def device_memory(device: jax.Device) -> int:
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(total, int((GROUP / "memory.max").read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
-        return total
+    return host_memory.total()
 
 
 def free_memory(device: jax.Device, sharing: int) -> int:
@@ -53,7 +45,7 @@ def free_memory(device: jax.Device, sharing: int) -> int:
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
-    return available_memory() // sharing
+    return host_memory.available() // sharing
 
 
 def most_memory(device: jax.Device) -> int:
@@ -63,23 +55,6 @@ def most_memory(device: jax.Device) -> int:
         return int(stats["peak_bytes_in_use"])
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
-
-
-def available_memory() -> int:
-    """Bytes that this process can still get without another one losing any, within its container's limit."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        lines = dict(line.split(":", 1) for line in MEMORY.read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux
-        return total
-    try:
-        limit, used = (int((GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(stat["inactive_file"]))  # cached files give way
-    except (OSError, KeyError, ValueError):  # no container, or one without a limit ("max")
-        pass
-    return free
 
 
 def refuse_too_large(need: Need, free: int, lanes: int, batch_size: int, devices: int) -> None:

@@ -1,4 +1,4 @@
-"""The process that a run lives in: its CPU as devices, allocator, compilation cache, clock of compilation, signals, how far."""
+"""The process that a run lives in: its CPU as devices, allocator, compilation cache, clock of compilation, how far."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import gc
 import math
 import os
 import platform
-import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import numpy as np
 
 from fedsim.config import Speed
 from fedsim.data.assets import cache_dir
-from fedsim.engine import processes
 
 CPU_DEVICES = 2  # measured on two cores (docs/lanes.md); they share backbone and examples
 ALIGNMENT, LARGE = 64, 2**16  # bytes
@@ -126,45 +124,6 @@ class CompileClock:
 def compile_clock() -> CompileClock:
     """The process's clock of compilation."""
     return CompileClock()
-
-
-STOPS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}  # the second one is what clusters send
-
-
-@contextmanager
-def interruptible(way_on: str = "") -> Iterator[Any]:
-    """Ctrl-C or SIGTERM asks for a stop after the round; a second one stops at once. Yields a function: was it asked?
-
-    Args:
-        way_on: how to go on later, which the second one says: "go on with: ...".
-    """
-    asked = False
-
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            # With several processes words mark a stop that all of them share (`cli.main`); this one is of one alone.
-            raise KeyboardInterrupt(f"Stopped at once; {way_on}" if way_on and not processes.several() else "")
-        asked = True
-        # Not by print: a signal may come while the same buffer is written to, which Python refuses.
-        said = (
-            f"\nStopping after this round ({STOPS[signal.Signals(number)]}); another Ctrl-C or SIGTERM stops at once.\n"
-        )
-        with suppress(OSError):
-            os.write(2, said.encode())
-
-    before: dict[signal.Signals, Any] = {}
-    try:
-        for number in STOPS:
-            before[number] = signal.signal(number, ask)
-    except ValueError:  # not in the main thread, as in some notebooks: Ctrl-C then stops at once
-        yield lambda: False
-        return
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
 
 # --- how far something long is

@@ -23,9 +23,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from fedsim.record.files import as_json, parse, reason, remedy_for, unreadable, unwritten
+from fedsim.disk import reason, remedy_for, unreadable, unwritten
+from fedsim.record.files import as_json, parse
 from fedsim.record.leaves import describe, digest_array, pack, place, shown, structure_hash
 from fedsim.record.orbax import alone, quiet_orbax
+from fedsim.stops import Stop
 
 FORMAT = 1  # of the meta item; raised when older checkpoints can no longer be read
 KEEP = 3  # checkpoints that stay; also how long `memory.Memory` leaves old rows alone
@@ -63,8 +65,10 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with contextlib.suppress(*([OSError] if kind else [])):  # what ended the block is what is told
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, Stop) and error.hard:
+            return  # a disk that does not answer would be waited for
+        with contextlib.suppress(*([Exception] if kind else [])):  # what ended the block is what is told
             self.close()
 
     def _open(self) -> ocp.CheckpointManager:

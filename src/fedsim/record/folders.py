@@ -22,6 +22,7 @@ import numpy as np
 
 from fedsim.config import Config, Speed, older, require_known
 from fedsim.digests import shown
+from fedsim.disk import reason
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +38,6 @@ from fedsim.record.files import (
     TRAINED,
     read_bytes,
     read_json,
-    reason,
     write_bytes,
     write_json,
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fedsim.disk import unwritten
 from fedsim.record.files import (
     ANEW,
     CONFIG,
@@ -24,7 +25,6 @@ from fedsim.record.files import (
     read_bytes,
     read_json,
     sealed,
-    unwritten,
     write_bytes,
 )
 from fedsim.record.schemas import ABOUT, INTEGERS, LEAVES, LINE, NULLABLE, NUMBERS

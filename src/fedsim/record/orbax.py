@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -14,11 +17,24 @@ def quiet_orbax() -> None:
     logger = logging.getLogger("absl")
     if not any(isinstance(f, _NotOrbax) for f in logger.filters):
         logger.addFilter(_NotOrbax())
+    if not isinstance(sys.unraisablehook, _NotLate):
+        sys.unraisablehook = _NotLate(sys.unraisablehook)
 
 
 class _NotOrbax(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+class _NotLate:
+    """After a failed write, threads of TensorStore answer to a loop of Orbax' that is closed, a traceback for each array."""
+
+    def __init__(self, shown: Callable[[Any], object]) -> None:
+        self.shown = shown
+
+    def __call__(self, found: Any) -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+            self.shown(found)
 
 
 def alone() -> ocp.options.MultiprocessingOptions:

@@ -11,7 +11,6 @@ from fedsim import record
 from fedsim.config import Config, metric_of
 from fedsim.data.show import draw as draw_partition
 from fedsim.engine import processes
-from fedsim.record.shared_checkpoints import SharedCheckpoints
 from fedsim.report import plots, summaries
 from fedsim.simulation import build, personal
 from fedsim.simulation.build import Problem
@@ -24,14 +23,13 @@ def finish(
     config: Config,
     problem: Problem,
     directory: Path,
-    checkpoints: SharedCheckpoints,
     lines: Sequence[record.Round],
     stand: Standing,
     now: Current,
     seconds: Callable[[], float],
     note: Callable[[str], None],
 ) -> None:
-    """Scores the final model, waits for the last checkpoint, and writes what a finished run leaves behind.
+    """Scores the final model and writes what a finished run leaves behind.
 
     Args:
         lines: of all rounds.
@@ -60,7 +58,6 @@ def finish(
         stopped=stand.stopped,
         metric=metric_of(config),
     )
-    checkpoints.wait()
     trained, rows = now.parameters(), None if clients is None else with_curves(clients.rows(), lines)
 
     def written() -> list[str]:

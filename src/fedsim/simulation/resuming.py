@@ -1,16 +1,18 @@
-"""What a checkpoint holds and must agree with, so that a run goes on bit for bit."""
+"""What a checkpoint holds and must agree with, so that a run goes on bit for bit; what a stop says of the way on."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from fedsim import network
+from fedsim import network, record, stops
 from fedsim.backbones.own import file_of, identity
 from fedsim.config import Config, Speed
 from fedsim.engine import processes
@@ -190,3 +192,33 @@ def restore(
     kept = {name: extra[name] for name in ("totals", "best", "stale", "start", "stopped", "elapsed")}
     bitwise = extra.get("bitwise", True) and not reduced
     return Standing(met=np.array(arrays["met"]), round=round, bitwise=bitwise, **kept), now
+
+
+# --- what a stop says
+
+
+def newest(directory: Path) -> int:
+    """The round of the newest checkpoint in a run's folder, good or damaged; 0 where there is none."""
+    folder = directory / record.CHECKPOINTS
+    return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.is_dir() else 0
+
+
+def unbegun(directory: Path | None) -> str:
+    """What a stop before a round says: the way on, and what is kept."""
+    if directory is None or not (directory / record.CONFIG).is_file():
+        return stops.ANEW
+    kept = newest(directory)
+    return f"Stopped {f'after round {kept}' if kept else 'before the first round'}; {stops.way_on(directory)}"
+
+
+def compiling(directory: Path) -> AbstractContextManager[None]:
+    """The first round of a phase, most of which is compiling: a stop is at once, for nothing is lost but this round.
+
+    With several processes it is after the round, as always: one alone would leave the others waiting.
+    """
+    return nullcontext() if processes.several() else stops.at_once(lambda: unbegun(directory))
+
+
+def stopped_after(round: int, directory: Path, number: int | None) -> stops.Stop:
+    """The stop that a signal asked for, in all processes."""
+    return stops.Stop(f"Stopped after round {round}; {stops.way_on(directory)}", number, shared=True)

@@ -6,17 +6,16 @@ import dataclasses
 import functools
 import gc
 import math
-import shlex
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from fedsim import network, record, units
+from fedsim import network, record, stops, units
 from fedsim.config import Config, Speed, idle_alone, invited, main_job, metric_of
 from fedsim.core import Population
 from fedsim.data import require_given
@@ -29,7 +28,6 @@ from fedsim.engine.host import (
     CompileClock,
     compile_clock,
     divide_cpu,
-    interruptible,
     tune_host,
     warn_idle_accelerator,
     watched,
@@ -103,6 +101,7 @@ def run(
     tune_host(speed)
     warn_idle_accelerator()
     with ExitStack() as stack:
+        stack.enter_context(stops.at_once(lambda: resuming.unbegun(directory)))
         quiet = quiet or not processes.is_first()
         progress = stack.enter_context(
             Progress(
@@ -141,13 +140,12 @@ def run(
                 progress.message(f"{error}; going on from the last checkpoint with lanes={fewer}")
         if speed.keep_checkpoints == 0:
             checkpoints.clear()
-    return Run(*by_first(lambda: record.load(directory)._replace(trust_code=trust_code)))
+        return Run(*by_first(lambda: record.load(directory)._replace(trust_code=trust_code)))
 
 
 def has_checkpoints(directory: Path) -> bool:
     """Whether a run's folder has a checkpoint to go on from."""
-    folder = directory / record.CHECKPOINTS
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    return resuming.newest(directory) > 0
 
 
 def simulate(
@@ -184,7 +182,7 @@ def simulate(
         return prepare(problem, build.phase_at(problem.config, round), overlay, directory)
 
     # --- where to start: round 0, or after the last good checkpoint
-    stand, now = Standing(np.zeros(problem.partition.clients, np.int32), bitwise=not reduced), None
+    stand, now, compiled = Standing(np.zeros(problem.partition.clients, np.int32), bitwise=not reduced), None, None
     if not fresh:
         found = resuming.restore(checkpoints, config, speed, identity, ready, reduced=reduced)
         stand, now = found or (stand, now)
@@ -196,19 +194,20 @@ def simulate(
         return earlier + time.perf_counter() - began
 
     # --- the rounds
-    way_on = f"go on with: fedsim run --resume {shlex.quote(str(directory))}"
-    with interruptible(way_on) as interrupted:
+    with stops.after_round(stops.way_on(directory)) as interrupted:
         while stand.round < config.rounds and stand.stopped == "rounds":
             stand = stand._replace(round=stand.round + 1)
             if now is None or stand.round > now.phase.last:
-                # The next phase starts from what the one before has trained.
-                now = ready(stand.round, None if now is None else now.parameters())
-                start = stand.start or {"validation": now.validate().scores}
+                # The next phase starts from what the one before has trained, which is on the disk.
+                with stops.at_once(lambda: resuming.unbegun(directory)):
+                    now = ready(stand.round, None if now is None else now.parameters())
+                    start = stand.start or {"validation": now.validate().scores}
                 stand = stand._replace(start=start, stale=0)  # patience is with this phase
                 progress.message("compiling")
             phase, trainer = now.phase, now.trainer
-
-            with timed(clock) as times, server_training.watched() as own:
+            first, compiled = phase is not compiled, phase
+            stopping = resuming.compiling(directory) if first else nullcontext()
+            with timed(clock) as times, server_training.watched() as own, stopping:
                 cohort = select(config, fleet, now, stand)
                 server, averaging, metrics = train(now, cohort)
                 did = measured(cohort, stand.totals["simulated_seconds"])
@@ -227,26 +226,27 @@ def simulate(
             processes.by_first(functools.partial(record.append, directory, line))
             lines.append(line)
             tell(progress, line, changes_empty=runs_empty(trainer))
-            for option in unread(config, cohort) if stand.round == 1 else ():
-                progress.note(
-                    f"{option} of the training examples lie with the server, and {config.algorithm} does not read them"
-                )
+            tell_unread(progress, config, cohort)
 
-            asked = processes.any_true(interrupted())
-            ends = stand.stopped != "rounds" or stand.round == config.rounds
+            asked = processes.any_true(interrupted() is not None)
+            ends = stand.stopped != "rounds" or stand.round == phase.last
             if asked or ends or stand.round % speed.checkpoint_every == 0:
                 kept = stand._replace(elapsed=seconds())
                 checkpoints.save(stand.round, *resuming.checkpoint(config, speed, identity, kept, now))
-            if asked:
+            if asked or ends:
                 checkpoints.wait()
-                raise KeyboardInterrupt(f"Stopped after round {stand.round}; {way_on}")
+            if asked:
+                raise resuming.stopped_after(stand.round, directory, interrupted())
 
-    # --- the end
-    if now is None:
-        raise ValueError(f"Expected rounds={config.rounds} > 0; raise --rounds.")
-    progress.message("reading the test set")
-    finish(config, problem, directory, checkpoints, lines, stand, now, seconds, progress.note)
-    progress.message("done")
+        # --- the end
+        if processes.any_true(interrupted() is not None):  # it came while the last checkpoint was written
+            raise resuming.stopped_after(stand.round, directory, interrupted())
+        if now is None:
+            raise ValueError(f"Expected rounds={config.rounds} > 0; raise --rounds.")
+        progress.message("reading the test set")
+        with stops.at_once(lambda: f"Stopped in the final evaluation, nothing is lost; {stops.way_on(directory)}"):
+            finish(config, problem, directory, lines, stand, now, seconds, progress.note)
+        progress.message("done")
 
 
 def looked_at(
@@ -354,6 +354,14 @@ def tell(progress: Progress, line: record.Round, *, changes_empty: bool) -> None
     if has_diverged(seen):
         said = "the model's outputs are not finite, so it has no scores; it has diverged, a lower --lr may help"
         progress.note(f"round {number}: {said}", once="outputs")
+
+
+def tell_unread(progress: Progress, config: Config, cohort: Cohort | GroupedCohort) -> None:
+    """Says in the first round which of the server's examples nothing reads."""
+    for option in unread(config, cohort) if cohort.round == 1 else ():
+        progress.note(
+            f"{option} of the training examples lie with the server, and {config.algorithm} does not read them"
+        )
 
 
 def release(problem: Problem, speed: Speed) -> Problem:
