@@ -101,7 +101,7 @@ def test_clients_of_different_ranks_have_prices_of_their_own() -> None:
 def test_gossip_costs_every_transmission(graph: str) -> None:
     toys = ROOT / "tests" / "algorithms" / "toys.py"
     gossip, hears = own.find(toys, "dfed_alt", "algorithm"), own.find(toys, graph, "algorithm")
-    make: Make = lambda task: gossip(task, graph=hears)  # noqa: E731
+    make: Make = lambda task: gossip(task, graph=hears)  # noqa: E731 - one expression, named
     found = priced(make, tiny_task(), EVERYBODY)
     same(found, real(make, tiny_task(), EVERYBODY))
     each = {"ring": 2, "complete": len(SIZES) - 1, "alone": 0}[graph]
