@@ -14,9 +14,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import tyro
+
+sys.path.append(str(Path(__file__).parents[1]))  # where `report` lies
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tyro
 
+sys.path.append(str(Path(__file__).parents[1]))  # where `report` lies
+
 DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- scaling: begin -->", "<!-- scaling: end -->"
 CLASSES, LR = 20, 0.01

@@ -30,6 +30,8 @@ from typing import Any
 
 import tyro
 
+sys.path.append(str(Path(__file__).parents[1]))  # where `report` lies
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
