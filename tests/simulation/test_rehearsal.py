@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,7 +16,7 @@ from fedsim import record
 from fedsim.cli.estimate import dry_run
 from fedsim.config import Config, Speed
 from fedsim.engine import lanes as lanes_module
-from fedsim.simulation import build, rehearsal
+from fedsim.simulation import build, prices, rehearsal, trainers
 from fedsim.simulation.rehearsal import Rehearsal, rehearse
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -41,7 +42,8 @@ def rehearsed(config: Config, speed: Speed = SPEED) -> list[Rehearsal]:
         pytest.param({"codec_up": "float16"}, id="codec", marks=pytest.mark.slow),
         pytest.param({"algorithm": "fed_sa_lora", "head_rounds": 0}, id="clients keep B"),
         pytest.param({"algorithm": "fed_ex_lora", "head_rounds": 0}, id="another message", marks=pytest.mark.slow),
-        pytest.param({"algorithm": "flora", "head_rounds": 0}, id="stacked", marks=pytest.mark.slow),
+        pytest.param({"algorithm": "flora(ranks=[2, 8])", "head_rounds": 0}, id="stacked", marks=pytest.mark.slow),
+        pytest.param({"algorithm": "het_lora(ranks=[8, 4])", "head_rounds": 0}, id="ranks", marks=pytest.mark.slow),
     ],
 )
 def test_it_sends_what_a_trained_round_sends(config: Config, tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -57,11 +59,21 @@ def test_it_sends_what_a_trained_round_sends(config: Config, tmp_path: Path, cha
     config = dataclasses.replace(config, **changes)
     phases = build.phases(config)
     run = fedsim.run(config, SPEED, out=tmp_path / "run", quiet=True)
-    parts = rehearsed(config)
+    parts, problem = rehearsed(config), build.problem(config, SPEED)
+    shape, dtype = trainers.example(problem)
+    example = jax.ShapeDtypeStruct(shape, dtype)
     for part, phase in zip(parts, phases, strict=True):
         line = run.rounds[phase.last - 1]  # of the rules, the second round: the first has no stack to send yet
-        assert (8 * part.down, 8 * part.up) == (line["bytes_down"], line["bytes_up"])
+        ranks = "ranks" in config.algorithm  # of which a rehearsal counts the padded leaves
+        assert 8 * part.down == line["bytes_down"]
+        assert 8 * part.up > line["bytes_up"] if ranks else 8 * part.up == line["bytes_up"]
+        found = prices.of_phase(phase, build.split_model(phase.config, problem.dataset), example, problem.partition.sizes)
+        for way, each in (("down", found.leaves.down), ("up", found.leaves.up)):
+            assert {name: nbytes.sum() for name, nbytes in each.items()} == line[f"bytes_{way}_leaves"]
+        assert (found.down.together, found.up.together) == (line["bytes_down"], line["bytes_up"])
+        assert len(found.ids) == 8 and found.up.certainty == "exact"
     assert run.rounds[0]["setup_bytes"] == 8 * parts[0].setup
+    assert parts[-1].flops == run.rounds[-1]["flops"]
 
 
 @pytest.mark.slow

@@ -17,10 +17,9 @@ from fedsim.data.partition import holders
 from fedsim.engine import plan
 from fedsim.engine.host import tune_host
 from fedsim.peft import flops
-from fedsim.randomness import stream
-from fedsim.simulation import build, needs, trainers
+from fedsim.simulation import build, needs, prices, trainers
 from fedsim.simulation.build import Phase, Problem
-from fedsim.simulation.rehearsal import rehearse
+from fedsim.simulation.rehearsal import Rehearsal, rehearse
 from fedsim.training.features import use_cache
 from fedsim.units import duration, exact_size, size
 
@@ -33,8 +32,9 @@ class PhaseEstimate(NamedTuple):
     phase: Phase
     trained: int  # parameters
     frozen: int
-    up: int  # bytes of one client in a round, the mean over the first cohort; see `rehearsal`
-    down: int
+    members: int  # of a cohort
+    up: prices.Each  # bytes of a round, of the first cohort where it meets for the second time
+    down: prices.Each
     setup: int  # bytes, one client, once
     full: int  # bytes of one message of full fine-tuning
     steps: float  # local steps of a round, all clients together
@@ -43,7 +43,8 @@ class PhaseEstimate(NamedTuple):
     lanes: int  # of each device
     occupancy: float  # of lanes
     row_occupancy: float
-    flops: float  # of one example, forward and backward
+    flops: float  # of one example of a round's plan, all that the algorithm's clients do with it
+    forward: float  # of one example in evaluation
     prefix_flops: float  # of one example through the cached stages, once; 0 without a cache
     cached: bool
     memory: dict[str, int]  # bytes by part, of each device
@@ -69,10 +70,9 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
     config, dataset, parts = phase.config, problem.dataset, problem.partition
     passes = Passes(config.epochs, config.steps, config.batch_size)
     devices = problem.speed.devices or jax.local_device_count()
-    cohorts = [
-        stream(config.seed, f"sample {round}").choice(parts.clients, config.clients_per_round, replace=False)
-        for round in range(1, SAMPLED_ROUNDS + 1)
-    ]
+    algorithm = prices.made(phase, build.split_model(config, dataset), {})
+    first = range(phase.first, phase.first + SAMPLED_ROUNDS)
+    cohorts = [ids[ids >= 0] for ids in (prices.selected(config, algorithm, round, parts.clients) for round in first)]
     rehearsed = rehearse(problem, phase, cohorts[0])
     lanes, widths = rehearsed.lanes, rehearsed.widths
     weights = needs.weights(config)  # which the rehearsal has read, and downloaded before where they are the hub's
@@ -81,15 +81,18 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
     cached = use_cache(problem.speed, model, dataset.x, config)
     plans = [
         plan.make(ids, parts.rows, parts.offsets, passes, config.seed, round, devices, lanes, widths=widths)
-        for round, ids in enumerate(cohorts, 1)
+        for round, ids in zip(first, cohorts, strict=True)
     ]
     shape, dtype = trainers.example(problem)
+    up, down = sent(problem, phase, model, rehearsed, len(cohorts[0]))
+    seen = plans[0].examples
     return PhaseEstimate(
         phase=phase,
         trained=_count(model.trained),
         frozen=_count(model.frozen),
-        up=round(rehearsed.up),
-        down=round(rehearsed.down),
+        members=len(cohorts[0]),
+        up=up,
+        down=down,
         setup=rehearsed.setup,
         full=build.full_bytes(model),
         steps=float(np.mean([(p.count > 0).sum() for p in plans])),
@@ -98,7 +101,8 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
         lanes=lanes,
         occupancy=float(np.mean([p.occupancy[0] for p in plans])),
         row_occupancy=float(np.mean([p.occupancy[1] for p in plans])),
-        flops=flops.training_flops(plain, shape, dtype, cached=cached).total,
+        flops=rehearsed.flops / seen if seen else flops.training_flops(plain, shape, dtype, cached=cached).total,
+        forward=flops.forward_flops(plain, shape, dtype, start=plain.cut if cached else 0),
         prefix_flops=flops.forward_flops(plain, shape, dtype, stop=plain.cut) if cached else 0.0,
         cached=cached,
         memory={
@@ -108,6 +112,27 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
             ),
         },
     )
+
+
+def sent(
+    problem: Problem, phase: Phase, model: peft.Model, rehearsed: Rehearsal, members: int
+) -> tuple[prices.Each, prices.Each]:
+    """Bytes of a round, up and down; of an algorithm that cannot be priced by shapes what the rehearsal has seen."""
+    held = holders(phase.config, problem.dataset.train)
+    shape, dtype = trainers.example(problem)
+    try:
+        found = prices.of_phase(
+            phase,
+            model,
+            jax.ShapeDtypeStruct(shape, dtype),
+            problem.partition.sizes,
+            (len(held.public), len(held.shard)),
+        )
+    except ValueError:
+        means = (rehearsed.up, rehearsed.down)
+        up, down = (prices.Each(n, round(n), round(n), round(n * members), "about") for n in means)
+        return up, down
+    return found.up, found.down
 
 
 def matmul_speed(precision: str = "float32") -> float:
@@ -145,23 +170,23 @@ def print_estimate(problem: Problem, found: list[PhaseEstimate], flops_per_secon
         rounds = e.phase.last - e.phase.first + 1
         evaluations = rounds // config.eval_every + 1
         rows = rounds * e.examples / max(e.row_occupancy, 1e-9)
-        # Evaluation needs the forward pass only, about a third of a training step.
         looked = evaluations * len(problem.dataset.validation) + len(problem.dataset.test) * (e is found[-1])
-        seconds = (rows * e.flops + looked * e.flops / 3) / flops_per_second
-        sent = rounds * config.clients_per_round * (e.up + e.down)
-        total_bytes, total_seconds = total_bytes + sent, total_seconds + seconds
+        seconds = (rows * e.flops + looked * e.forward) / flops_per_second
+        nbytes = rounds * (e.up.together + e.down.together)
+        total_bytes, total_seconds = total_bytes + nbytes, total_seconds + seconds
         print(f"\nrounds {e.phase.first} to {e.phase.last}: {e.phase.config.peft} on {config.backbone}")
         print(
             f"  trained      {e.trained:,} of {e.trained + e.frozen:,} parameters ({e.trained / (e.trained + e.frozen):.2%})"
         )
         print(
-            f"  plan         {config.clients_per_round} clients, {e.steps:.0f} steps and {e.examples:.0f} examples a round; "
+            f"  plan         {e.members} clients, {e.steps:.0f} steps and {e.examples:.0f} examples a round; "
             f"{'' if e.devices == 1 else f'{e.devices} devices x '}{e.lanes} lanes {e.occupancy:.0%} full, rows {e.row_occupancy:.0%}"
         )
+        print(f"  one client   up {e.up.words()}, down {e.down.words()} a round; full fine-tuning {exact_size(e.full)}")
+        certainty = next((f"{way.certainty} " for way in (e.up, e.down) if way.certainty != "exact"), "")
         print(
-            f"  one client   up {exact_size(e.up)}, down {exact_size(e.down)} a round; full fine-tuning {exact_size(e.full)}"
+            f"  all rounds   {certainty}{exact_size(nbytes)} both ways; once per client the backbone, {exact_size(e.setup)}"
         )
-        print(f"  all rounds   {exact_size(sent)} both ways; once per client the backbone, {exact_size(e.setup)}")
         each = "" if e.devices == 1 else "each device: "
         print(f"  memory       {each}{', '.join(f'{name} {size(n)}' for name, n in e.memory.items())}")
         print(f"  time         about {duration(seconds)}{' from cached features' if e.cached else ''}")

@@ -49,7 +49,13 @@ class Prices(NamedTuple):
     setup: int  # bytes that a client is given once
 
 
-def of_phase(phase: Phase, model: peft.Model, example: Any, sizes: np.ndarray | None = None) -> Prices:
+def of_phase(
+    phase: Phase,
+    model: peft.Model,
+    example: Any,
+    sizes: np.ndarray | None = None,
+    held: tuple[int | None, int | None] = (None, None),
+) -> Prices:
     """What the phase's first cohort sends when it meets for the second time.
 
     In a first round there may be less to tell; who has missed some may be told more.
@@ -57,23 +63,26 @@ def of_phase(phase: Phase, model: peft.Model, example: Any, sizes: np.ndarray | 
     Args:
         example: one input as a shape with its dtype, without the batch axis.
         sizes: (N,) examples of each client; default: a batch each.
+        held: examples that the server holds without labels, and with; None where their number is unknown.
 
     Raises:
         ValueError: the algorithm's round reads values, so that it cannot be traced.
     """
     config, size = phase.config, phase.config.batch_size
-    ids = selected(config, made(phase, model, {}), phase.first)
     own = np.full(config.clients, size) if sizes is None else np.asarray(sizes)
+    ids = selected(config, made(phase, model, {}), phase.first, len(own))
     setting = Setting(
         ids=ids,
         sizes=np.where(ids >= 0, own[ids], 0),
-        population=config.clients,
+        population=len(own),
         batch=batch_of(example, size),
         average=tasks.average(config),
         up=wire.codec(config.codec_up, "codec_up"),
         down=wire.codec(config.codec_down, "codec_down"),
         seed=config.seed,
         lr=float(schedule(config.lr_schedule, "lr_schedule", config.lr)(phase.first - 1)),
+        public=held[0],
+        shard=held[1],
     )
     unknown = Unknown(model.frozen, model.trained, key_shape(), jax.ShapeDtypeStruct((), jnp.float32))
     try:
@@ -114,9 +123,9 @@ def second_round(given: Unknown, algorithm: Algorithm, setting: Setting, first: 
     return cohort
 
 
-def selected(config: Config, algorithm: Algorithm, round: int) -> np.ndarray:
+def selected(config: Config, algorithm: Algorithm, round: int, clients: int) -> np.ndarray:
     """Who is in a round to which everybody could come, (M,); drawn by lot where the choice is the server's by its state."""
-    population, chance = Population(config.clients, config.clients_per_round), f"sample {round}"
+    population, chance = Population(clients, config.clients_per_round), f"sample {round}"
     try:
         return np.asarray(algorithm.select(stream(config.seed, chance), None, population), np.int64)
     except (AttributeError, TypeError):

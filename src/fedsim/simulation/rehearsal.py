@@ -44,6 +44,7 @@ class Rehearsal(NamedTuple):
     lanes: int  # of each device
     widths: tuple[int, ...]  # of the first exchange's batches
     need: Need  # of the last exchange
+    flops: float  # of the second round
 
 
 class Asked(NamedTuple):
@@ -80,9 +81,8 @@ def rehearse(problem: Problem, phase: Phase, ids: np.ndarray) -> Rehearsal:
         met[ids] = round
         down = sum(sum(exchange.down.values()) for exchange in cohort.done) / max(len(cohort.places), 1)
     up = sum(exchange.up for exchange in asked)
-    return Rehearsal(
-        down, up, sum(trainers.setup_bytes(trainer).values()), int(engine.lanes), asked[0].widths, engine.need
-    )
+    setup = sum(trainers.setup_bytes(trainer).values())
+    return Rehearsal(down, up, setup, int(engine.lanes), asked[0].widths, engine.need, cohort.flops())
 
 
 def may_be_too_large(problem: Problem, phase: Phase) -> bool:
