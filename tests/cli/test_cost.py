@@ -271,6 +271,48 @@ def test_tables_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert {r["rule"] for r in row["rules"]} == {"head", "lora", "frozen"}
 
 
+ROOT = Path(__file__).parents[2]
+LORA = Config(backbone="vit_tiny", peft="lora", rank=4, clients=12, clients_per_round=6, rounds=5)
+
+
+def test_a_row_is_of_the_algorithm(capsys: pytest.CaptureFixture[str]) -> None:
+    """SCAFFOLD doubles both ways; ranks have a mean and a range; gossip costs every transmission; once a client as before."""
+    plain = cost.cost(LORA, 3)
+    double = cost.cost(LORA.replace(algorithm=f"{ROOT}/experiments/scaffold.py:scaffold"), 3)
+    assert double.bytes_up == 2 * plain.bytes_up and double.run_bytes_down == 2 * plain.run_bytes_down
+    assert double.full_ratio == pytest.approx((plain.full_ratio or 0) / 2) and double.setup_bytes == plain.setup_bytes
+
+    mixed = cost.cost(LORA.replace(algorithm="het_lora(ranks=[1, 4])"), 3)
+    less = plain.bytes_up - 4 * 3 * 2 * 2 * (32 + 32)  # three ranks less of two matrices in two blocks
+    assert mixed.bytes_up_range == mixed.bytes_down_range == (less, plain.bytes_up)
+    assert less < mixed.bytes_up == round(mixed.round_bytes_up / 6) < plain.bytes_up
+    assert mixed.bytes_up_are == "exact"
+
+    gossip = cost.cost(LORA.replace(algorithm=f"{ROOT}/tests/algorithms/toys.py:dfed_alt(personal=())"), 3)
+    assert (gossip.bytes_up, gossip.bytes_down, gossip.members) == (2 * plain.bytes_up, 0, 12)
+    assert gossip.run_bytes_up == 5 * 12 * 2 * plain.bytes_up
+
+    argv = ["--backbone", "vit_tiny", "--rank", "4", "--algorithm", "het_lora(ranks=[1, 4], gamma=0.5)"]
+    shown, row = said(argv, capsys), json.loads(said([*argv, "--json"], capsys))[0]
+    assert row["bytes_up_are"] == row["bytes_down_are"] == "at most" and f"at most {row['bytes_up']:,} B" in shown
+    assert row["bytes_up"] >= plain.bytes_up and "het_lora" in shown
+
+
+def test_an_algorithm_whose_round_needs_numbers_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from fedsim.algorithms.fed_avg import fed_avg\n"
+        "def looks(task):\n"
+        "    plain = fed_avg(task)\n"
+        "    def round(key, held, server, cohort):\n"
+        "        new, metrics = plain.round(key, held, server, cohort)\n"
+        "        return (new if float(metrics['loss']) > 0 else server), metrics\n"
+        "    return plain._replace(round=round)\n"
+    )
+    assert cli.main(["cost", "--backbone", "vit_tiny", "--algorithm", f"{file}:looks"]) == 2
+    assert "to be priced by shapes, but its round reads values" in capsys.readouterr().err
+
+
 def test_a_huge_model_is_a_matter_of_seconds(environment: dict[str, str]) -> None:
     """ViT-H/14 has 2.5 GB of parameters; none of them is allocated."""
     code = (
@@ -304,6 +346,8 @@ def test_a_huge_model_is_a_matter_of_seconds(environment: dict[str, str]) -> Non
         ("--peft bias --peft lora", "Expected --peft once; put all its values behind it"),
         ("--dtype float31", "did you mean float32"),
         ("--codec-up bfloat", "did you mean bfloat16"),
+        ("--algorithm fed_av", "did you mean fed_avg"),
+        ("--algorithm flora --peft bias", "give --peft lora"),
         ("--clients 5", "Expected clients_per_round=10 <= clients=5"),
         ("--backbone vit_b16 --pool pooler", "Expected pool='pooler' to be one of"),
     ],

@@ -38,7 +38,7 @@ def priced(make: Make, task: Task, ids: tuple[int, ...] = COHORT, **options: Any
     setting = Setting(
         ids=np.array(ids), sizes=np.array(SIZES)[list(ids)], population=len(SIZES),
         batch=prices.batch_of(example, task.passes.batch_size), average=plain(task.weight),
-        **{"up": None, "down": None, "seed": 0, "lr": 0.0, **options},
+        **{"up": None, "down": None, "seed": 0, **options},
     )  # fmt: skip
 
     def rounds(given: Unknown) -> Any:

@@ -67,7 +67,9 @@ def test_it_sends_what_a_trained_round_sends(config: Config, tmp_path: Path, cha
         ranks = "ranks" in config.algorithm  # of which a rehearsal counts the padded leaves
         assert 8 * part.down == line["bytes_down"]
         assert 8 * part.up > line["bytes_up"] if ranks else 8 * part.up == line["bytes_up"]
-        found = prices.of_phase(phase, build.split_model(phase.config, problem.dataset), example, problem.partition.sizes)
+        found = prices.of_phase(
+            phase, build.split_model(phase.config, problem.dataset), example, problem.partition.sizes
+        )
         for way, each in (("down", found.leaves.down), ("up", found.leaves.up)):
             assert {name: nbytes.sum() for name, nbytes in each.items()} == line[f"bytes_{way}_leaves"]
         assert (found.down.together, found.up.together) == (line["bytes_down"], line["bytes_up"])

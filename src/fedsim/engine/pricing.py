@@ -76,7 +76,6 @@ class Setting(NamedTuple):
     up: wire.Codec | None
     down: wire.Codec | None
     seed: int
-    lr: float
     public: int | None = None  # examples that the server holds without labels, and with; None: unknown
     shard: int | None = None
 
@@ -108,6 +107,7 @@ class Sketch:
         self.present = self.reports = setting.ids >= 0
         self.done: list[Sending] = []
         self.guessed = False
+        self.unknowns: dict[Any, Array] = {}  # by shape and dtype
         self.outbox, self.turns = Outbox(wire.part_bytes), Counter[str]()
 
     @property
@@ -172,9 +172,12 @@ class Sketch:
 
     def unknown(self, leaf: Any) -> Array:
         """Something of that shape and type of which nothing is known."""
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jnp.broadcast_to(self.given.key, leaf.shape)
-        return jnp.broadcast_to(self.given.number.astype(leaf.dtype), leaf.shape)
+        kind = leaf.shape, leaf.dtype
+        if kind not in self.unknowns:
+            is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            some = self.given.key if is_key else self.given.number.astype(leaf.dtype)
+            self.unknowns[kind] = jnp.broadcast_to(some, leaf.shape)
+        return self.unknowns[kind]
 
     def _sent(self, message: Tree, key: Array) -> tuple[Tree, dict[str, Price]]:
         """The message as its receivers decode it, and what it costs each."""
@@ -198,7 +201,7 @@ class Sketch:
             steps = np.where(sizes > 0, given, 0)
         numbers = (np.where(self.reports, self.ids, 0), sizes, np.full(members, self.round), steps)
         ids, n, round, steps = (jnp.asarray(each, jnp.int32) for each in numbers)
-        keys, lr = jnp.broadcast_to(self.given.key, members), jnp.full(members, self.setting.lr, jnp.float32)
+        keys, lr = (jnp.broadcast_to(one, members) for one in (self.given.key, self.given.number))
         return Client(ids, n, self.memory, keys, round, lr, steps)
 
     def _replies(
@@ -207,13 +210,13 @@ class Sketch:
         """Replies (M, ...) as the server decodes them, their weights (M,), their prices, and `Sending.sparse`."""
         shared, own, (treedef, apart) = split_message(message)
         held, root, codec = self.given.held, self.given.key, self.setting.up
-        common, batch = key_for(root, "codec", self.round, turn), jax.tree.map(self.unknown, self.setting.batch)
+        common = key_for(root, "codec", self.round, turn)
         noted: list[wire.Most] = []
 
         def one(own: list[Any], client: Client) -> Any:
             nodes = [o if differs else s for s, o, differs in zip(shared, own, apart, strict=True)]
             msg = treedef.unflatten(nodes)
-            carry = jax.tree.map(self.unknown, local.start(held, msg, client, batch))
+            carry = jax.tree.map(self.unknown, jax.eval_shape(local.start, held, msg, client, self.setting.batch))
             marked, memory, _ = local.finish(held, msg, carry, client)
             changes = {name: sent.value for name, sent in wire.changes(marked).items()}
             state = codec.init(root, changes) if codec and changes else ()

@@ -16,7 +16,6 @@ from fedsim.engine.pricing import Sends, Setting, Sketch, Unknown, sends
 from fedsim.randomness import stream
 from fedsim.simulation import tasks
 from fedsim.simulation.build import Phase
-from fedsim.training.optimizers import schedule
 from fedsim.training.server import watched
 from fedsim.units import exact_size
 
@@ -80,7 +79,6 @@ def of_phase(
         up=wire.codec(config.codec_up, "codec_up"),
         down=wire.codec(config.codec_down, "codec_down"),
         seed=config.seed,
-        lr=float(schedule(config.lr_schedule, "lr_schedule", config.lr)(phase.first - 1)),
         public=held[0],
         shard=held[1],
     )
