@@ -19,7 +19,7 @@ import pytest
 from fedsim.cli import main as cli
 from fedsim.cli.forms import arities
 from fedsim.cli.options import CostOptions, ProfileOptions, RunOptions, ShowOptions, parse
-from fedsim.config import Config, Speed, main_job
+from fedsim.config import RATES, Config, Speed, main_job
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -34,6 +34,9 @@ NAMES = {
     "server_optimizer": "adam",
     "server_lr_schedule": "linear_schedule(1.0, 0.0, 5)",
     "size_law": "power(exponent=1.5)",
+    "codec_up": "topk(0.01)+quantise(8)",
+    "codec_down": "bfloat16",
+    "metric": "loss",
 }
 # Options that are refused alone: what they go with.
 WITH = {
@@ -51,6 +54,7 @@ WITH = {
     "bias_patch": {"peft": "bias"},
     "last_blocks": {"peft": "last_k"},
     "data_dir": {"dataset": "tfds:mnist"},
+    "groups": {"head_rounds": 0},
     "domain_column": {"partition": "domain"},
     "classes_per_client": {"partition": "shards"},
     "size_law": {"partition": "quantity"},
@@ -66,7 +70,8 @@ def other(name: str, hint: Any, default: Any) -> tuple[Any, list[str]]:
     if name in NAMES:
         return NAMES[name], [flag, NAMES[name]]
     if get_origin(hint) is tuple:
-        return ("key", "blocks/*/up"), [flag, "key", "blocks/*/up"]
+        values = ("small(share=1)",) if name == "groups" else ("key", "blocks/*/up")
+        return values, [flag, *values]
     if float in kinds:
         value = 0.75 if default is None else default * 1.5 or 0.25
         return value, [flag, str(value)]
@@ -97,7 +102,8 @@ def test_every_option_can_be_set(kind: type, name: str) -> None:
         return
     changed = {f"{k.__name__}.{f.name}" for k, found in ((Config, config), (Speed, speed))
                for f in dataclasses.fields(k) if getattr(found, f.name) != getattr(DEFAULTS[k], f.name)}  # fmt: skip
-    assert changed == {f"{kind.__name__}.{option}" for option in (name, *needed)}
+    rate = ("lr",) if needed.get("peft") in RATES else ()  # a kind's own
+    assert changed == {f"{kind.__name__}.{option}" for option in (name, *needed, *rate)}
     assert getattr(config if kind is Config else speed, name) == value
 
 

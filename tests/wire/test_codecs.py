@@ -149,3 +149,9 @@ def test_a_thinning_codec_on_the_way_down_is_refused():
 def test_unknown_codecs_are_refused(text, words):
     with pytest.raises(ValueError, match=words):
         wire.codec(text, "codec_up")
+
+
+def test_the_options_name_the_codecs_that_there_are():
+    from fedsim.config.checks import CODECS
+
+    assert sorted(CODECS) == sorted(wire.CODECS)

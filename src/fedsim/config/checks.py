@@ -10,7 +10,7 @@ from fedsim.config.fields import gate
 from fedsim.config.groups import check_groups
 from fedsim.config.limits import in_range, plan_fits
 from fedsim.config.scores import check_scores
-from fedsim.config.words import one_of
+from fedsim.config.words import nearest, one_of, shown
 
 if TYPE_CHECKING:
     from fedsim.config.options import Config, Model
@@ -66,6 +66,8 @@ def check(config: Config) -> None:
         raise ValueError(f"Expected 0 <= local_test={c.local_test} < 1; it is the share held out, e.g. 0.2.")
     check_network(c)
     plan_fits(invited(c), c.steps or c.epochs, c.batch_size, "steps" if c.steps else "epochs")
+    for name in ("codec_up", "codec_down"):
+        check_codec(getattr(c, name), name)
     for name in ("algorithm", "optimizer", "lr_schedule", "server_optimizer", "server_lr_schedule"):
         parse_call(getattr(c, name), name)
 
@@ -86,6 +88,24 @@ def check_shares(c: Config) -> None:
         raise ValueError(
             f"Expected public_share={c.public_share} + server_share={c.server_share} < 1; the rest is the clients': lower them."
         )
+
+
+CODECS = ("bfloat16", "float16", "quantise", "topk")  # that `wire.codecs` has
+
+
+def check_codec(text: str, option: str) -> None:
+    """Refuses an unknown codec; what its arguments mean is looked at where it is made.
+
+    Raises:
+        ValueError: names the option and the nearest codecs.
+    """
+    for call in text.split("+") if text != "none" else ():
+        name, _, _ = parse_call(call.strip(), option)
+        if name not in CODECS:
+            raise ValueError(
+                f"Expected {option}={shown(text)} to be none, or of {', '.join(CODECS)} with + between them"
+                f"{nearest(name, CODECS)}; like topk(0.01)+quantise(8)."
+            )
 
 
 def size_law(text: str) -> tuple[str, float]:

@@ -158,10 +158,11 @@ class Training:
     """optax schedule over rounds; multiplies server_lr."""
     weighting: Literal["examples", "uniform"] = "examples"
     """Weight of a client in the mean."""
-    codec_up: Literal["none", "bfloat16", "float16"] = "none"
-    """What clients' messages are cast to on the wire."""
-    codec_down: Literal["none", "bfloat16", "float16"] = "none"
-    """What the server's messages are cast to on the wire."""
+    codec_up: str = "none"
+    """How clients' messages are coded on the wire: `bfloat16`, `float16`, `"quantise(8)"`, `"topk(0.01)"`, several with + between
+    them (docs/own_algorithm.md)."""
+    codec_down: str = "none"
+    """How the server's messages are coded, by codecs that act on values: bfloat16, float16, `"quantise(8)"`."""
 
 
 @dataclass(frozen=True, kw_only=True)
