@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedsim import data
+from fedsim import data, record
 from fedsim.config import Config
-from fedsim.data import hugging_face
+from fedsim.data import hashes, hugging_face
 from fedsim.data.dataset import Columns
 from fedsim.data.hugging_face import read_hugging_face
+from moments import Place
 
 REASON = "needs pip install -e '.[hf]'"
 
@@ -136,3 +138,72 @@ def test_the_rules_of_every_source(
     monkeypatch.setattr(hugging_face, "_loaded", lambda name: parts)
     with pytest.raises(ValueError, match=message):
         read_hugging_face("set", Columns())
+
+
+def test_a_missing_image_is_named(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason=REASON)
+    from PIL import Image
+
+    columns = {"image": [Image.fromarray(np.zeros((4, 4), np.uint8)), None], "label": [0, 1]}
+    folder = saved(tmp_path, columns, image=datasets.Image())
+    with pytest.raises(ValueError, match=r"Expected row 1 of train of hf:.* to be an image \(there is none\)"):
+        read_hugging_face(folder, Columns())
+
+
+def test_a_set_of_the_hub_is_known_by_its_fingerprints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is not asked: what `datasets` gives stands in for it."""
+    datasets = pytest.importorskip("datasets", reason=REASON)
+    made = {"train": datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: datasets.DatasetDict(made))
+    monkeypatch.setattr(hugging_face, "_fingerprints", {})
+    first = hashes.sha256("hf:someone/some_set")
+    assert first is not None and first == hashes.sha256("hf:someone/some_set")
+    made["train"] = made["train"].add_column("more", [1, 2])
+    read_hugging_face("someone/some_set", Columns())
+    assert hashes.sha256("hf:someone/some_set") not in (None, first)
+
+
+TYPED = """
+    --backbone bert_tiny --weights random --peft head --head-rounds 0 --clients 4 --clients-per-round 2 --rounds 2 --min-size 1
+    --tokens 8 --no-head-baseline --checkpoint-every 1 --devices 1 --lanes 2 --quiet --out run
+"""
+
+
+@pytest.mark.parametrize("form", ["save_to_disk", "csv", "json", "parquet"])
+def test_a_run_of_a_real_set_is_gone_on_with_from_anywhere_or_refused(
+    tmp_path: Path, environment: dict[str, str], form: str
+) -> None:
+    """`fedsim run`, then `--resume`: of the set as it was, of one that has changed."""
+    datasets = pytest.importorskip("datasets", reason=REASON)
+    columns = {
+        "text": [f"{('good', 'bad')[i % 2]} word {i}" for i in range(60)],
+        "label": [i % 2 for i in range(60)],
+        "who": [f"user {i % 4}" for i in range(60)],
+    }
+    folder = tmp_path / "set"
+    folder.mkdir()
+
+    def write() -> None:
+        made = datasets.Dataset.from_dict(columns)
+        if form == "save_to_disk":
+            datasets.DatasetDict({"train": made}).save_to_disk(str(folder))
+        else:
+            getattr(made, f"to_{form}")(str(folder / f"train.{form}"))
+
+    write()
+    place = Place(tmp_path, environment | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"})
+    start = ["--dataset", "hf:set", "--client-column", "who", "--partition", "natural", *TYPED.split()]
+    assert place.run(*start) == (0, "")
+    run = record.load(tmp_path / "run")
+    assert run.about["files"]["dataset"]["path"] == str(folder) and run.summary is not None
+    (tmp_path / "run" / record.SUMMARY).unlink()
+    shutil.copytree(tmp_path / "run", tmp_path / "changed")
+    away = tmp_path / "away"
+    away.mkdir()
+    assert Place(away, place.environment).run("--resume", "../run", "--quiet") == (0, "")
+    assert (tmp_path / "run" / record.SUMMARY).is_file()
+
+    columns["text"][59] = "bad word 58"
+    write()
+    status, said = place.run("--resume", "changed", "--quiet")
+    assert status == 2 and "set, the dataset of changed, to be " in said and "Traceback" not in said

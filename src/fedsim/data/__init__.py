@@ -23,7 +23,7 @@ PACKAGED = ("20newsgroups", "fashion_mnist", "elpv", "digits")
 TABLES = (".csv", ".jsonl", ".parquet")
 FORMS = {
     "tfds:NAME": "a set of TensorFlow Datasets, also NAME/CONFIG:VERSION, after fedsim data prepare tfds:NAME",
-    "hf:NAME": "a set of the Hugging Face hub, OWNER/NAME[:CONFIG], or a folder that save_to_disk wrote",
+    "hf:NAME": "a set of the Hugging Face hub, OWNER/NAME[:CONFIG], or a folder that its library reads",
     "FOLDER": "images by class: FOLDER/CLASS/*.png, or FOLDER/{train,validation,test}/CLASS/*.png",
     "FILE": "texts: .csv, .jsonl, .parquet; arrays: .npz",
     "arrays": "arrays in memory, in Python only: fedsim.run(config, data=fedsim.arrays(x, y))",

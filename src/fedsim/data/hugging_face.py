@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+SAVED = ("dataset_dict.json", "state.json")  # of which `save_to_disk` writes one
 _fingerprints: dict[str, str] = {}  # of sets that this process has read, by name
 
 
@@ -23,7 +25,8 @@ def read_hugging_face(name: str, columns: Columns, side: int | None = None) -> S
     """A set of `datasets`: its `image` column, or else the text column, with the classes of the label column.
 
     Args:
-        name: a folder that `save_to_disk` wrote, or a hub name, `OWNER/NAME` or `OWNER/NAME:CONFIG`.
+        name: a folder that `save_to_disk` wrote or that `load_dataset` reads, or a hub name, `OWNER/NAME` or
+            `OWNER/NAME:CONFIG`.
         columns: names of columns; a `text` column of images is decoded as well.
         side: resize images to this side while reading (`pixels.resized`); None leaves them as they are.
 
@@ -80,18 +83,23 @@ def _loaded(name: str) -> dict[str, Any]:
         raise ValueError(
             f"Expected `datasets` to be installed for dataset='hf:{name}'; run pip install -e '.[hf]'."
         ) from None
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     folder = Path(name).expanduser()
     try:
-        if folder.is_dir():
+        if folder.is_dir() and any((folder / name).is_file() for name in SAVED):
             found: Any = datasets.load_from_disk(str(folder))
+        elif folder.is_dir():  # tables or images, by the layouts that `datasets` knows
+            found = datasets.load_dataset(str(folder.resolve()))
         else:
             repository, _, config = name.partition(":")
             found = datasets.load_dataset(repository, config or None)
     except Exception as error:  # of the network, of the hub, and of each set's own code
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        cause = error.__cause__ or error  # where `datasets` only says that it failed
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
         raise ValueError(
             f"Expected dataset='hf:{name}' to be a folder that save_to_disk wrote, or a set that datasets.load_dataset "
-            f"finds ({type(error).__name__}: {reason}); check name, config (hf:OWNER/NAME:CONFIG) and network."
+            f"reads ({type(cause).__name__}: {reason}); check name, config (hf:OWNER/NAME:CONFIG) and network."
         ) from error
     parts = {"train": found} if not hasattr(found, "keys") else {SPLIT_WORDS.get(k): found[k] for k in found}
     kept = {split: parts[split] for split in SPLITS if split in parts and len(parts[split])}
@@ -115,6 +123,8 @@ def _images(
     def opened(row: int) -> Image.Image:
         split, start = next((s, first) for s, first in reversed(starts) if row >= first)
         value = encoded[split][row - start][column]
+        if value is None:
+            raise ValueError("there is none")
         return Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
 
     return stacked(sum(map(len, parts.values())), opened, where, side)
