@@ -30,6 +30,7 @@ NAMES = {
     "server_optimizer": "adam",
     "server_lr_schedule": "linear_schedule(1.0, 0.0, 5)",
     "size_law": "power(exponent=1.5)",
+    "metric": "macro_f1",
 }
 # Options that are refused alone: what they go with.
 WITH = {

@@ -13,6 +13,7 @@ import pytest
 
 import fedsim
 from fedsim.config import Config
+from fedsim.config.older import today
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,6 +88,6 @@ def test_the_files_of_results_are_of_this_script(vision: ModuleType) -> None:
         result = json.loads(file.read_text())
         assert vision.table(result) in document
         for method, row in result["rows"].items():
-            said = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in row["config"].items()})
+            said = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in today(row["config"]).items()})
             found = {"accept_licence": said.accept_licence, "lr": row["rate"], "head_lr": said.head_lr}
             assert said == base.replace(**vision.METHODS[method], **found)
