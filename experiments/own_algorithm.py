@@ -1,4 +1,4 @@
-"""An algorithm of one's own, in one file: FedAvg whose server keeps momentum (FedAvgM, Hsu et al., arXiv 1909.06335).
+"""An algorithm of one's own: FedAvg whose server keeps momentum (FedAvgM, Hsu et al., arXiv 1909.06335).
 
 Command:  fedsim check experiments/own_algorithm.py:fed_mine
           fedsim run --algorithm "experiments/own_algorithm.py:fed_mine(beta=0.5)"
@@ -24,10 +24,6 @@ class Server(NamedTuple):
 def fed_mine(task: Task, beta: float = 0.5) -> Algorithm:
     local = fit(task.loss, task.optimizer, task.lr, task.passes)
 
-    def init(key: Array, held: Tree) -> Server:
-        params = task.init(key)
-        return Server(params, jax.tree.map(jnp.zeros_like, params))
-
     @jax.jit
     def update(server: Server, change: Params, weight: Array) -> Server:
         velocity = jax.tree.map(lambda v, c: beta * v + c, server.velocity, change)
@@ -38,7 +34,7 @@ def fed_mine(task: Task, beta: float = 0.5) -> Algorithm:
         change, info = cohort.exchange(coded(server.params, change=False), local)
         return update(server, change, info.weight), info.metrics
 
-    def predict(held: Tree, server: Server, memory: Tree, x: Tree) -> Array:
-        return task.logits(held, server.params, x)
+    def init(key: Array, held: Tree) -> Server:
+        return Server(task.init(key), jax.tree.map(jnp.zeros_like, task.init(key)))
 
-    return Algorithm(init, round, predict)
+    return Algorithm(init, round, lambda held, server, memory, x: task.logits(held, server.params, x))
