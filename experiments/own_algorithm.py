@@ -2,8 +2,7 @@
 
 Command:  fedsim check experiments/own_algorithm.py:fed_mine
           fedsim run --algorithm "experiments/own_algorithm.py:fed_mine(beta=0.5)"
-It asks for nothing but `Task`; what it does not use of it (here: server_optimizer) has no effect.
-"""
+It asks for nothing but `Task`; what it does not use of it (here: server_optimizer) has no effect."""
 
 from typing import NamedTuple
 
