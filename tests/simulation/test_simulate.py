@@ -149,7 +149,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[trainers.Trainer, lis
         made.append((real, calls))
         return real._replace(validate=noted("validate"), test=noted("test"))
 
-    monkeypatch.setattr(build, "trainer", trainer)
+    monkeypatch.setattr(trainers, "trainer", trainer)
     return made
 
 
@@ -341,7 +341,7 @@ def test_a_shared_problem_takes_the_run_s_own_speed(
     config: Config, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, seen = trainers.trainer, []
-    monkeypatch.setattr(build, "trainer", lambda *args: seen.append(made(*args)) or seen[-1])
+    monkeypatch.setattr(trainers, "trainer", lambda *args: seen.append(made(*args)) or seen[-1])
     run(config.replace(rounds=1), Speed(lanes=3, devices=1), problem=build.problem(config, Speed(lanes=2, devices=1)))
     assert [trainer.engine.lanes for trainer in seen] == [3]
 
