@@ -118,6 +118,41 @@ def test_onnx_holds_the_leaves_of_the_safetensors(known) -> None:
     assert any(name.startswith("decoder.") for name in source.shapes)
 
 
+def halved(graph: bytes) -> bytes:
+    """An ONNX graph whose float32 initialisers are float16, written by hand; fields of fixed width are left out."""
+
+    def number(n: int) -> bytes:
+        return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + number(n >> 7)
+
+    def message(data: bytes, change) -> bytes:
+        parts = []
+        for field, value in sources._fields(data, 0, len(data)):
+            content = change(field, data[slice(*value)] if isinstance(value, tuple) else value)
+            if isinstance(content, bytes):
+                parts += [number(field << 3 | 2), number(len(content)), content]
+            else:
+                parts += [number(field << 3), number(content)]
+        return b"".join(parts)
+
+    def tensor(data: bytes) -> bytes:
+        if (2, 1) not in list(sources._fields(data, 0, len(data))):  # data type float32
+            return data
+        half = lambda raw: np.frombuffer(raw, "<f4").astype("<f2").tobytes()  # noqa: E731 - one expression, named
+        return message(data, lambda field, v: 10 if field == 2 else half(v) if field == 9 else v)
+
+    return message(graph, lambda field, v: message(v, lambda f, t: tensor(t) if f == 5 else t) if field == 7 else v)
+
+
+def test_onnx_in_float16_is_read_as_float32(known, tmp_path: Path) -> None:
+    """A graph of float16 weights was refused as one that lacks them."""
+    (tmp_path / "model.onnx").write_bytes(halved((FIXTURES / "dinov2_onnx" / "model.onnx").read_bytes()))
+    shapes = peft.published(known("dinov2"))
+    plain, half = (load("small", str(folder), shapes) for folder in (FIXTURES / "dinov2_onnx", tmp_path))
+    for path in shapes:
+        assert half[path].dtype == np.float32
+        np.testing.assert_array_equal(half[path], plain[path].astype(np.float16).astype(np.float32), err_msg=path)
+
+
 @pytest.mark.parametrize(
     ("file", "row"), [("vit", "dinov2"), ("dinov2", "vit"), ("vit_timm", "dinov2"), ("vit_augreg", "dinov2")]
 )

@@ -161,16 +161,20 @@ def _open_npz(file: Path) -> Source:
     return Source(file, shapes, kinds, read)
 
 
-class Tensor(NamedTuple):
-    """A float32 initialiser of an ONNX graph: where its raw bytes lie in the file."""
+ONNX_FLOATS = {1: "<f4", 10: "<f2"}  # data types of onnx.proto that are read
 
+
+class Tensor(NamedTuple):
+    """An initialiser of an ONNX graph: where its raw bytes lie in the file."""
+
+    dtype: str  # "<f4" or "<f2"
     shape: Shape
     start: int
     stop: int
 
 
 def _open_onnx(file: Path) -> Source:
-    """The float32 initialisers under the names of the module that they came from.
+    """The float32 and float16 initialisers under the names of the module that they came from, read as float32.
 
     An exporter keeps the names of biases and norms, but folds transposed kernels into anonymous constants: the node
     that multiplies by one is named after its module. Positions are split into the class token's and the patches'.
@@ -199,7 +203,8 @@ def _open_onnx(file: Path) -> Source:
         tensor = tensors[name]
         with file.open("rb") as stream:
             stream.seek(tensor.start)
-            return np.frombuffer(stream.read(tensor.stop - tensor.start), "<f4").reshape(tensor.shape)
+            found = np.frombuffer(stream.read(tensor.stop - tensor.start), tensor.dtype)
+        return found.astype(np.float32, copy=False).reshape(tensor.shape)
 
     def read(name: str) -> np.ndarray:
         if name == position:
@@ -240,8 +245,9 @@ def _onnx_graph(data: mmap.mmap) -> tuple[dict[str, Tensor], list[tuple[str, str
                     name = text(value)
                 elif f == 9 and isinstance(value, tuple):
                     raw = value
-            if kind == 1 and raw[1] - raw[0] == 4 * math.prod(dims):  # float32, stored in this file
-                tensors[name] = Tensor(tuple(dims), *raw)
+            dtype = ONNX_FLOATS.get(kind, "")
+            if dtype and raw[1] - raw[0] == int(dtype[-1]) * math.prod(dims):  # stored in this file
+                tensors[name] = Tensor(dtype, tuple(dims), *raw)
     return tensors, nodes
 
 
