@@ -152,9 +152,9 @@ def short_of_memory(folder: Path) -> dict[str, Any]:
         return gather(engine, rows)
 
     def noted(*args: Any) -> Any:
-        server, metrics = exchange(*args)
+        server, averaging, metrics = exchange(*args)
         servers.append(server)
-        return server, metrics
+        return server, averaging, metrics
 
     Cohort._segment, Lanes.gather, simulate.exchange_round = of_round, of_evaluation, noted
     with warnings.catch_warnings(record=True) as warned:
