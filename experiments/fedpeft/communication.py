@@ -71,7 +71,11 @@ def rows() -> list[dict[str, Any]]:
     for method, (options, source, choice) in METHODS.items():
         for dataset, classes in CLASSES.items():
             row = cost.cost(Config(**options, **COHORT), classes)._asdict()
-            mib = {name.replace("bytes", "mib"): n / 2**20 for name, n in row.items() if "bytes" in name and isinstance(n, int)}
+            mib = {
+                name.replace("bytes", "mib"): n / 2**20
+                for name, n in row.items()
+                if "bytes" in name and isinstance(n, int)
+            }
             found.append(
                 {"method": method, "dataset": dataset, "source": source, "choice": choice, "paper": None} | row | mib
             )
