@@ -62,7 +62,7 @@ def exhausted(monkeypatch: pytest.MonkeyPatch, *, round: int, above: int, late: 
         calls.append((cohort.round, cohort.engine.lanes))
         if cohort.round == round and cohort.engine.lanes > above:
             if late:
-                server, _ = real(key, algorithm, server, cohort)
+                server, _, _ = real(key, algorithm, server, cohort)
             jax.tree.map(lambda a: a.delete(), server)  # as an input that was donated
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1099511627776 bytes.")
         return real(key, algorithm, server, cohort)
