@@ -128,6 +128,7 @@ CAME: dict[str, Callable[[dict[str, Any]], bool]] = {
     "first_hour.md": lambda names: names["run"].about["classes"] == ["billing", "hardware"],
     "network.md": prints_what_it_says,
     "own_model.md": predicts_by_its_own_model,
+    "record.md": lambda names: {p.suffix for p in Path("kept").iterdir()} == {".json", ".safetensors"},
     "results.md": lambda names: Path("runs/lora/main_job.png").is_file(),
 }
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fedsim.folds import mean as mean
     from fedsim.folds import stack as stack
     from fedsim.report.tables import compare as compare
+    from fedsim.simulation.loaded import export as export
     from fedsim.simulation.loaded import load as load
     from fedsim.simulation.simulate import run as run
     from fedsim.testing.contract import check_algorithm as check_algorithm
@@ -68,7 +69,7 @@ _HOME = {
     "fedsim.training.local": ("fit",),
     "fedsim.training.server": ("trainer",),
     "fedsim.engine.processes": ("distributed",),
-    "fedsim.simulation.loaded": ("load",),
+    "fedsim.simulation.loaded": ("export", "load"),
     "fedsim.report.tables": ("compare",),
     "fedsim.simulation.simulate": ("run",),
     "fedsim.testing.contract": ("check_algorithm",),

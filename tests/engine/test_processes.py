@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import several_processes
+from safetensors.numpy import load_file
 
 import fedsim
 from fedsim import record
@@ -125,6 +126,16 @@ def test_a_run_of_two_processes_equals_one(told, folder, monkeypatch):
         assert a["validation"] == pytest.approx(b["validation"], rel=1e-5)
     for name in one.parameters:
         np.testing.assert_allclose(two.parameters[name], one.parameters[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    kept = [
+        load_file(
+            fedsim.export(run.directory, "memories", folder / f"kept {i}").parent
+            / "memories-00001-of-00001.safetensors"
+        )
+        for i, run in enumerate((one, two, record.load(folder / "stopped")))
+    ]
+    for name, rows in kept[0].items():
+        np.testing.assert_allclose(kept[1][name], rows, rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_array_equal(kept[1][name], kept[2][name], err_msg="resumed")
 
 
 @pytest.mark.slow

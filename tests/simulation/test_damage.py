@@ -286,6 +286,31 @@ def test_rows_of_clients_memory(remembering: tuple[Run, Run], stopped: Path, dam
     assert (stopped / record.CHECKPOINTS / "damaged-2").is_dir()
 
 
+@pytest.mark.parametrize("name", [record.MEMORIES, "memory-peft.rows"])
+def test_what_an_export_of_memories_reads(remembering: tuple[Run, Run], tmp_path: Path, name: str) -> None:
+    """The table and the rows of a finished run: damaged in every way they are refused by name, and the remedy works."""
+    folder, out = tmp_path / "run", tmp_path / "kept"
+    shutil.copytree(remembering[0].directory, folder, ignore=shutil.ignore_patterns("*.png"))
+    file, whole = folder / name, (folder / name).read_bytes()
+    for damage in WAYS:
+        hurt(file, damage, remembering[1].directory / name)
+        with pytest.raises(ValueError, match=rf"{name}.*; restore the file, or delete .*summary\.json and go on by"):
+            fedsim.load(folder).export("memories", out)
+        assert not out.exists() or not list(out.iterdir()), damage
+        file.write_bytes(whole)
+    if name == record.MEMORIES:
+        for damaged in flip(whole):
+            file.write_bytes(damaged)
+            with pytest.raises(ValueError, match=name):
+                fedsim.load(folder).export("memories", out)
+    hurt(file, "cut", file)
+    (folder / record.SUMMARY).unlink()
+    resumed(folder).export("memories", out)
+    remembering[0].export("memories", tmp_path / "whole")
+    kept = sorted(p.name for p in out.iterdir())
+    assert len(kept) == 2 and all((out / n).read_bytes() == (tmp_path / "whole" / n).read_bytes() for n in kept)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", WAYS)
 def test_arrays_of_a_checkpoint(remembering: tuple[Run, Run], stopped: Path, tmp_path: Path, damage: str) -> None:

@@ -14,7 +14,7 @@ import os
 import shutil
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ class Memory:
     def __init__(self, init: Any, held: Tree, file: Path | None = None, keep: int = 3) -> None:
         self.init, self.file, self.keep = init, file, keep
         leaves, self.structure = jax.tree.flatten(jax.eval_shape(init, jax.random.key(0), held))
-        self.row = np.dtype([(str(i), s.dtype, s.shape) for i, s in enumerate(leaves)], align=True)
+        self.row = row_of([(s.dtype, s.shape) for s in leaves])
         self.empty = not leaves
         self.rows = np.zeros(0, self.row)  # by slot
         self.place = np.zeros(0, np.int32)  # by client: its place in `seen`, from 1; 0 for a client never seen
@@ -196,25 +196,7 @@ class Memory:
         Raises:
             ValueError: the file is there and cannot be read, which says nothing about the rows.
         """
-        if len(table.ids) == 0:
-            return None
-        need = (int(table.slots.max()) + 1) * self.row.itemsize
-        if self.file is None:
-            return f"no file has {need} bytes"
-        try:
-            with self.file.open("rb") as opened:
-                have = opened.seek(0, os.SEEK_END)
-                if have < need:
-                    return f"{self.file} has {have} of {need} bytes"
-                content = np.memmap(opened, np.uint8, "r").reshape(-1)[:need].reshape(-1, self.row.itemsize)
-        except FileNotFoundError:
-            return f"{self.file} has 0 of {need} bytes"
-        except OSError as error:
-            raise unreadable(self.file, error) from None
-        for id, slot, expected in zip(table.ids.tolist(), table.slots.tolist(), table.sums.tolist(), strict=True):
-            if zlib.crc32(content[slot]) != expected:
-                return f"{self.file}: the row of client {id} differs from its checksum"
-        return None
+        return damaged(self.file, self.row.itemsize, table)
 
     def restore(self, table: Table) -> None:
         """Goes on from a sealed table, whose rows are in the file."""
@@ -279,6 +261,38 @@ class Memory:
             self.rows = np.memmap(file, self.row, "r+", shape=(size // self.row.itemsize,))
         if need > 0:
             reserve(file, self.used * self.row.itemsize, need)
+
+
+def row_of(leaves: Sequence[tuple[Any, tuple[int, ...]]]) -> np.dtype:
+    """The record that one client's leaves, each as (dtype, shape), are in the file; fields "0", "1", ..."""
+    return np.dtype([(str(i), dtype, shape) for i, (dtype, shape) in enumerate(leaves)], align=True)
+
+
+def damaged(file: Path | None, size: int, table: Table) -> str | None:
+    """What is wrong with a file's rows of `size` bytes, measured by a table of them; reads them all. None: nothing.
+
+    Raises:
+        ValueError: the file is there and cannot be read, which says nothing about the rows.
+    """
+    if len(table.ids) == 0:
+        return None
+    need = (int(table.slots.max()) + 1) * size
+    if file is None:
+        return f"no file has {need} bytes"
+    try:
+        with file.open("rb") as opened:
+            have = opened.seek(0, os.SEEK_END)
+            if have < need:
+                return f"{file} has {have} of {need} bytes"
+            content = np.memmap(opened, np.uint8, "r").reshape(-1)[:need].reshape(-1, size)
+    except FileNotFoundError:
+        return f"{file} has 0 of {need} bytes"
+    except OSError as error:
+        raise unreadable(file, error) from None
+    for id, slot, expected in zip(table.ids.tolist(), table.slots.tolist(), table.sums.tolist(), strict=True):
+        if zlib.crc32(content[slot]) != expected:
+            return f"{file}: the row of client {id} differs from its checksum"
+    return None
 
 
 def reserve(file: Path, start: int, count: int) -> None:

@@ -10,6 +10,7 @@ from fedsim.record.files import (
     CHECKPOINTS,
     CLIENTS,
     CONFIG,
+    MEMORIES,
     ROUNDS,
     SCHEMA,
     SUMMARY,

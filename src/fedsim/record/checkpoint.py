@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -161,13 +161,18 @@ class Checkpoints:
         finally:
             self._manager.close()
 
-    def clear(self) -> None:
-        """Removes every checkpoint, and the rows of clients' memory beside the folder, which are of no use without."""
+    def clear(self, keep: Collection[str] = ()) -> None:
+        """Removes every checkpoint, and the rows of clients' memory beside the folder, which are of no use without.
+
+        Args:
+            keep: names of files with rows that something else refers to.
+        """
         self.wait()
         for round in self.rounds():
             shutil.rmtree(self.directory / str(round), ignore_errors=True)
         for rows in self.directory.parent.glob("memory-*.rows"):
-            rows.unlink(missing_ok=True)
+            if rows.name not in keep:
+                rows.unlink(missing_ok=True)
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
         """Round and `extra` of the newest checkpoint whose JSON part is whole; needs no template, changes nothing."""

@@ -17,7 +17,7 @@ from fedsim.record.schemas import Shape, fault
 
 SCHEMA = 1  # of all files; raised when a reader of older ones would be misled
 CONFIG, ROUNDS, SUMMARY, TRAINED = "config.json", "rounds.jsonl", "summary.json", "trained.safetensors"
-CLIENTS = "clients.json"
+CLIENTS, MEMORIES = "clients.json", "memories.safetensors"
 CHECKPOINTS = "checkpoints"  # folder of `record.checkpoint.Checkpoints`
 CHECKSUM = "checksum"  # field of every JSON object in these files; runs of before have none
 ANEW = "restore the file or run anew"

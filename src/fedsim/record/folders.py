@@ -32,6 +32,7 @@ from fedsim.record.files import (
     ANEW,
     CLIENTS,
     CONFIG,
+    MEMORIES,
     ROUNDS,
     SCHEMA,
     SUMMARY,
@@ -201,10 +202,15 @@ def finish(
     result: Mapping[str, Any],
     parameters: Mapping[str, np.ndarray],
     clients: Sequence[Mapping[str, Any]] | None = None,
+    memories: bytes | None = None,
 ) -> None:
-    """Writes `trained.safetensors`, `clients.json` where clients have tests of their own, and then `summary.json`.
+    """Writes `trained.safetensors`, `clients.json` where clients have tests of their own, `memories.safetensors` where they
+    keep something, and then `summary.json`.
 
-    Each is written whole or not at all; the summary knows the run and the other two by their SHA-256.
+    Each is written whole or not at all; the summary knows the run and the others by their SHA-256.
+
+    Args:
+        memories: content of that file.
 
     Raises:
         OSError: a file cannot be written.
@@ -218,6 +224,9 @@ def finish(
     if clients is not None:
         write_json(directory / CLIENTS, {"schema": SCHEMA, "clients": clients})
         written.append(CLIENTS)
+    if memories is not None:
+        write_bytes(directory / MEMORIES, memories)
+        written.append(MEMORIES)
     digests = {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in written}
     write_json(directory / SUMMARY, {**result, "identity": identity(directory), "sha256": digests})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,13 @@ class SharedCheckpoints:
         if self._own is not None:  # alone: where a process fails, the others may be gone
             self._own.__exit__(*raised)
 
-    def clear(self) -> None:
-        """Removes all checkpoints, and the rows of clients' memory that lie beside them: of a run that is over."""
-        processes.by_first(lambda: self.own.clear())
+    def clear(self, keep: Callable[[], Collection[str]] = tuple) -> None:
+        """Removes all checkpoints, and the rows of clients' memory that lie beside them: of a run that is over.
+
+        Args:
+            keep: names the rows that stay; asked in process 0.
+        """
+        processes.by_first(lambda: self.own.clear(keep()))
 
     def save(self, round: int, arrays: Tree, extra: Mapping[str, Any]) -> bool:
         """As `Checkpoints.save`; arrays on the devices are replicated ones."""

@@ -12,7 +12,7 @@ from fedsim.config import Config, metric_of
 from fedsim.data.show import draw as draw_partition
 from fedsim.engine import processes
 from fedsim.report import plots, summaries
-from fedsim.simulation import build, personal
+from fedsim.simulation import build, memories, personal
 from fedsim.simulation.build import Problem
 from fedsim.simulation.current import Current
 from fedsim.simulation.rounds import Standing
@@ -61,7 +61,7 @@ def finish(
     trained, rows = now.parameters(), None if clients is None else with_curves(clients.rows(), lines)
 
     def written() -> list[str]:
-        record.finish(directory, summary, trained, rows)
+        record.finish(directory, summary, trained, rows, memories.table_of(now.memory, trainer.members))
         pictures: dict[str, Callable[[], object]] = {
             metric_of(config): lambda: plots.save([record.load(directory)], directory),
             "partition": lambda: draw_partition(

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from fedsim import record
 
+Kind = Literal["peft", "merged", "memories"]
+
 
 class Run(record.Run):
     """A run as its folder tells it, which answers for new inputs."""
@@ -34,17 +36,27 @@ class Run(record.Run):
 
         return plots.save([self], self.directory if folder is None else folder)
 
-    def export(self, kind: Literal["peft", "merged"], folder: str | PathLike[str]) -> Path:
-        """Writes the final model for others, and gives its file: a LoRA as Hugging Face `peft` saves one, or one backbone.
+    def export(self, kind: Kind, folder: str | PathLike[str], *, shard_bytes: int | None = None) -> Path:
+        """Writes the final model for others, or what its clients keep, and gives the file.
 
         Args:
-            kind: "peft", or "merged": all that was trained folded into the backbone, our head beside it.
+            kind: "peft": a LoRA as Hugging Face `peft` saves one; "merged": all that was trained folded into the backbone,
+                our head beside it; "memories": what each client keeps between rounds, as shards and an index of them.
+            shard_bytes: of memories: bytes that the arrays of a shard have at most; default 1 GiB.
 
         Raises:
-            ValueError: the run is not over, or its model has no such form.
+            ValueError: the run is not over, or it has no such form; the folder cannot be used.
         """
+        if kind == "memories":
+            from fedsim.simulation import memories
+
+            return memories.export(self, Path(folder), memories.SHARD if shard_bytes is None else shard_bytes)
         from fedsim.simulation.predict import export
 
+        if shard_bytes is not None:
+            raise ValueError(
+                f"Expected no shard_bytes={shard_bytes} for kind={kind!r}, which is one file; leave it out."
+            )
         return export(self, kind, Path(folder))
 
 
@@ -59,3 +71,10 @@ def load(directory: str | Path, *, trust_code: bool = False) -> Run:
         ValueError: the folder holds no run, or a damaged one, files of another run, or one of a newer fedsim.
     """
     return Run(*record.load(directory)._replace(trust_code=trust_code))
+
+
+def export(
+    run: Run | str | PathLike[str], kind: Kind, folder: str | PathLike[str], *, shard_bytes: int | None = None
+) -> Path:
+    """`Run.export` of a run, or of the run in a folder."""
+    return (run if isinstance(run, Run) else load(Path(run))).export(kind, folder, shard_bytes=shard_bytes)

@@ -25,8 +25,8 @@ def refuse_other_backbone(run: Run, config: Config) -> None:
     before, now = run.about.get("backbone_hash"), identity(config.backbone)
     if before != now:
         raise ValueError(
-            f"Expected backbone={run.config.backbone!r} to give the params of {run.directory}, hash {before}, not {now}; draw "
-            "them from a fixed seed or load them from a file."
+            f"Expected backbone={run.config.backbone!r} to give the params of {run.directory}, hash {before}, not {now}; "
+            "draw them from a fixed seed or load them from a file."
         )
 
 
@@ -101,7 +101,7 @@ def export(run: Run, kind: str, folder: Path) -> Path:
     """
     from fedsim.peft.export import export_backbone, export_lora
 
-    one_of(("peft", "merged"), kind=kind)
+    one_of(("peft", "merged", "memories"), kind=kind)
     if not run.parameters:
         raise ValueError(f"Expected {run.directory} to hold a finished run; go on with it by --resume.")
     config = located(run)

@@ -38,7 +38,7 @@ from fedsim.randomness import stream
 from fedsim.record.shared_checkpoints import SharedCheckpoints
 from fedsim.report.progress import Progress
 from fedsim.report.summaries import has_diverged
-from fedsim.simulation import build, inputs, needs, resuming
+from fedsim.simulation import build, inputs, memories, needs, resuming
 from fedsim.simulation.beginning import begin
 from fedsim.simulation.build import Problem
 from fedsim.simulation.current import Current, prepare
@@ -139,7 +139,7 @@ def run(
                 fewer = error.lanes // 2
                 progress.message(f"{error}; going on from the last checkpoint with lanes={fewer}")
         if speed.keep_checkpoints == 0:
-            checkpoints.clear()
+            checkpoints.clear(lambda: memories.rows_of(directory))
         return Run(*by_first(lambda: record.load(directory)._replace(trust_code=trust_code)))
 
 
