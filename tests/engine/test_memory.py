@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -184,6 +185,24 @@ def test_goes_on_from_a_table(file: Path) -> None:
     for a, b in zip(jax.tree.leaves(memory.state()), jax.tree.leaves(twin.state()), strict=True):
         assert a.tobytes() == b.tobytes()
     assert memory.used <= 30 + (KEEP + 1) * 6 * 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_store_beside_goes_on_from_its_description(file: Path, dtype: str) -> None:
+    """What a codec keeps is described in JSON: shapes and dtypes, those that NumPy has no letter for too."""
+    init = lambda key, held: {"b": jnp.zeros((2, 3), dtype), "a": jnp.zeros((), dtype)}  # noqa: E731 - one expression, used twice
+    memory = Memory(lambda key, held: (), (), file)
+    store = memory.store("codec-0", init, ())
+    rows = {"a": np.arange(2).astype(jnp.dtype(dtype)), "b": np.arange(12).reshape(2, 2, 3).astype(jnp.dtype(dtype))}
+    store.scatter(np.array([4, 1]), rows)
+    table, described = store.seal(), json.loads(json.dumps(memory.described()))
+    again = Memory(lambda key, held: (), (), file)
+    again.make_beside(described)
+    assert again.beside["codec-0"].damage(table) is None
+    again.beside["codec-0"].restore(table)
+    found, ids = again.store("codec-0", init, ()).state()
+    assert ids.tolist() == [4, 1]
+    jax.tree.map(np.testing.assert_array_equal, found, rows)
 
 
 def test_damage_is_named(file: Path) -> None:

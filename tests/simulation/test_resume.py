@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import Any
 
 import pytest
 
+import fedsim
 from fedsim import record
+from fedsim.simulation import tasks
 from remembers import REMEMBERS, TIMES
 
 ROUNDS, EVERY = 30, 2
@@ -40,7 +43,56 @@ CASES: dict[str, dict[str, Any]] = {
         "algorithm": "serves.py:fed_tuned",
         "server_share": 0.1,
     },
+    # What a codec still owes lies in a store of its own beside the clients' memory.
+    "codec": {"peft": "full", "optimizer": "sgd", "lr": 0.05, "codec_up": "topk(0.1)"},
+    "average": {"peft": "full", "optimizer": "sgd", "lr": 0.05},
 }
+# A run's average with a state: the mean of changes clipped to a norm that follows the median of their norms.
+ADAPTS = """
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from fedsim.core import Average, Averaged, Reduce
+from fedsim.simulation import tasks
+
+
+def add(total, replies, weights, slots, clip):
+    norm = jnp.sqrt(sum(jnp.square(r).sum(axis=range(1, r.ndim)) for r in jax.tree.leaves(replies)))
+    scale = weights * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
+    sums = jax.tree.map(lambda t, r: t + jnp.tensordot(scale, r, axes=1), total[0], replies)
+    return sums, total[1] + weights.sum(), total[2] + jnp.where(norm <= clip, weights, 0.0).sum()
+
+
+def done(total, clip, key):
+    sums, count, below = total
+    return Averaged(jax.tree.map(lambda s: s / count, sums), count, seen=below / count)
+
+
+def zero(reply, clients):
+    return jax.tree.map(lambda r: jnp.zeros(r.shape), reply), jnp.zeros(()), jnp.zeros(())
+
+
+def adaptive(config):
+    return Average(
+        "adaptive",
+        Reduce(zero, add, done, lambda client, reply: jnp.ones(())),
+        init=lambda: {"clip": jnp.float32(0.05), "rounds": jnp.int32(0)},
+        args=lambda state, members: state["clip"],
+        next=lambda state, share: {
+            "clip": state["clip"] * jnp.exp(-0.4 * (share - 0.5)), "rounds": state["rounds"] + 1
+        },
+    )
+
+
+tasks.average = adaptive  # no option of a run asks for one yet
+
+if __name__ == "__main__":
+    from fedsim.cli.main import main
+
+    sys.exit(main(sys.argv[1:]))
+"""
 EXPERIMENT = """
 import fedsim
 
@@ -55,9 +107,10 @@ class Place:
 
     folder: Path
     environment: dict[str, str]
+    program: tuple[str, ...] = ("-m", "fedsim")
 
     def start(self, *argv: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "fedsim", "run", *argv]
+        command = [sys.executable, *self.program, "run", *argv]
         return subprocess.Popen(
             command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -83,6 +136,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str],
     folder = tmp_path_factory.mktemp("runs")
     blobs(folder)
     (folder / "mine.py").write_text(REMEMBERS)
+    (folder / "adapts.py").write_text(ADAPTS)
     shutil.copy(Path(__file__).parents[1] / "serves.py", folder)
     return Place(folder, environment)
 
@@ -93,21 +147,41 @@ def uninterrupted(place: Place) -> Callable[[str], record.Run]:
 
     def get(case: str) -> record.Run:
         if not (place.folder / case / record.SUMMARY).exists():
-            status, _, error = place.run(*place.options(case), "--out", case)
+            status, _, error = of(place, case).run(*place.options(case), "--out", case)
             assert (status, error) == (0, "")
         return record.load(place.folder / case)
 
     return get
 
 
-def assert_same(a: record.Run, b: record.Run) -> None:
+def of(place: Place, case: str) -> Place:
+    """The place, with the program that runs the case."""
+    return dataclasses.replace(place, program=("adapts.py",)) if case == "average" else place
+
+
+def assert_same(a: record.Run, b: record.Run, rounds: int = ROUNDS) -> None:
     """The same lines and results but for times, the same bits of what was trained, no gap and no double."""
-    assert [line["round"] for line in b.rounds] == list(range(1, ROUNDS + 1))
+    assert [line["round"] for line in b.rounds] == list(range(1, rounds + 1))
     for x, y in zip(a.rounds, b.rounds, strict=True):
         assert {k: v for k, v in x.items() if k not in TIMES} == {k: v for k, v in y.items() if k not in TIMES}
-    without = lambda s: {k: v for k, v in s.items() if "second" not in k}  # noqa: E731 - one expression, used twice
-    assert without(a.summary) == without(b.summary)
+    assert timeless(a) == timeless(b)
     assert (a.directory / record.TRAINED).read_bytes() == (b.directory / record.TRAINED).read_bytes()
+    assert exported(a) == exported(b)
+
+
+def timeless(run: record.Run) -> dict[str, Any]:
+    """A summary without times, and without the hash of the table of memories: slots are other ones after a resume."""
+    summary = {k: v for k, v in (run.summary or {}).items() if "second" not in k}
+    return summary | {"sha256": {k: v for k, v in summary["sha256"].items() if k != record.MEMORIES}}
+
+
+def exported(run: record.Run) -> dict[str, bytes]:
+    """The files of what clients keep, if they keep anything."""
+    if record.MEMORIES not in (run.summary or {})["sha256"]:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        fedsim.export(run.directory, "memories", Path(folder) / "kept")
+        return {p.name: p.read_bytes() for p in (Path(folder) / "kept").iterdir()}
 
 
 def kill_at(place: Place, name: str, process: subprocess.Popen[str], when: str, rng: random.Random) -> bool:
@@ -131,10 +205,11 @@ def kill_at(place: Place, name: str, process: subprocess.Popen[str], when: str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["head-first", "memory", "server"])
+@pytest.mark.parametrize("case", ["head-first", "memory", "server", "codec", "average"])
 def test_killed_again_and_again(place: Place, uninterrupted: Callable[[str], record.Run], case: str) -> None:
     """kill -9 in the middle of rounds and of saves, whatever the moment; then on, until it is done."""
     reference, rng = uninterrupted(case), random.Random(case)
+    place = of(place, case)
     name, kills = f"{case}-killed", 0
     for when in ("save", "round", "save"):
         begun = (place.folder / name / record.CONFIG).exists()
@@ -272,3 +347,60 @@ def sum_of_visits(place: Place) -> float:
             seen[client] = seen.get(client, 0) + 1
             total += seen[client]
     return float(total)
+
+
+# --- what checkpoints hold beside the server and the clients' memory, in this process
+
+
+class Killed(BaseException):
+    """The end of a process, as far as one can be had without ending it."""
+
+
+@pytest.fixture
+def adaptive(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The run's average is one with a state, which follows the clients' changes."""
+    names: dict[str, Any] = {}
+    monkeypatch.setattr(tasks, "average", tasks.average)  # put back afterwards: the file sets it
+    exec(ADAPTS.replace('if __name__ == "__main__"', "if False"), names)
+    return names["adaptive"]
+
+
+def killed_after(round: int, monkeypatch: pytest.MonkeyPatch, start: Callable[[], Any]) -> None:
+    """Starts a run, which is killed once that round's line is written, before its checkpoint."""
+    with monkeypatch.context() as patch:
+        append = record.append
+
+        def last(directory: Path, line: Any) -> None:
+            append(directory, line)
+            if line["round"] == round:
+                raise Killed
+
+        patch.setattr(record, "append", last)
+        with pytest.raises(Killed):
+            start()
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("case", ["codec", "average"])
+def test_killed_in_this_process(
+    blobs: Callable[..., Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    case: str, devices: int,
+) -> None:  # fmt: skip
+    """Six rounds, killed after the fifth, whose checkpoint is that of the fourth: the same lines and bits."""
+    if case == "average":
+        request.getfixturevalue("adaptive")
+    config = fedsim.Config(
+        dataset=str(blobs(tmp_path)),
+        backbone="mlp",
+        clients=6,
+        clients_per_round=3,
+        min_size=3,
+        rounds=6,
+        **CASES[case],
+    )
+    speed = fedsim.Speed(checkpoint_every=2, lanes=2, devices=devices, compilation_cache=False)
+    whole = fedsim.run(config, speed, out=tmp_path / "whole", quiet=True)
+    killed_after(5, monkeypatch, lambda: fedsim.run(config, speed, out=tmp_path / "killed", quiet=True))
+    assert checkpoints(tmp_path / "killed") == [2, 4] and len(record.rounds(tmp_path / "killed")) == 5
+    assert_same(whole, fedsim.run(resume=tmp_path / "killed", quiet=True), 6)
+    assert bool(list((tmp_path / "killed").glob("memory-peft.codec-*.rows"))) == (case == "codec")

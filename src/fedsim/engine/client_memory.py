@@ -85,7 +85,7 @@ class Memory:
     def described(self) -> dict[str, Any]:
         """The stores beside this one, each as shapes and dtypes of its leaves and its number of clients; JSON."""
         return {
-            name: {"count": store.count, "leaves": [[list(dt.shape), dt.base.str] for dt in store.row_types()]}
+            name: {"count": store.count, "leaves": [[list(dt.shape), dt.base.name] for dt in store.row_types()]}
             for name, store in self.beside.items()
         }
 
@@ -96,7 +96,7 @@ class Memory:
     def make_beside(self, described: Mapping[str, Any]) -> None:
         """Makes the stores that a checkpoint describes, before anything has used them."""
         for name, store in described.items():
-            shapes = [(tuple(shape), np.dtype(dtype)) for shape, dtype in store["leaves"]]
+            shapes = [(tuple(shape), jax.numpy.dtype(dtype)) for shape, dtype in store["leaves"]]
             self.store(name, lambda key, held, shapes=shapes: [np.zeros(*one) for one in shapes], ()).used_here = False
 
     def later(self, bring: Callable[[], None]) -> None:
