@@ -84,6 +84,87 @@ def test_weights_that_change_after_the_start(tmp_path: Path, monkeypatch: pytest
         fedsim.run(resume=tmp_path / "run", quiet=True, data=data)
 
 
+def test_weights_of_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each group's are known by hash, refused where they changed, and found where they were moved."""
+    config = VitConfig(width=16, depth=2, heads=4, hidden=24, patch=4, image=12)
+    monkeypatch.setitem(BACKBONES, "fv", Row("image", Vit, config, formats=BACKBONES["vit_b16"].formats))
+    root = Path(__file__).parents[1]
+    for name in ("one", "two"):
+        shutil.copytree(root / "fixtures" / "backbones" / "vit", tmp_path / name)
+    x = np.random.default_rng(0).integers(0, 256, (60, 12, 12, 3)).astype(np.uint8)
+    data = fedsim.arrays(x, (x.mean(axis=(1, 2, 3)) > 127.5).astype(int))
+    options = Config(
+        dataset="arrays", backbone="fv", weights="random", peft="head", rounds=2, clients=4, clients_per_round=2,
+        min_size=1, steps=1, algorithm=f"{root / 'algorithms' / 'toys.py'}:by_group",
+        groups=("small(weights='one', share=0.5)", "large(weights='two', share=0.5)"),
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    run = fedsim.run(options, SPEED, out=tmp_path / "run", quiet=True, data=data)
+    first, known = run.predict(x[:4]), run.about["files"]
+    file = tmp_path / "two" / "model.safetensors"
+    assert {n: k["path"] for n, k in known.items() if "weights" in n} == {
+        "small.weights": str(tmp_path / "one"), "large.weights": str(tmp_path / "two")
+    }  # fmt: skip
+    assert known["large.weights"]["sha256"] == inputs.file_sha256(file)
+    cut_back(tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+
+    before = file.read_bytes()
+    save_file({k: v + np.float32(0.3) for k, v in load_file(file).items()}, file)
+    now, then = inputs.file_sha256(file)[:16], known["large.weights"]["sha256"][:16]
+    words = rf"Expected sha256={now} of .*two, the large\.weights of .*run, to be {then}, .*bring the old one back"
+    with pytest.raises(ValueError, match=words):
+        fedsim.run(resume=tmp_path / "run", quiet=True, data=data)
+    about = json.loads((tmp_path / "run" / record.CONFIG).read_text())  # without a record the checkpoint knows
+    trusted = {name: each for name, each in about.pop("files").items() if "weights" not in name}
+    del about["checksum"]
+    (tmp_path / "run" / record.CONFIG).write_text(json.dumps({**about, "files": trusted}))
+    with pytest.raises(ValueError, match="to be a checkpoint of this run, but inputs is"):
+        fedsim.run(resume=tmp_path / "run", quiet=True, data=data)
+
+    file.write_bytes(before)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.move(tmp_path / "two", "two")  # the typed path leads to it from here
+    resumed = fedsim.run(resume=tmp_path / "again", quiet=True, data=data)
+    assert (resumed.parameters["head/kernel"] == run.parameters["head/kernel"]).all()
+    assert resumed.predict(x[:4]) == first
+    shutil.rmtree("two")
+    assert fedsim.load(tmp_path / "again").predict(x[:4]) == first, "the group that answers is another one"
+    save_file({k: v + np.float32(0.3) for k, v in load_file(tmp_path / "one" / "model.safetensors").items()},
+              tmp_path / "one" / "model.safetensors")  # fmt: skip
+    with pytest.raises(ValueError, match=r"of .*one, the small\.weights of .*again, to be"):
+        fedsim.load(tmp_path / "again").predict(x[:4])
+
+
+def test_a_groups_own_backbone_is_code_too(
+    tmp_path: Path, blobs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It runs unasked only where it is the recorded file; an edit is refused on resuming."""
+    blobs(tmp_path, rows=90)
+    (tmp_path / "mine.py").write_text(CODE)
+    toys = Path(__file__).parents[1] / "algorithms" / "toys.py"
+    monkeypatch.chdir(tmp_path)
+    config = Config(
+        dataset="blobs.npz", backbone="mlp", algorithm=f"{toys}:by_group", peft="head", rounds=2, clients=4,
+        clients_per_round=2, min_size=1, steps=1, groups=("own(backbone='mine.py:make', share=0.5)", "table(share=0.5)"),
+    )  # fmt: skip
+    run = fedsim.run(config, SPEED, out="run", quiet=True)
+    assert run.about["files"]["own.backbone"] == {
+        "path": str(tmp_path / "mine.py"), "sha256": inputs.file_sha256(tmp_path / "mine.py")
+    }  # fmt: skip
+    first = run.predict(X)
+    monkeypatch.chdir("/")
+    assert fedsim.load(tmp_path / "run").predict(X) == first
+    (tmp_path / "mine.py").write_text(CODE + "\n")
+    capfd.readouterr()
+    cut_back(tmp_path / "run")
+    words = r"Expected sha256=\w+ of .*mine\.py, the own\.backbone of .*run, to be \w+, as when"
+    with pytest.raises(ValueError, match=words):
+        fedsim.run(resume=tmp_path / "run", quiet=True)
+    assert "executed" not in capfd.readouterr().out
+
+
 @pytest.fixture
 def place(tmp_path: Path, blobs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with data and code, typed as relative paths, and a finished run; it is not the working directory."""

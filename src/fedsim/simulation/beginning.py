@@ -11,7 +11,7 @@ import jax
 
 from fedsim import record
 from fedsim.backbones.own import identity as backbone_hash
-from fedsim.config import Config, Speed
+from fedsim.config import Config, Speed, answering
 from fedsim.data import partition
 from fedsim.engine import processes
 from fedsim.simulation import inputs, needs
@@ -41,7 +41,7 @@ def facts(config: Config, speed: Speed, problem: Problem, read: str) -> dict[str
         read: a hash of all that was read (`resuming.fingerprint`).
     """
     shape = list(jax.tree.leaves(problem.dataset.x)[0].shape[1:])
-    own = backbone_hash(config.backbone)
+    own = backbone_hash(answering(config).backbone)
     held = partition.holders(config, problem.dataset.train)
     return {
         "classes": list(problem.dataset.classes),

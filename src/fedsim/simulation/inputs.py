@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedsim.backbones import load, sources
 from fedsim.backbones.own import file_of
-from fedsim.config import Config
+from fedsim.config import Config, answering, groups_of, parse_call
 from fedsim.data import PACKAGED, TABLES, hashes
 from fedsim.digests import file_sha256, shown
 from fedsim.engine.host import went
@@ -29,7 +29,24 @@ LISTS = ("availability", "device_table", "download", "upload", "latency", "compu
 TRUST = "say so by --trust-code, in Python trust_code=True"
 PACKAGE = Path(__file__).parents[1]
 
-Known = dict[str, dict[str, str]]  # option -> path (absolute), sha256; either may be missing
+# option -> path (absolute), sha256; either may be missing. Of several architectures "GROUP.weights" and "GROUP.backbone".
+Known = dict[str, dict[str, str]]
+
+
+def models(config: Config) -> dict[str, Config]:
+    """The models that a run reads, by what the names of their options begin with: one under "", or "GROUP." of each group."""
+    return {f"{group.name}.": group.config for group in groups_of(config)} or {"": config}
+
+
+def codes(config: Config) -> dict[str, str]:
+    """The options that may name a Python file, with their values: the run's own, and the backbones of groups."""
+    found = {option: getattr(config, option) for option in CODE}
+    return found | {f"{at}backbone": model.backbone for at, model in models(config).items()}
+
+
+def plain(option: str) -> str:
+    """An option's name without its group."""
+    return option.rpartition(".")[2]
 
 
 def files(config: Config) -> Known:
@@ -44,8 +61,11 @@ def files(config: Config) -> Known:
         found[option] = {"path": str(path.resolve())} | ({"sha256": digest} if digest else {})
     if "dataset" not in found and (digest := set_sha256(config)) is not None:
         found["dataset"] = {"sha256": digest}  # of TFDS or the hub: no path that was typed
-    if "weights" not in found and (file := weights(config)) is not None:
-        found["weights"] = {"sha256": checkpoint_sha256(file)}  # of the hub or packaged: no path that was typed
+    for at, model in models(config).items():
+        if f"{at}weights" not in found and (file := weights(model)) is not None:
+            found[f"{at}weights"] = {
+                "sha256": checkpoint_sha256(file)
+            }  # of the hub or packaged: no path that was typed
     if (file := tokenizer(config)) is not None:
         found["tokenizer"] = {"sha256": file_sha256(file)}
     for argument in map(Path, sys.argv):  # what described the run; nothing is read from it again
@@ -57,7 +77,7 @@ def files(config: Config) -> Known:
 
 def named(config: Config) -> dict[str, Path]:
     """The paths that options name, by option."""
-    found = {option: file_of(text) for option in CODE if ":" in (text := getattr(config, option)).partition("(")[0]}
+    found = {option: file_of(text) for option, text in codes(config).items() if ":" in text.partition("(")[0]}
     for option in LISTS:
         text = getattr(config, option)
         if text is not None and (option == "device_table" or text.lower().endswith(".csv")):
@@ -68,9 +88,10 @@ def named(config: Config) -> dict[str, Path]:
         found["dataset"] = data
     if config.data_dir is not None:
         found["data_dir"] = Path(config.data_dir)
-    given = config.weights
-    if given not in (None, "random") and not sources.is_hub_name(given):
-        found["weights"] = Path(given).expanduser()
+    for at, model in models(config).items():
+        given = model.weights
+        if given not in (None, "random") and not sources.is_hub_name(given):
+            found[f"{at}weights"] = Path(given).expanduser()
     return found
 
 
@@ -94,7 +115,7 @@ def tokenizer(config: Config) -> Path | None:
 def digest_of(option: str, path: Path, config: Config) -> str | None:
     """SHA-256 of what an option's path leads to; None where there is no such file, and of `data_dir`."""
     try:
-        if option == "weights":
+        if plain(option) == "weights":
             return checkpoint_sha256(sources.open_source(path).file)
         if option == "dataset" and path.exists():
             return set_sha256(config.replace(dataset=retyped(config.dataset, option, path)))
@@ -122,7 +143,8 @@ def checkpoint_sha256(file: Path) -> str:
 
 def read_hash(config: Config) -> str:
     """A hash of weights and tokenizer for checkpoints; empty where the run reads none from a file."""
-    found = [(name, file) for name, file in (("weights", weights(config)), ("tokenizer", tokenizer(config))) if file]
+    read = [(f"{at}weights", weights(model)) for at, model in models(config).items()]
+    found = [(name, file) for name, file in (*read, ("tokenizer", tokenizer(config))) if file]
     if not found:
         return ""
     return hashlib.sha256("".join(f"{n} {checkpoint_sha256(f)} " for n, f in found).encode()).hexdigest()[:16]
@@ -141,9 +163,10 @@ def located(run: Run, *, resumed: bool = False) -> Config:
         ValueError: a file is gone or was changed, or a user's code is not surely the run's and nobody trusts it.
     """
     config = placed(run, resumed=resumed)
-    for option, read in (("weights", weights), ("tokenizer", tokenizer)):  # packaged, of the hub, or beside the weights
+    asked = [(f"{at}weights", weights, model) for at, model in asked_for(config, resumed=resumed).items()]
+    for option, read, of in (*asked, ("tokenizer", tokenizer, config)):  # packaged, of the hub, or beside the weights
         expected = run.about.get("files", {}).get(option, {}).get("sha256")
-        if expected is not None and (now := read(config)) is not None:
+        if expected is not None and (now := read(of)) is not None:
             found = checkpoint_sha256(now)
             if found != expected:
                 raise changed(run, option, now, expected, found)
@@ -155,11 +178,15 @@ def located(run: Run, *, resumed: bool = False) -> Config:
     return config
 
 
+def asked_for(config: Config, *, resumed: bool) -> dict[str, Config]:
+    """Of the models those that a resumed run needs, all of them, or a run that answers: of several groups one."""
+    return {at: model for at, model in models(config).items() if resumed or model == answering(config)}
+
+
 def placed(run: Run, *, resumed: bool = False) -> Config:
     """As `located`, without a look at weights and tokenizers that no path names: they may still have to be fetched."""
     config, known = run.config, run.about.get("files", {})
-    for option in CODE:
-        text = getattr(config, option)
+    for option, text in codes(config).items():
         if ":" in text.partition("(")[0] and option not in known and not run.trust_code:
             raise ValueError(
                 f"Expected trust_code=True for {option}={text!r} of {run.directory}, whose record does not know that file by "
@@ -168,12 +195,28 @@ def placed(run: Run, *, resumed: bool = False) -> Config:
     paths = named(config)
     if "path" in known.get("dataset", {}):  # a folder is known as one only where the typed path leads to it
         paths.setdefault("dataset", Path(config.dataset.removeprefix(HUB)).expanduser())
+    needed = {*codes(config), *(f"{at}weights" for at in asked_for(config, resumed=resumed))}
     for option, typed in paths.items():
-        if "path" in known.get(option, {}) and (resumed or option in (*CODE, "weights")):
+        if "path" in known.get(option, {}) and (resumed or option in needed):
             path = find(run, option, typed, known[option], resumed=resumed)
             if path != typed:
-                config = config.replace(**{option: retyped(getattr(config, option), option, path)})
+                config = moved(config, option, path)
     return config
+
+
+def moved(config: Config, option: str, path: Path) -> Config:
+    """The config with another path in an option, the run's own or "GROUP.option"."""
+    at, _, name = option.rpartition(".")
+    if not at:
+        return config.replace(**{name: retyped(getattr(config, name), name, path)})
+    texts = []
+    for text in config.groups:
+        group, _, options = parse_call(text, "groups")
+        if group == at:
+            typed = options.get(name, getattr(config, name))
+            options[name] = retyped(typed, name, path)
+        texts.append(f"{group}({', '.join(f'{key}={value!r}' for key, value in options.items())})")
+    return config.replace(groups=tuple(texts))
 
 
 def find(run: Run, option: str, typed: Path, known: dict[str, str], *, resumed: bool) -> Path:
@@ -185,14 +228,14 @@ def find(run: Run, option: str, typed: Path, known: dict[str, str], *, resumed: 
     recorded, expected = Path(known["path"]), known.get("sha256")
     if expected is None:  # a folder of data that was recorded without: it is compared once it is read
         return typed if typed.exists() or not recorded.exists() else recorded
-    if option in CODE and digest_of(option, recorded, run.config) == expected:
+    if plain(option) in CODE and digest_of(option, recorded, run.config) == expected:
         return typed if typed.exists() and typed.resolve() == recorded else recorded
     for path in (typed, recorded):
         if digest_of(option, path, run.config) != expected:
             continue
-        if option in CODE and not run.trust_code:
+        if plain(option) in CODE and not run.trust_code:
             raise ValueError(
-                f"Expected trust_code=True for {option}={getattr(run.config, option)!r} of {run.directory}: {path.resolve()} "
+                f"Expected trust_code=True for {option}={codes(run.config)[option]!r} of {run.directory}: {path.resolve()} "
                 f"has the run's sha256={shown(expected)}, but the run had it as {recorded}, and it would be executed here. "
                 f"Read it, then {TRUST}."
             )
@@ -205,7 +248,7 @@ def find(run: Run, option: str, typed: Path, known: dict[str, str], *, resumed: 
             "to it."
         )
     found = digest_of(option, other, run.config)
-    if option not in CODE or resumed:
+    if plain(option) not in CODE or resumed:
         raise changed(run, option, other, expected, found)
     if not run.trust_code:
         raise ValueError(

@@ -22,10 +22,10 @@ BATCH = 64
 
 def refuse_other_backbone(run: Run, config: Config) -> None:
     """Raises `ValueError` if a user's own backbone gives other parameters than the run started from."""
-    before, now = run.about.get("backbone_hash"), identity(config.backbone)
+    before, now = run.about.get("backbone_hash"), identity(answering(config).backbone)
     if before != now:
         raise ValueError(
-            f"Expected backbone={run.config.backbone!r} to give the params of {run.directory}, hash {before}, not {now}; "
+            f"Expected backbone={answering(run.config).backbone!r} to give the params of {run.directory}, hash {before}, not {now}; "
             "draw them from a fixed seed or load them from a file."
         )
 

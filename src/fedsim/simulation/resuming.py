@@ -14,7 +14,7 @@ import numpy as np
 
 from fedsim import network, record, stops
 from fedsim.backbones.own import file_of, identity
-from fedsim.config import Config, Speed
+from fedsim.config import Config, Speed, groups_of
 from fedsim.engine import processes
 from fedsim.engine.client_memory import Memory, Table
 from fedsim.record.shared_checkpoints import SharedCheckpoints
@@ -63,7 +63,7 @@ def chosen(trainer: Trainer) -> dict[str, Any]:
 
 
 def fingerprint(config: Config, problem: Problem) -> str:
-    """A hash of examples, partition and, where they are files, algorithm, backbone, network: edits are noticed on resuming.
+    """A hash of examples, partition and, where they are files, algorithm, backbones, network: edits are noticed on resuming.
 
     Behind a dash that of weights and tokenizer, where the run reads them from files.
     """
@@ -79,9 +79,11 @@ def fingerprint(config: Config, problem: Problem) -> str:
         *(problem.local_test or ()),
     ):
         digest.update(np.ascontiguousarray(part).view(np.uint8).data)
-    for file in (file_of(config.algorithm), file_of(config.backbone), *network.files(config)):
+    backbones = (config.backbone, *(group.config.backbone for group in groups_of(config)))
+    for file in (file_of(config.algorithm), *map(file_of, backbones), *network.files(config)):
         digest.update(file.read_bytes() if file.is_file() else b"")
-    digest.update((identity(config.backbone) or "").encode())
+    for backbone in backbones:
+        digest.update((identity(backbone) or "").encode())
     return "-".join(filter(None, (digest.hexdigest()[:16], read.read_hash(config))))
 
 
