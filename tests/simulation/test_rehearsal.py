@@ -126,3 +126,60 @@ def test_a_batch_too_large_for_one_lane_is_refused_before_the_first_phase(
     free, looked[:] = 2**40, []
     fedsim.run(config, auto, out=tmp_path / "run", quiet=True)
     assert not looked, "far from the limit nothing is compiled twice"
+
+
+def test_a_codec_that_keeps_something_can_be_rehearsed(config: Config, tmp_path: Path) -> None:
+    """What it keeps at clients is brought to the host after an exchange, as in a real one."""
+    owing = config.replace(codec_up="topk(0.1)", head_rounds=0)
+    (found,), run = dry_run(owing, SPEED), fedsim.run(owing, SPEED, out=tmp_path / "run", quiet=True)
+    assert found.up.certainty == "at most" and found.up.together >= run.rounds[1]["bytes_up"] > 0
+    assert found.down.together == run.rounds[1]["bytes_down"]
+
+
+# --- several architectures
+
+
+GROUPS = (
+    "small(backbone='mlp', peft='head', share=0.25)", "large(backbone='mlp', peft='full', share=0.75)",
+    "server(backbone='mlp', peft='bias')",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "certainty"),
+    [
+        ({}, "exact"),
+        ({"codec_up": "quantise(8)", "codec_down": "float16"}, "exact"),
+        ({"codec_up": "topk(0.2)"}, "at most"),
+    ],
+)
+def test_a_round_of_groups_sends_what_the_dry_run_says(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], certainty: str
+) -> None:
+    """Bytes by leaf and in all, the set-up of those who are met, and FLOPs, of rounds of two groups and a server's own model."""
+    toys = Path(__file__).parents[1] / "algorithms" / "toys.py"
+    several = config.replace(algorithm=f"{toys}:by_group", groups=GROUPS, head_rounds=0, clients_per_round=4, **changes)
+    run = fedsim.run(several, SPEED, out=tmp_path / "run", quiet=True)
+    (found,) = dry_run(several, SPEED)
+    said = capsys.readouterr().out
+    assert "small: head on mlp (25% of the clients)" in said and "server: bias on mlp (the server's)" in said
+    assert found.members == 4 and found.lanes == {"small": 2, "large": 2}
+    problem, (phase,) = build.problem(several, SPEED), build.phases(several)
+    models = prices.models_of(several, lambda one: build.split_model(one, problem.dataset))
+    shape, dtype = trainers.example(problem)
+    priced = prices.of_phase(phase, models, jax.ShapeDtypeStruct(shape, dtype), problem.partition.sizes)
+    line = run.rounds[0]  # in round 2 others are there, who are as many of each group
+    assert line["bytes_down"] == run.rounds[1]["bytes_down"] == found.down.together == priced.down.together
+    assert {k: v.sum() for k, v in priced.leaves.down.items()} == line["bytes_down_leaves"]
+    assert found.up.certainty == priced.up.certainty == certainty and found.down.certainty == "exact"
+    if certainty == "exact":
+        assert line["bytes_up"] == found.up.together
+        assert {k: v.sum() for k, v in priced.leaves.up.items()} == line["bytes_up_leaves"]
+    else:
+        assert found.up.together / 2 < line["bytes_up"] <= found.up.together
+    assert line["setup_bytes"] == sum(priced.setup[name] * len(ids) for name, ids in priced.cohorts.items())
+    assert found.flops * sum(problem.partition.sizes[priced.ids]) == pytest.approx(
+        rehearse(problem, phase, priced.cohorts).flops
+    )
+    assert len(priced.up.words()) and (found.up.least, found.up.most) == (priced.up.least, priced.up.most)
+    assert found.up.least < found.up.mean < found.up.most, "the groups' messages differ"

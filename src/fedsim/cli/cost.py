@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsim import peft, wire
-from fedsim.config import OF_PEFT, Config, one_of
-from fedsim.simulation import build, prices
+from fedsim.config import OF_PEFT, Config, answering, groups_of, one_of
+from fedsim.simulation import build, groups, prices
 from fedsim.units import mebibytes, times
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -85,6 +85,9 @@ class Cost(NamedTuple):
     run_bytes_down: int
     run_setup_bytes: int
     """At most: all clients that can have been met by the end, each met in the first phase."""
+    groups: tuple[str, ...] = ()
+    """Of several architectures: what each is. Parameters and full fine-tuning are then of the one that is scored, backbone and
+    PEFT kind too; bytes of a client are means over the cohort, of the set-up over all clients."""
 
 
 def cost(config: Config, classes: int, *, input_shape: tuple[int, ...] | None = None, dtype: str = "float32") -> Cost:
@@ -100,18 +103,21 @@ def cost(config: Config, classes: int, *, input_shape: tuple[int, ...] | None = 
     """
     one_of(get_args(DType), dtype=dtype)
     phases = build.phases(config)
-    models = [split(phase.config, classes, input_shape) for phase in phases]
-    priced = [
-        prices.of_phase(phase, typed(model, dtype), example(config, input_shape))
-        for phase, model in zip(phases, models, strict=True)
+    models = [
+        prices.models_of(phase.config, lambda one: typed(split(one, classes, input_shape), dtype)) for phase in phases
     ]
-    rounds, model, sent = [phase.last - phase.first + 1 for phase in phases], models[-1], priced[-1]
+    priced = [
+        prices.of_phase(phase, each, example(config, input_shape)) for phase, each in zip(phases, models, strict=True)
+    ]
+    rounds, sent = [phase.last - phase.first + 1 for phase in phases], priced[-1]
+    model, whose = prices.scored_of(config, models[-1]), answering(config)
+    met = most_met(config, priced)
     trainable, whole = count(model.trained), count(peft.parameters(model))
-    full = total(wire.price(peft.parameters(typed(model, dtype))))
+    full = total(wire.price(peft.parameters(model)))
     members = [int((one.ids >= 0).sum()) for one in priced]
     return Cost(
-        backbone=config.backbone,
-        peft=config.peft,
+        backbone=whose.backbone,
+        peft=whose.peft,
         algorithm=config.algorithm,
         classes=model.classes,
         options=chosen(model.options),
@@ -127,7 +133,7 @@ def cost(config: Config, classes: int, *, input_shape: tuple[int, ...] | None = 
         bytes_down=round(sent.down.mean),
         bytes_down_range=(sent.down.least, sent.down.most),
         bytes_down_are=sent.down.certainty,
-        setup_bytes=priced[0].setup,
+        setup_bytes=prices.mean_setup(config, config.clients, priced[0].setup),
         full_bytes=full,
         full_ratio=2 * full / each if (each := sent.up.mean + sent.down.mean) else None,
         clients=config.clients,
@@ -139,8 +145,20 @@ def cost(config: Config, classes: int, *, input_shape: tuple[int, ...] | None = 
         round_bytes_down=sent.down.together,
         run_bytes_up=sum(n * one.up.together for n, one in zip(rounds, priced, strict=True)),
         run_bytes_down=sum(n * one.down.together for n, one in zip(rounds, priced, strict=True)),
-        run_setup_bytes=priced[0].setup * min(config.clients, config.rounds * max(members)),
+        run_setup_bytes=sum(priced[0].setup[name] * count for name, count in met.items()),
+        groups=config.groups,
     )
+
+
+def most_met(config: Config, priced: Sequence[prices.Prices]) -> dict[str, int]:
+    """How many clients can have been met by the end, by group."""
+    sizes = {name: len(ids) for name, ids in groups.members(config, config.clients).items()} if config.groups else {}
+    return {
+        name: min(
+            sizes.get(name, config.clients), config.rounds * max(int((one.cohorts[name] >= 0).sum()) for one in priced)
+        )
+        for name in priced[0].cohorts
+    }
 
 
 def example(config: Config, input_shape: tuple[int, ...] | None) -> jax.ShapeDtypeStruct:
@@ -173,9 +191,16 @@ def rules(config: Config, classes: int, *, input_shape: tuple[int, ...] | None =
     Raises:
         ValueError: as `cost`.
     """
-    model = split(build.phases(config)[-1].config, classes, input_shape)
-    leaves = {**model.trained, **model.frozen}
-    return [LeafCost(path, model.rules[path], leaf.shape, math.prod(leaf.shape)) for path, leaf in leaves.items()]
+    last = build.phases(config)[-1].config
+    found = []
+    for at, one in {f"{group.name}/": group.config for group in groups_of(last)}.items() or [("", last)]:
+        model = split(one, classes, input_shape)
+        leaves = {**model.trained, **model.frozen}
+        found += [
+            LeafCost(f"{at}{path}", model.rules[path], leaf.shape, math.prod(leaf.shape))
+            for path, leaf in leaves.items()
+        ]
+    return found
 
 
 def typed(model: peft.Model, dtype: str) -> peft.Model:
@@ -235,7 +260,9 @@ def table(costs: Sequence[Cost]) -> Table:
         of_round = way("up", c.round_bytes_up, c.bytes_up_are), way("down", c.round_bytes_down, c.bytes_down_are)
         of_run = way("up", c.run_bytes_up, c.bytes_up_are), way("down", c.run_bytes_down, c.bytes_down_are)
         made.add_row(
-            "\n".join([c.backbone, c.peft, *algorithm, *said, f"{c.classes} {outputs}", c.dtype, *codecs]),
+            "\n".join(
+                [*(c.groups or (c.backbone, c.peft)), *algorithm, *said, f"{c.classes} {outputs}", c.dtype, *codecs]
+            ),
             f"{c.trainable_parameters:,}\n{c.share:.3%} of\n{c.total_parameters:,}",
             "\n".join(one),
             "\n".join([*of_round, f"{c.members} clients"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 
 from fedsim import peft
 from fedsim.backbones.load import draw
-from fedsim.config import Config, Speed
+from fedsim.config import Config, Speed, answering, groups_of, scored
 from fedsim.core import Passes
 from fedsim.data.partition import holders
 from fedsim.engine import plan
@@ -30,7 +31,7 @@ class PhaseEstimate(NamedTuple):
     """What one phase would do."""
 
     phase: Phase
-    trained: int  # parameters
+    trained: int  # parameters; of several architectures of the one that is scored, as `frozen`, `full` and `forward`
     frozen: int
     members: int  # of a cohort
     up: prices.Each  # bytes of a round, of the first cohort where it meets for the second time
@@ -40,7 +41,7 @@ class PhaseEstimate(NamedTuple):
     steps: float  # local steps of a round, all clients together
     examples: float  # of a round
     devices: int
-    lanes: int  # of each device
+    lanes: dict[str, int]  # of each device, by group
     occupancy: float  # of lanes
     row_occupancy: float
     flops: float  # of one example of a round's plan, all that the algorithm's clients do with it
@@ -68,54 +69,81 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
         ValueError: lanes that were asked for and do not fit into the memory.
     """
     config, dataset, parts = phase.config, problem.dataset, problem.partition
-    passes = Passes(config.epochs, config.steps, config.batch_size)
     devices = problem.speed.devices or jax.local_device_count()
-    algorithm = prices.made(phase, build.split_model(config, dataset), {})
+    unread = prices.models_of(config, lambda one: build.split_model(one, dataset))
+    algorithm = prices.made(phase, unread, {})
     first = range(phase.first, phase.first + SAMPLED_ROUNDS)
-    cohorts = [ids[ids >= 0] for ids in (prices.selected(config, algorithm, round, parts.clients) for round in first)]
-    rehearsed = rehearse(problem, phase, cohorts[0])
-    lanes, widths = rehearsed.lanes, rehearsed.widths
-    weights = needs.weights(config)  # which the rehearsal has read, and downloaded before where they are the hub's
-    model = peft.fitted_to(build.split_model(config, dataset, problem.speed), weights)
-    plain = peft.fitted_to(build.split_model(config, dataset), weights)  # without what is computed twice to save memory
-    cached = use_cache(problem.speed, model, dataset.x, config)
+    drawn = [prices.cohorts(config, algorithm, round, parts.clients) for round in first]
+    cohorts = [{name: ids[ids >= 0] for name, ids in each.items()} for each in drawn]
+    rehearsed = rehearse(problem, phase, cohorts[0] if config.groups else cohorts[0][""])
+    weights = needs.weights  # which the rehearsal has read, and downloaded before where they are the hub's
+    models = prices.models_of(
+        config, lambda one: peft.fitted_to(build.split_model(one, dataset, problem.speed), weights(one))
+    )
+    main = answering(config)
+    plain = peft.fitted_to(
+        build.split_model(main, dataset), weights(main)
+    )  # without what is computed twice to save memory
+    model = prices.scored_of(config, models)
+    cached = not config.groups and use_cache(problem.speed, model, dataset.x, config)
+    passes = Passes(config.epochs, config.steps, config.batch_size)
     plans = [
-        plan.make(ids, parts.rows, parts.offsets, passes, config.seed, round, devices, lanes, widths=widths)
-        for round, ids in zip(first, cohorts, strict=True)
-    ]
+        [
+            plan.make(
+                ids, parts.rows, parts.offsets, passes, config.seed, round, devices, rehearsed.lanes[name],
+                widths=rehearsed.widths[name],
+            )
+            for name, ids in each.items()
+            if name in rehearsed.widths
+        ]
+        for round, each in zip(first, cohorts, strict=True)
+    ]  # fmt: skip
     shape, dtype = trainers.example(problem)
-    up, down = sent(problem, phase, model, rehearsed, len(cohorts[0]))
-    seen = plans[0].examples
+    members = sum(map(len, cohorts[0].values()))
+    up, down = sent(problem, phase, models, rehearsed, members)
+    seen = sum(p.examples for p in plans[0])
     return PhaseEstimate(
         phase=phase,
         trained=_count(model.trained),
         frozen=_count(model.frozen),
-        members=len(cohorts[0]),
+        members=members,
         up=up,
         down=down,
         setup=rehearsed.setup,
         full=build.full_bytes(model),
-        steps=float(np.mean([(p.count > 0).sum() for p in plans])),
-        examples=float(np.mean([p.count.sum() for p in plans])),
+        steps=float(np.mean([sum((p.count > 0).sum() for p in each) for each in plans])),
+        examples=float(np.mean([sum(p.count.sum() for p in each) for each in plans])),
         devices=devices,
-        lanes=lanes,
-        occupancy=float(np.mean([p.occupancy[0] for p in plans])),
-        row_occupancy=float(np.mean([p.occupancy[1] for p in plans])),
+        lanes=rehearsed.lanes,
+        occupancy=float(np.mean([share([((p.count > 0).sum(), p.occupancy[0]) for p in each]) for each in plans])),
+        row_occupancy=float(np.mean([share([(p.count.sum(), p.occupancy[1]) for p in each]) for each in plans])),
         flops=rehearsed.flops / seen if seen else flops.training_flops(plain, shape, dtype, cached=cached).total,
         forward=flops.forward_flops(plain, shape, dtype, start=plain.cut if cached else 0),
         prefix_flops=flops.forward_flops(plain, shape, dtype, stop=plain.cut) if cached else 0.0,
         cached=cached,
         memory={
             "backbone and examples": rehearsed.need.there,
-            f"{lanes} lane{'s' * (lanes > 1)} with activations, batches, parameters and optimizers": int(
+            f"{lanes_of(rehearsed.lanes)} with activations, batches, parameters and optimizers": int(
                 rehearsed.need.lanes
             ),
         },
     )
 
 
+def share(parts: Sequence[tuple[float, float]]) -> float:
+    """The share of all places that is taken, of plans that follow one another: (taken, share of its own places) each."""
+    taken = sum(count for count, _ in parts)
+    return float(taken / sum(count / max(of, 1e-9) for count, of in parts)) if taken else 0.0
+
+
+def lanes_of(lanes: dict[str, int]) -> str:
+    """How many lanes, in words; of groups each one's."""
+    most = max(lanes.values())
+    return f"{' or '.join(map(str, dict.fromkeys(lanes.values())))} lane{'s' * (most > 1)}"
+
+
 def sent(
-    problem: Problem, phase: Phase, model: peft.Model, rehearsed: Rehearsal, members: int
+    problem: Problem, phase: Phase, models: prices.Models, rehearsed: Rehearsal, members: int
 ) -> tuple[prices.Each, prices.Each]:
     """Bytes of a round, up and down; of an algorithm that cannot be priced by shapes what the rehearsal has seen."""
     held = holders(phase.config, problem.dataset.train)
@@ -123,7 +151,7 @@ def sent(
     try:
         found = prices.of_phase(
             phase,
-            model,
+            models,
             jax.ShapeDtypeStruct(shape, dtype),
             problem.partition.sizes,
             (len(held.public), len(held.shard)),
@@ -174,13 +202,15 @@ def print_estimate(problem: Problem, found: list[PhaseEstimate], flops_per_secon
         seconds = (rows * e.flops + looked * e.forward) / flops_per_second
         nbytes = rounds * (e.up.together + e.down.together)
         total_bytes, total_seconds = total_bytes + nbytes, total_seconds + seconds
-        print(f"\nrounds {e.phase.first} to {e.phase.last}: {e.phase.config.peft} on {config.backbone}")
+        print(f"\nrounds {e.phase.first} to {e.phase.last}: {' and '.join(said(e.phase.config))}")
+        whose = f" of {scored(config)!r}" if config.groups else ""
         print(
-            f"  trained      {e.trained:,} of {e.trained + e.frozen:,} parameters ({e.trained / (e.trained + e.frozen):.2%})"
+            f"  trained      {e.trained:,} of {e.trained + e.frozen:,} parameters ({e.trained / (e.trained + e.frozen):.2%}){whose}"
         )
         print(
             f"  plan         {e.members} clients, {e.steps:.0f} steps and {e.examples:.0f} examples a round; "
-            f"{'' if e.devices == 1 else f'{e.devices} devices x '}{e.lanes} lanes {e.occupancy:.0%} full, rows {e.row_occupancy:.0%}"
+            f"{'' if e.devices == 1 else f'{e.devices} devices x '}{lanes_of(e.lanes)} {e.occupancy:.0%} full, "
+            f"rows {e.row_occupancy:.0%}"
         )
         print(f"  one client   up {e.up.words()}, down {e.down.words()} a round; full fine-tuning {exact_size(e.full)}")
         certainty = next((f"{way.certainty} " for way in (e.up, e.down) if way.certainty != "exact"), "")
@@ -197,6 +227,17 @@ def print_estimate(problem: Problem, found: list[PhaseEstimate], flops_per_secon
         f"{flops_per_second / 1e9:.0f} GFLOP/s that a matrix product reaches here now; compiling comes on top. "
         "Nothing was trained."
     )
+
+
+def said(config: Config) -> list[str]:
+    """What of which backbone is trained; of several architectures each group's, and its share of the clients."""
+    groups = [f"{g.name}: {g.config.peft} on {g.config.backbone} ({share_of(g.share)})" for g in groups_of(config)]
+    return groups or [f"{config.peft} on {config.backbone}"]
+
+
+def share_of(share: float | None) -> str:
+    """A group's share of the clients, in words."""
+    return "the server's" if share is None else f"{share:.0%} of the clients"
 
 
 def _count(shapes: dict[str, Any]) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from fedsim.config.calls import parse_call
 from fedsim.config.checks import PARTITIONS, SIZE_LAWS, check_model, check_network, invited, size_law
 from fedsim.config.fields import take_call
-from fedsim.config.groups import answering, groups_of
+from fedsim.config.groups import answering, groups_of, scored
 from fedsim.config.limits import at_most, plan_fits
 from fedsim.config.meaning import OF_PEFT, idle, idle_alone, refuse_idle
 from fedsim.config.options import (

@@ -71,7 +71,13 @@ def groups_of(config: Config) -> tuple[Group, ...]:
 def answering(config: Config) -> Config:
     """The config of the model that is scored and exported: of several architectures the group `server`'s, or the first's."""
     groups = {group.name: group.config for group in groups_of(config)}
-    return groups.get("server") or next(iter(groups.values()), config)
+    return groups.get(scored(config), config)
+
+
+def scored(config: Config) -> str:
+    """The name of that group; "" where there is one architecture."""
+    names = [group.name for group in groups_of(config)]
+    return "server" if "server" in names else next(iter(names), "")
 
 
 def listed(options: dict[str, Any]) -> dict[str, Any]:

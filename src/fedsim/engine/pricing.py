@@ -8,7 +8,7 @@ what earlier rounds have stacked are exact; one that depends on values is a boun
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -239,8 +239,38 @@ class Sketch:
         return wire.unwrap(reply), jnp.where(self.reports, weights, 0.0), up, most.sparse
 
 
-def sends(rounds: Callable[[Unknown], Sketch], shapes: Unknown) -> Sends:
-    """What the last of some rounds sends; nothing is run.
+class GroupedSketch:
+    """A cohort of several groups, as `groups.GroupedCohort`, of sketches.
+
+    Args:
+        held: frozen parts by name, of a model that the server alone has too.
+        groups: name -> the group's sketch.
+    """
+
+    def __init__(self, held: Mapping[str, Tree], round: int, groups: Mapping[str, Sketch]) -> None:
+        self.held, self.round, self.groups = held, round, groups
+        self.one = next(iter(groups.values()))  # which answers for what all share
+        self.population, self.rng, self.fetch = self.one.population, self.one.rng, self.one.fetch
+        self.ids, self.sizes, self.last, self.present, self.reports = (
+            np.concatenate([getattr(sketch, name) for sketch in groups.values()])
+            for name in ("ids", "sizes", "last", "present", "reports")
+        )
+
+    @property
+    def public(self) -> dict[str, Tree] | None:
+        """As of a grouped cohort."""
+        x = self.one.public
+        return None if x is None else dict.fromkeys(self.held, x)
+
+    @property
+    def shard(self) -> dict[str, Any] | None:
+        """As of a grouped cohort."""
+        pair = self.one.shard
+        return None if pair is None else dict.fromkeys(self.held, pair)
+
+
+def sends(rounds: Callable[[Unknown], Sketch | GroupedSketch], shapes: Unknown) -> Sends:
+    """What the last of some rounds sends; nothing is run. Of groups, leaves are called GROUP/LEAF, and members are in a row.
 
     Args:
         rounds: what the algorithm does, up to and with that round, traced once.
@@ -248,13 +278,29 @@ def sends(rounds: Callable[[Unknown], Sketch], shapes: Unknown) -> Sends:
     found: list[Any] = []
 
     def traced(given: Unknown) -> list[Array]:
-        sketch = rounds(given)
-        found[:] = jax.tree.flatten((sketch.done, sketch.guessed, len(sketch.ids)))
+        cohort = rounds(given)
+        sketches = cohort.groups if isinstance(cohort, GroupedSketch) else {"": cohort}
+        found[:] = jax.tree.flatten([(name, s.done, s.guessed, len(s.ids)) for name, s in sketches.items()])
         return [leaf for leaf in found[0] if isinstance(leaf, jax.core.Tracer)]
 
     known = iter(evaluated(jax.make_jaxpr(traced)(shapes)))
     leaves = [next(known) if isinstance(leaf, jax.core.Tracer) else leaf for leaf in found[0]]
-    return added_up(*jax.tree.unflatten(found[1], leaves))
+    each = {name: added_up(*sent) for name, *sent in jax.tree.unflatten(found[1], leaves)}
+    return each.get("") or side_by_side(each)
+
+
+def side_by_side(groups: Mapping[str, Sends]) -> Sends:
+    """What several groups send, members in a row: leaves of the others are nothing to them."""
+    ends = np.cumsum([len(sent.total_up) for sent in groups.values()])
+    ways: dict[str, dict[str, np.ndarray]] = {"down": {}, "up": {}}
+    bounded: dict[str, list[str]] = {"down": [], "up": []}
+    for end, (group, sent) in zip(ends, groups.items(), strict=True):
+        for way, leaves in (("down", sent.down), ("up", sent.up)):
+            for name, each in leaves.items():
+                ways[way][f"{group}/{name}"] = np.pad(each, (end - len(each), ends[-1] - end))
+            bounded[way] += [f"{group}/{name}" for name in sent.bounded[way]]
+    down, up = (np.concatenate([getattr(s, f"total_{way}") for s in groups.values()]) for way in ("down", "up"))
+    return Sends(ways["down"], ways["up"], down, up, bounded, any(sent.guessed for sent in groups.values()))
 
 
 def added_up(done: Sequence[Sending], guessed: bool, members: int) -> Sends:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -28,6 +29,11 @@ def members(config: Config, clients: int) -> dict[str, np.ndarray]:
     for name, count in counts.items():
         found[name], at = np.sort(order[at : at + count]), at + count
     return found
+
+
+def asked(count: int, share: float) -> int:
+    """How many of `count` clients a round asks a group for that has a share of all; at least one."""
+    return max(1, math.floor(share * count + 0.5))
 
 
 def shared(total: int, shares: Mapping[str, float]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,15 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedsim import algorithms, peft, wire
-from fedsim.config import Config
+from fedsim.config import Config, groups_of, scored
 from fedsim.core import Algorithm, Batch, Population, Tree, draw
 from fedsim.engine.keys import key_for
-from fedsim.engine.pricing import Sends, Setting, Sketch, Unknown, sends
+from fedsim.engine.pricing import GroupedSketch, Sends, Setting, Sketch, Unknown, sends
 from fedsim.randomness import stream
-from fedsim.simulation import tasks
+from fedsim.simulation import groups, tasks
 from fedsim.simulation.build import Phase
 from fedsim.training.server import watched
 from fedsim.units import exact_size
+
+Models = peft.Model | dict[str, peft.Model]  # of several architectures by group
 
 
 class Each(NamedTuple):
@@ -41,16 +44,21 @@ class Each(NamedTuple):
 class Prices(NamedTuple):
     """What a round of a phase sends."""
 
-    ids: np.ndarray  # (M,): the cohort that was looked at
+    cohorts: dict[str, np.ndarray]  # (M,) ids that were looked at, by group; "" where there is one architecture
     up: Each
     down: Each
     leaves: Sends
-    setup: int  # bytes that a client is given once
+    setup: dict[str, int]  # bytes that a client is given once, by group
+
+    @property
+    def ids(self) -> np.ndarray:
+        """(M,): the whole cohort, groups in a row."""
+        return np.concatenate(list(self.cohorts.values()))
 
 
 def of_phase(
     phase: Phase,
-    model: peft.Model,
+    model: Models,
     example: Any,
     sizes: np.ndarray | None = None,
     held: tuple[int | None, int | None] = (None, None),
@@ -60,6 +68,7 @@ def of_phase(
     In a first round there may be less to tell; who has missed some may be told more.
 
     Args:
+        model: of several architectures each group's by name.
         example: one input as a shape with its dtype, without the batch axis.
         sizes: (N,) examples of each client; default: a batch each.
         held: examples that the server holds without labels, and with; None where their number is unknown.
@@ -69,65 +78,145 @@ def of_phase(
     """
     config, size = phase.config, phase.config.batch_size
     own = np.full(config.clients, size) if sizes is None else np.asarray(sizes)
-    ids = selected(config, made(phase, model, {}), phase.first, len(own))
-    setting = Setting(
-        ids=ids,
-        sizes=np.where(ids >= 0, own[ids], 0),
-        population=len(own),
-        batch=batch_of(example, size),
-        average=tasks.average(config),
-        up=wire.codec(config.codec_up, "codec_up"),
-        down=wire.codec(config.codec_down, "codec_down"),
-        seed=config.seed,
-        public=held[0],
-        shard=held[1],
+    chosen = cohorts(config, made(phase, model, {}), phase.first, len(own))
+    settings = {
+        name: Setting(
+            ids=ids,
+            sizes=np.where(ids >= 0, own[ids], 0),
+            population=len(own),
+            batch=batch_of(example, size),
+            average=tasks.average(config),
+            up=wire.codec(config.codec_up, "codec_up"),
+            down=wire.codec(config.codec_down, "codec_down"),
+            seed=config.seed,
+            public=held[0],
+            shard=held[1],
+        )
+        for name, ids in chosen.items()
+    }
+    frozen: Any = model.frozen if isinstance(model, peft.Model) else {name: one.frozen for name, one in model.items()}
+    trained: Any = (
+        model.trained if isinstance(model, peft.Model) else {name: one.trained for name, one in model.items()}
     )
-    unknown = Unknown(model.frozen, model.trained, key_shape(), jax.ShapeDtypeStruct((), jnp.float32))
+    unknown = Unknown(frozen, trained, key_shape(), jax.ShapeDtypeStruct((), jnp.float32))
+    asked = settings if config.groups else settings[""]
     try:
-        found = sends(lambda given: second_round(given, made(phase, model, given.start), setting, phase.first), unknown)
-        given_once = jax.eval_shape(made(phase, model, {}).setup, model.frozen)
+        found = sends(lambda given: second_round(given, made(phase, model, given.start), asked, phase.first), unknown)
+        setup = made(phase, model, {}).setup
+        once = {name: jax.eval_shape(setup, frozen[name] if name else frozen) for name in settings}
     except jax.errors.JAXTypeError as error:
         raise ValueError(
             f"Expected algorithm={config.algorithm!r} to be priced by shapes, but its round reads values that only a run has "
             f"({str(error).partition(chr(10))[0]}); take them by cohort.fetch, or let a run of two rounds show its bytes."
         ) from None
     certainty = "about" if found.guessed else "exact"
+    ids = np.concatenate(list(chosen.values()))
     up, down = (
         each(total, ids, "at most" if certainty == "exact" and found.bounded[way] else certainty)
         for way, total in (("up", found.total_up), ("down", found.total_down))
     )
-    return Prices(ids, up, down, found, sum(wire.price(given_once).values()))
+    return Prices(chosen, up, down, found, {name: sum(wire.price(given).values()) for name, given in once.items()})
 
 
-def made(phase: Phase, model: peft.Model, start: dict[str, Any]) -> Algorithm:
-    """The phase's algorithm, whose server begins with the trained part `start`."""
-    task = tasks.task(phase.config, model, start, cached=False, first=phase.first)
-    return algorithms.find(phase.config.algorithm)(task)
+def models_of(config: Config, make: Callable[[Config], peft.Model]) -> Models:
+    """The config's model, or of several architectures each group's by name.
+
+    Args:
+        make: the model of a config without groups.
+    """
+    return {group.name: make(group.config) for group in groups_of(config)} or make(config)
 
 
-def second_round(given: Unknown, algorithm: Algorithm, setting: Setting, first: int) -> Sketch:
-    """The cohort after its second round, of which `first` is the first."""
-    key, members = given.key, len(setting.ids)
-    server, averaging = algorithm.init(key_for(key, "init"), given.held), setting.average.init()
-    fresh = algorithm.memory(key_for(key, "memory"), given.held)
-    memory: Tree = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (members, *jnp.shape(leaf))), fresh)
-    last, cohort = np.zeros(members, np.int64), Sketch(given, setting, first, memory, averaging, np.zeros(members))
+def scored_of(config: Config, models: Models) -> peft.Model:
+    """The model that is scored and exported."""
+    return models if isinstance(models, peft.Model) else models[scored(config)]
+
+
+def made(phase: Phase, model: Models, start: dict[str, Any]) -> Algorithm:
+    """The phase's algorithm, whose server begins with the trained part `start`; of several groups with each one's by name."""
+    config = phase.config
+    if isinstance(model, peft.Model):
+        whole, sides = tasks.task(config, model, start, cached=False, first=phase.first), {}
+    else:
+        sides = {
+            group.name: tasks.task(
+                group.config, model[group.name], start.get(group.name, {}), cached=False, first=phase.first
+            )
+            for group in groups_of(config)
+        }
+        whole = sides[scored(config)]
+    return algorithms.find(config.algorithm)(whole._replace(groups=sides))
+
+
+def second_round(
+    given: Unknown, algorithm: Algorithm, settings: Setting | dict[str, Setting], first: int
+) -> Sketch | GroupedSketch:
+    """The cohort after its second round, of which `first` is the first.
+
+    Args:
+        settings: of several groups each one's by name.
+    """
+    server = algorithm.init(key_for(given.key, "init"), given.held)
+    grouped = isinstance(settings, dict)
+    sketches = {
+        name: joining(given._replace(held=given.held[name]) if name else given, algorithm, one, first)
+        for name, one in (settings if isinstance(settings, dict) else {"": settings}).items()
+    }
+    cohort = GroupedSketch(given.held, first, sketches) if grouped else sketches[""]
     with watched(trains=False):
         for round in (first, first + 1):
-            cohort = Sketch(given, setting, round, memory, averaging, last)
-            stand_in: Any = cohort  # of `engine.cohort.Cohort`
-            server, _ = algorithm.round(key_for(key, "server", round), given.held, server, stand_in)
-            memory, averaging, last = cohort.memory, cohort.averaging, np.where(cohort.present, round, 0)
+            if round > first:
+                sketches = {name: again(one, round) for name, one in sketches.items()}
+            cohort = GroupedSketch(given.held, round, sketches) if grouped else sketches[""]
+            stand_in: Any = cohort  # of `engine.cohort.Cohort`, or of a grouped one
+            server, _ = algorithm.round(key_for(given.key, "server", round), given.held, server, stand_in)
     return cohort
 
 
-def selected(config: Config, algorithm: Algorithm, round: int, clients: int) -> np.ndarray:
-    """Who is in a round to which everybody could come, (M,); drawn by lot where the choice is the server's by its state."""
-    population, chance = Population(clients, config.clients_per_round), f"sample {round}"
+def joining(given: Unknown, algorithm: Algorithm, setting: Setting, round: int) -> Sketch:
+    """A cohort that was never there before."""
+    members = len(setting.ids)
+    fresh = algorithm.memory(key_for(given.key, "memory"), given.held)
+    memory: Tree = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (members, *jnp.shape(leaf))), fresh)
+    return Sketch(given, setting, round, memory, setting.average.init(), np.zeros(members, np.int64))
+
+
+def again(sketch: Sketch, round: int) -> Sketch:
+    """The same cohort, in its next round."""
+    last = np.where(sketch.present, sketch.round, 0)
+    return Sketch(sketch.given, sketch.setting, round, sketch.memory, sketch.averaging, last)
+
+
+def cohorts(config: Config, algorithm: Algorithm, round: int, clients: int) -> dict[str, np.ndarray]:
+    """Who is in a round to which everybody could come, (M,), by group; "" where there is one architecture."""
+    if not config.groups:
+        return {"": selected(config, algorithm, round, np.arange(clients))}
+    found = groups.members(config, clients)
+    return {
+        name: selected(config, algorithm, round, ids, name, len(ids) / clients)
+        for name, ids in found.items()
+        if len(ids)
+    }
+
+
+def selected(
+    config: Config, algorithm: Algorithm, round: int, members: np.ndarray, group: str = "", share: float = 1.0
+) -> np.ndarray:
+    """Whom of `members` a round asks, (M,); drawn by lot where the choice is the server's by its state.
+
+    Args:
+        share: of the clients of a round that are this group's.
+    """
+    asked = groups.asked(config.clients_per_round, share)
+    population, chance = (
+        Population(len(members), min(asked, len(members))),
+        " ".join(filter(None, (f"sample {round}", group))),
+    )
     try:
-        return np.asarray(algorithm.select(stream(config.seed, chance), None, population), np.int64)
+        places = np.asarray(algorithm.select(stream(config.seed, chance), None, population), np.int64)
     except (AttributeError, TypeError):
-        return draw(stream(config.seed, chance), None, population)
+        places = draw(stream(config.seed, chance), None, population)
+    return np.where(places >= 0, members[places], -1)
 
 
 def each(total: np.ndarray, ids: np.ndarray, certainty: str = "exact") -> Each:
@@ -151,3 +240,11 @@ def batch_of(example: Any, size: int) -> Batch:
 def key_shape() -> Any:
     """A random key's."""
     return jax.eval_shape(jax.random.key, 0)
+
+
+def mean_setup(config: Config, clients: int, setup: dict[str, int]) -> int:
+    """What a client is given once, bytes by group, as the mean over all clients."""
+    if "" in setup:
+        return setup[""]
+    found = groups.members(config, clients)
+    return round(sum(len(found[name]) * nbytes for name, nbytes in setup.items()) / clients)

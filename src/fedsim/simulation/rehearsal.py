@@ -12,19 +12,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedsim.config import Config, Speed, invited
+from fedsim.config import Config, Speed, answering, invited
 from fedsim.core import Tree
 from fedsim.engine import processes
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.device_memory import Need, free_memory
 from fedsim.engine.flops import all_equations
+from fedsim.engine.groups import GroupedCohort
 from fedsim.engine.host import zeros
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import MEMORY_SHARE, Lanes, Request
 from fedsim.engine.programs import Programs
 from fedsim.engine.state import State
-from fedsim.simulation import build, trainers
+from fedsim.simulation import build, groups, prices, trainers
 from fedsim.simulation.build import Phase, Problem
 from fedsim.training import lengths
 from fedsim.training.features import use_cache
@@ -40,10 +41,10 @@ class Rehearsal(NamedTuple):
 
     down: float  # bytes of a client in the second round, all exchanges together: the first one may have less to tell
     up: float  # bytes; a packet whose price depends on values counts as not encoded
-    setup: int  # bytes that a client is given once
-    lanes: int  # of each device
-    widths: tuple[int, ...]  # of the first exchange's batches
-    need: Need  # of the last exchange
+    setup: int  # bytes that a client is given once; of several architectures the mean
+    lanes: dict[str, int]  # of each device, by group; "" where there is one architecture
+    widths: dict[str, tuple[int, ...]]  # of the first exchange's batches, by group; none of one that is not asked
+    need: Need  # of the last exchange; of several groups the largest
     flops: float  # of the second round
 
 
@@ -54,8 +55,11 @@ class Asked(NamedTuple):
     widths: tuple[int, ...]
 
 
-def rehearse(problem: Problem, phase: Phase, ids: np.ndarray) -> Rehearsal:
+def rehearse(problem: Problem, phase: Phase, ids: np.ndarray | dict[str, np.ndarray]) -> Rehearsal:
     """What a round of a phase sends and needs with this cohort, which meets twice; nothing is trained.
+
+    Args:
+        ids: (M,); of several architectures by group, as `prices.cohorts` gives them.
 
     Raises:
         ValueError: lanes that were asked for and do not fit into the memory; see `device_memory.refuse_too_large`.
@@ -64,25 +68,43 @@ def rehearse(problem: Problem, phase: Phase, ids: np.ndarray) -> Rehearsal:
         stand_in(problem, phase, lambda count, shape, dtype: zeros((count, *shape), dtype)), phase
     )
     engine, algorithm = trainer.engine, trainer.algorithm
-    asked = answer_ones(engine)
+    given = ids if isinstance(ids, dict) else {"": ids}
+    engines = trainer.groups or {"": engine}
+    asked = {name: answer_ones(engines[name]) for name in given}
     server = engine.put(algorithm.init(key_for(engine.root, "init"), engine.held))
-    averaging = engine.put(trainer.average.init())
-    memory, met = Memory(algorithm.memory, engine.held), np.zeros(engine.population, np.int32)
+    averaging = {name: engine.put(trainer.average.init()) for name in given}
+    memories = {name: Memory(algorithm.memory, engines[name].held) for name in given}
+    met = np.zeros(engine.population, np.int32)
     for round in (phase.first, phase.first + 1):
-        asked.clear()
-        cohort = Cohort(
-            engine, ids, round, memory, met=met, lr=trainer.lr(round),
-            average=trainer.average, averaging=averaging, releases=algorithm.releases,
-        )  # fmt: skip
+        for each in asked.values():
+            each.clear()
+        cohorts = {
+            name: Cohort(
+                engines[name], given[name], round, memories[name], met=met, lr=trainer.lr(round),
+                average=trainer.average, averaging=averaging[name], releases=algorithm.releases,
+            )
+            for name in given
+        }  # fmt: skip
+        cohort: Any = GroupedCohort(engine, round, cohorts) if trainer.groups else cohorts[""]
         with watched(trains=False):
             server, _ = algorithm.round(key_for(engine.root, "server", round), engine.held, server, cohort)
         cohort.settle()
-        averaging = cohort.averaging
-        met[ids] = round
-        down = sum(sum(exchange.down.values()) for exchange in cohort.done) / max(len(cohort.places), 1)
-    up = sum(exchange.up for exchange in asked)
-    setup = sum(trainers.setup_bytes(trainer).values())
-    return Rehearsal(down, up, setup, int(engine.lanes), asked[0].widths, engine.need, cohort.flops())
+        averaging = {name: one.averaging for name, one in cohorts.items()}
+        for each in given.values():
+            met[each] = round
+    members = {name: len(one.places) for name, one in cohorts.items()}
+    down = sum(sum(exchange.down.values()) for exchange in cohort.done) / max(sum(members.values()), 1)
+    up = sum(members[name] * one.up for name, each in asked.items() for one in each) / max(sum(members.values()), 1)
+    needs = [engines[name].need for name in given]
+    return Rehearsal(
+        down,
+        up,
+        prices.mean_setup(phase.config, problem.partition.clients, trainers.setup_bytes(trainer)),
+        {name: int(engines[name].lanes) for name in given},
+        {name: each[0].widths for name, each in asked.items() if each},
+        Need(lanes=max(need.lanes for need in needs), there=max(need.there for need in needs)),
+        cohort.flops(),
+    )
 
 
 def may_be_too_large(problem: Problem, phase: Phase) -> bool:
@@ -119,8 +141,9 @@ def answer_ones(engine: Lanes) -> list[Asked]:
 
         def begin(*args: Any) -> State:
             state = jax.eval_shape(real.begin, *args)
-            weight, memory, nbytes = engine.split(ones((state.weight, state.memory, state.nbytes)))
-            return state._replace(weight=weight, memory=memory, nbytes=nbytes)
+            brought = (state.weight, state.memory, state.nbytes, state.coding)  # what is read on the host
+            weight, memory, nbytes, coding = engine.split(ones(brought))
+            return state._replace(weight=weight, memory=memory, nbytes=nbytes, coding=coding)
 
         def end(*args: Any) -> Any:
             return engine.put(ones(jax.eval_shape(real.end, *args)))
@@ -161,11 +184,17 @@ def refuse_lanes(config: Config, speed: Speed, problem: Problem) -> None:
         ValueError: see `rehearse`.
     """
     first, *later = build.phases(config)
-    model = build.split_model(first.config, problem.dataset, speed)
-    long = len(problem.dataset.y) > LONG and use_cache(speed, model, problem.dataset.x, first.config)
+    model = build.split_model(answering(first.config), problem.dataset, speed)
+    long = (
+        not config.groups and len(problem.dataset.y) > LONG and use_cache(speed, model, problem.dataset.x, first.config)
+    )
     for phase in [first, *later] if long else later:
         if speed.lanes == "auto" and not may_be_too_large(problem, phase):
             continue
-        ids = np.arange(min(invited(config), problem.partition.clients))
+        ids: Any = np.arange(min(invited(config), problem.partition.clients))
+        if config.groups:
+            every = groups.members(config, problem.partition.clients)
+            shares = {name: len(each) / problem.partition.clients for name, each in every.items() if len(each)}
+            ids = {name: every[name][: groups.asked(invited(config), share)] for name, share in shares.items()}
         rehearse(problem._replace(trainers=None), phase, ids)
         gc.collect()  # its engine, which refers to itself, before the first phase needs the memory

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -38,7 +37,7 @@ from fedsim.randomness import stream
 from fedsim.record.shared_checkpoints import SharedCheckpoints
 from fedsim.report.progress import Progress
 from fedsim.report.summaries import has_diverged
-from fedsim.simulation import build, inputs, memories, needs, resuming
+from fedsim.simulation import build, groups, inputs, memories, needs, resuming
 from fedsim.simulation.beginning import begin
 from fedsim.simulation.build import Problem
 from fedsim.simulation.current import Current, prepare
@@ -285,7 +284,7 @@ def drawn(
 ) -> Cohort:  # fmt: skip
     """The cohort of one group, drawn from its `members` (K,), of which a round asks for `share` of the run's."""
     trainer, round, available = now.trainer, stand.round, network.reachable(fleet, stand.round)
-    asked, wanted = (max(1, math.floor(share * n + 0.5)) for n in (invited(config), config.clients_per_round))
+    asked, wanted = (groups.asked(n, share) for n in (invited(config), config.clients_per_round))
     there = available if available is None or not group else lambda places: available(members[places])
     population = Population(len(members), min(asked, len(members)), there)
     purpose = " ".join(filter(None, (f"sample {round}", group)))
