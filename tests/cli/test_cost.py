@@ -147,6 +147,39 @@ def test_a_row_equals_what_a_run_reports(
     assert row.head_rounds == head_rounds
 
 
+def test_a_row_of_groups_equals_what_a_run_reports(
+    tmp_path: Path, blobs: Callable[..., Path], capsys: pytest.CaptureFixture[str], compile_once: None
+) -> None:
+    """Two groups and a model of the server alone; by the command line as by Python."""
+    toys = Path(__file__).parents[1] / "algorithms" / "toys.py"
+    groups = ("small(peft='head', share=0.25)", "large(peft='full', share=0.75)", "server(peft='bias')")
+    setting = Config(
+        dataset=str(blobs(tmp_path)), backbone="mlp", algorithm=f"{toys}:by_group", groups=groups, rounds=4, clients=8,
+        clients_per_round=4, min_size=1,
+    )  # fmt: skip
+    run = fedsim.run(setting, out=tmp_path / "run", quiet=True)
+    words = (
+        f"cost --backbone mlp --algorithm {toys}:by_group --rounds 4 --clients 8 --clients-per-round 4 --input-shape 6"
+    )
+    assert cli.main([*words.split(), "--classes", "3", "--json", "--rules", "--groups", *groups]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert cli.main([*words.split(), "--classes", "3", "--groups", *groups]) == 0
+    assert "small(peft='head'" in capsys.readouterr().out
+    found = cost.cost(setting, 3, input_shape=(6,))
+    assert {k: v for k, v in row.items() if k != "rules"} == json.loads(json.dumps(found._asdict()))
+    last, summary = run.rounds[-1], run.summary or {}
+    assert (last["bytes_up"], last["bytes_down"]) == (row["round_bytes_up"], row["round_bytes_down"])
+    assert (last["total_bytes_up"], last["total_bytes_down"]) == (row["run_bytes_up"], row["run_bytes_down"])
+    assert row["bytes_up_range"][0] < row["bytes_up"] < row["bytes_up_range"][1] and row["members"] == 4
+    frozen = sum(
+        leaf["parameters"] for leaf in row["rules"] if (leaf["path"][:6], leaf["rule"]) == ("small/", "frozen")
+    )
+    assert row["setup_bytes"] == round(4 * frozen * 2 / 8), "given to a quarter of the clients; the large one sends all"
+    assert row["run_setup_bytes"] == 2 * 4 * frozen >= sum(line["setup_bytes"] for line in run.rounds) > 0
+    assert row["trainable_parameters"] == summary["parameters"]["trained"] and row["peft"] == "bias"
+    assert 16 * row["full_bytes"] == summary["full_fine_tuning_bytes"]["up"]
+
+
 @pytest.fixture
 def small_vit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Options of a ViT of the table for 20 px, a checkpoint learned at 12 px, and images."""

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fedsim
 import serves
 from fedsim import algorithms, own, wire
 from fedsim.algorithms.fed_avg import fed_avg
+from fedsim.config import Config, Speed
 from fedsim.core import Algorithm, Client, Task
 from fedsim.engine.pricing import Sends, Setting, Unknown, sends
 from fedsim.folds import plain
-from fedsim.simulation import prices
+from fedsim.simulation import build, prices
 from fedsim.testing.toys import COHORT, SIZES, run, suited, tiny_lora_task, tiny_problem, tiny_task
 from fedsim.training.local import fit
 
@@ -203,3 +205,25 @@ def test_the_servers_own_training_is_not_run(monkeypatch: pytest.MonkeyPatch) ->
 def test_nobody_costs_nothing() -> None:
     found = priced(fed_avg, tiny_task(), (2, -1, 7))
     assert found.total_up.tolist() == found.total_down.tolist() == [84, 0, 84]
+
+
+def test_a_server_that_learns_from_groups_costs_what_their_messages_cost(
+    tmp_path: Path, blobs: Callable[..., Path]
+) -> None:
+    """The server's own training is on public examples of its own model, which is never sent."""
+    groups = tuple(f"{n}(backbone='mlp', peft='{p}'{s})" for n, p, s in (
+        ("small", "head", ", share=0.5"), ("large", "full", ", share=0.5"), ("server", "full", "")
+    ))  # fmt: skip
+    config = Config(
+        dataset=str(blobs(tmp_path)), backbone="mlp", clients=6, clients_per_round=3, rounds=2, min_size=3, lr=0.1,
+        optimizer="sgd", public_share=0.2, algorithm=f"{ROOT / 'tests' / 'serves.py'}:fed_two_sizes", groups=groups,
+    )  # fmt: skip
+    speed = Speed(devices=1, lanes=2, compilation_cache=False)
+    problem, (phase,) = build.problem(config, speed), build.phases(config)
+    models = prices.models_of(config, lambda one: build.split_model(one, problem.dataset))
+    example = jax.ShapeDtypeStruct(problem.dataset.x.shape[1:], problem.dataset.x.dtype)
+    found = prices.of_phase(phase, models, example, problem.partition.sizes, (38, 0))
+    line = fedsim.run(config, speed, out=tmp_path / "run", quiet=True).rounds[1]
+    assert {k: v.sum() for k, v in found.leaves.up.items()} == line["bytes_up_leaves"]
+    assert {k: v.sum() for k, v in found.leaves.down.items()} == line["bytes_down_leaves"]
+    assert found.up.certainty == "exact" and len(found.ids) == len(set(found.ids.tolist())) == line["clients"]

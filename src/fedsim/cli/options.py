@@ -165,6 +165,8 @@ class CostOptions(Model):
     """Cohort size M."""
     algorithm: str = Config.algorithm
     """Whose messages are priced, as for `fedsim run`: a name, options as a call, or a file of your own."""
+    groups: tuple[str, ...] = Config.groups
+    """Several architectures at once, as for `fedsim run`; a row is of all of them."""
     codec_up: str = Config.codec_up
     """What clients' messages are cast to on the wire, as for `fedsim run`."""
     codec_down: str = Config.codec_down

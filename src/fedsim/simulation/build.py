@@ -191,7 +191,7 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
         largest = np.partition(trained.sizes, -min(invited(config), trained.clients))[-invited(config) :]
         most = int(-(-largest // config.batch_size).sum())
         plan_fits(1, config.epochs * most, config.batch_size, "epochs x batches")
-    models = [split_model(phase.config, dataset, speed) for phase in phases(config)]
+    models = [split_model(answering(phase.config), dataset, speed) for phase in phases(config)]
     for phase, model in zip(phases(config), models, strict=True):  # an algorithm that cannot run refuses here
         for name in ("optimizer", "server_optimizer"):
             check_optimizer(getattr(config, name), name, model.trained)

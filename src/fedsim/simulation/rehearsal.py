@@ -114,7 +114,7 @@ def may_be_too_large(problem: Problem, phase: Phase) -> bool:
     several times over. What is missing, such as a segment's batches, matters where both are small.
     """
     speed, x = problem.speed, problem.dataset.x
-    model = build.split_model(phase.config, problem.dataset, speed)
+    model = build.split_model(answering(phase.config), problem.dataset, speed)
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
     program = jax.make_jaxpr(model.apply)(model.trained, model.frozen, one).jaxpr
     results = sum(times * array_bytes(out.aval) for eqn, times in all_equations(program) for out in eqn.outvars)
@@ -160,6 +160,8 @@ def stand_in(problem: Problem, phase: Phase, make: Callable[[int, tuple[int, ...
     Args:
         make: (examples, shape of one, dtype) -> an array of them.
     """
+    if phase.config.groups:  # which cache nothing
+        return problem
     model = build.split_model(phase.config, problem.dataset, problem.speed)
     if not use_cache(problem.speed, model, problem.dataset.x, phase.config):
         return problem
