@@ -1,4 +1,4 @@
-"""The command line: run, profile, cost, compare, check, data, list. JAX comes in where needed."""
+"""The command line: run, sweep, profile, cost, compare, check, data, list. JAX comes in where needed."""
 
 from __future__ import annotations
 
@@ -102,10 +102,23 @@ def cost(argv: Sequence[str]) -> int:
     return 0
 
 
-def compare(argv: Sequence[str]) -> int:
-    """Print what differs between two or more runs, config first, then results."""
+def sweep(argv: Sequence[str]) -> int:
+    """Run many runs: a file, or options with several values; resumable to the last cell."""
+    from fedsim.cli import sweeping
 
-    runs = parse_alone(CompareOptions, argv, "fedsim compare").runs
+    return sweeping.sweep(argv)
+
+
+def compare(argv: Sequence[str]) -> int:
+    """Print what differs between two or more runs, config first, then results; or the results of a sweep."""
+
+    options = parse_alone(CompareOptions, argv, "fedsim compare")
+    runs = options.runs
+    if len(runs) == 1 and (runs[0] / "sweep.json").is_file():
+        from fedsim.cli.sweeping import compare_cells
+
+        compare_cells(runs[0], options.target)
+        return 0
     if len(runs) < 2:
         raise ValueError(
             f"Expected fedsim compare with two or more folders of runs, not {len(runs)}; give them one behind the other."
@@ -204,6 +217,7 @@ ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": run,
+    "sweep": sweep,
     "profile": profile,
     "cost": cost,
     "compare": compare,

@@ -214,10 +214,12 @@ class CostOptions(Model):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """Print what differs between two or more runs, config first, then results."""
+    """Print what differs between two or more runs, config first, then results; or what a sweep has found, over its seeds."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN ...")]
-    """Folders of runs, two or more."""
+    """Folders of runs, two or more; or one of a sweep."""
+    target: float | None = None
+    """Of a sweep: the score on validation to which bytes are counted (default: one that all settings reach)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 
 from fedsim import algorithms, network, peft, wire
 from fedsim.backbones import Backbone, backbone, load
-from fedsim.config import Config, Speed, answering, groups_of, invited, metric_of, plan_fits
+from fedsim.config import OF_PEFT, Config, Data, Model, Speed, answering, groups_of, invited, metric_of, plan_fits
 from fedsim.core import Algorithm, Task
 from fedsim.data import dataset as data_sets
 from fedsim.data import partition as partitions
@@ -148,8 +149,15 @@ def most_of_cpu() -> int:
     return max(MOST_OF_CPU, os.cpu_count() or 1)
 
 
-def problem(config: Config, speed: Speed, given: data_sets.Source | None = None) -> Problem:
+def problem(
+    config: Config, speed: Speed, given: data_sets.Source | None = None, like: Problem | None = None
+) -> Problem:
     """Reads the data, or takes what is given for `dataset="arrays"`, and spreads it over the clients.
+
+    Args:
+        like: a problem of before, from the same files: what both have in common is taken from it. That are the data set where
+            the same examples are read and divided alike; else the examples, if they are equal, and in both cases the outputs
+            of frozen stages, if the frozen weights are the same.
 
     Raises:
         ValueError: data that cannot be used, named by file and row.
@@ -157,7 +165,8 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
     from fedsim import data
 
     words = given is None or isinstance(given.x, list)  # arrays of token ids need no tokenizer
-    dataset = data.load(
+    alike = like is not None and read_by(config) == read_by(like.config)
+    dataset = like.dataset if like is not None and alike else data.load(
         config,
         tokenizer(config) if words else None,
         given,
@@ -165,7 +174,14 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
         vocabulary=vocabulary(config),
         learn=learned(config),
         taught=config.task == "classification",
-    )
+    )  # fmt: skip
+    cache: dict[tuple[str, int], Any] = {}
+    if (
+        like is not None
+        and (alike or same_examples(dataset, like.dataset))
+        and frozen_by(config) == frozen_by(like.config)
+    ):
+        dataset, cache = dataset._replace(x=like.dataset.x), like.cache
     if config.task == "classification":
         require_classes(metric_of(config), len(dataset.classes))
     row = backbone(config.backbone)
@@ -227,7 +243,34 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
     texts = None
     if dataset.kind == "text" and pad is not None and speed.length_buckets > 1:
         texts = lengths.measure(dataset.x, pad, speed.length_buckets)
-    return Problem(config, speed, dataset, trained, tuple(cuts), {}, texts, local_test)
+    kept = None if like is None else like.trainers
+    return Problem(config, speed, dataset, trained, tuple(cuts), cache, texts, local_test, kept)
+
+
+# Options of `Data` that spread examples which are read and divided already.
+SPREAD = ("clients", "partition", "alpha", "classes_per_client", "size_law", "min_size", "local_test")
+SPREAD += ("public_share", "server_share")
+
+
+def read_by(config: Config) -> tuple[Any, ...]:
+    """The options on which the data set depends, and how it is divided into train, validation and test."""
+    names = (f.name for f in dataclasses.fields(Data) if f.name not in SPREAD)
+    return tuple(getattr(config, name) for name in (*names, "backbone", "weights", "task", "seed", "groups"))
+
+
+def frozen_by(config: Config) -> tuple[Any, ...]:
+    """The options on which the outputs of frozen stages depend; random weights are drawn by the seed."""
+    names = (f.name for f in dataclasses.fields(Model) if f.name not in (*OF_PEFT, "peft", "head_rounds"))
+    drawn = config.seed if weights(config) == "random" else None
+    return (*(getattr(config, name) for name in names), config.task, config.groups, drawn)
+
+
+def same_examples(a: data_sets.Dataset, b: data_sets.Dataset) -> bool:
+    """Whether two sets have the same inputs in the same order, however they are divided."""
+    mine, theirs = jax.tree.leaves(a.x), jax.tree.leaves(b.x)
+    return len(mine) == len(theirs) and all(
+        x.shape == y.shape and x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(mine, theirs, strict=True)
+    )
 
 
 def split_model(config: Config, dataset: data_sets.Dataset, speed: Speed | None = None) -> peft.Model:

@@ -61,6 +61,7 @@ def run(
     data: Source | None = None,
     trust_code: bool = False,
     about: Mapping[str, Any] | None = None,
+    pictures: bool = True,
 ) -> Run:
     """Simulates `config` (default: the main job) and gives the finished run as its folder tells it.
 
@@ -72,6 +73,7 @@ def run(
         data: `fedsim.arrays(x, y)` for `dataset="arrays"`; on resuming the same again.
         trust_code: on resuming, the user's Python files may run though they are not where the run had them.
         about: further facts that `config.json` is to keep of a new run.
+        pictures: draw the run's pictures into its folder once it is over.
 
     Raises:
         ValueError: an impossible option, data or weights that cannot be used, a folder that holds another run.
@@ -132,7 +134,7 @@ def run(
             try:
                 simulate(
                     config, speed, problem, directory, checkpoints, progress, about,
-                    fresh=fresh, reduced=fewer is not None,
+                    fresh=fresh, reduced=fewer is not None, pictures=pictures,
                 )  # fmt: skip
                 break
             except OutOfMemoryError as error:
@@ -159,6 +161,7 @@ def simulate(
     *,
     fresh: bool,
     reduced: bool = False,
+    pictures: bool = True,
 ) -> None:
     """The loop over rounds. Everything random derives from (seed, round), so a resumed run repeats what was lost.
 
@@ -166,6 +169,7 @@ def simulate(
         about: of `run`.
         fresh: start anew; else go on from the last checkpoint, or from round 0 where there is none.
         reduced: memory ran out, and `speed` has fewer lanes than the checkpoint.
+        pictures: of `run`.
 
     Raises:
         OutOfMemoryError: more than one lane ran out of a device's memory.
@@ -245,7 +249,7 @@ def simulate(
             raise ValueError(f"Expected rounds={config.rounds} > 0; raise --rounds.")
         progress.message("reading the test set")
         with stops.at_once(lambda: f"Stopped in the final evaluation, nothing is lost; {stops.way_on(directory)}"):
-            finish(config, problem, directory, lines, stand, now, seconds, progress.note)
+            finish(config, problem, directory, lines, stand, now, seconds, progress.note, pictures=pictures)
         progress.message("done")
 
 
