@@ -25,11 +25,13 @@ import tyro
 
 HERE = Path(__file__).resolve().parents[2]
 sys.path += [str(HERE / "benchmarks"), str(HERE / "benchmarks" / "peers")]
-import report
 from processes import System
 
+import report
+
 PATIENCE = 600.0  # s
-TOY = "run --backbone cnn --weights random --peft full --dataset digits --clients 20 --rounds 20 --out {out}".split()
+TOY = ["run", "--backbone", "cnn", "--weights", "random", "--peft", "full", "--dataset", "digits", "--clients", "20"]
+TOY += ["--rounds", "20", "--out", "{out}"]
 COMMANDS = {"fedsim --help": ["--help"], "a toy run, its programs compiled before": TOY}
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedsim.report import plots
-from fedsim.sweeps.cells import AGAIN, said
+from fedsim.sweeps.cells import AGAIN
 from fedsim.units import drawn
 
 if TYPE_CHECKING:
@@ -32,15 +32,15 @@ def draw(study: Study, file: Path, x: str) -> Path:
         raise ValueError(f"Expected a cell of {study.directory} with a validation {study.metric}; run one first.")
     by = study.method_columns()
     others = [name for name in study.columns if name not in (*by, *AGAIN)]
-    methods = list(dict.fromkeys(named(setting, by) for setting, _ in lines))
-    styles = list(dict.fromkeys(named(setting, others) for setting, _ in lines))
+    methods = list(dict.fromkeys(study.name_of(setting, by) for setting, _ in lines))
+    styles = list(dict.fromkeys(study.name_of(setting, others) for setting, _ in lines))
     figure = Figure(figsize=(7.6, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for setting, line in lines:
-        method, style = methods.index(named(setting, by)), styles.index(named(setting, others))
+        method, style = methods.index(study.name_of(setting, by)), styles.index(study.name_of(setting, others))
         color = plots.COLORS[method % len(plots.COLORS)]
         at, middle, low, high = zip(*line, strict=True)
-        label = ", ".join(filter(None, (named(setting, by), named(setting, others)))) or study.metric
+        label = study.name_of(setting) or study.metric
         axes.plot(at, middle, color=color, linestyle=plots.DASHES[style % len(plots.DASHES)], linewidth=1.8, label=drawn(label),
                   marker=plots.MARKERS[method % len(plots.MARKERS)], markersize=4.5,
                   markevery=plots.marked(len(at), method, len(methods)))  # fmt: skip
@@ -71,9 +71,3 @@ def mean_line(study: Study, setting: Setting, x: str) -> list[tuple[float, float
         at = round if x == "rounds" else statistics.mean(sent) / 2**20
         line.append((float(at), middle, middle - spread, middle + spread))
     return line
-
-
-def named(setting: Setting, columns: list[str]) -> str:
-    """The setting by these columns, names left out where the value says it all."""
-    shown = [(name, setting.varied[name]) for name in columns if name in setting.varied]
-    return ", ".join(said(value) if isinstance(value, str) else f"{name}={said(value)}" for name, value in shown)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedsim.sweeps.cells import AGAIN, said
+from fedsim.sweeps.cells import said
 from fedsim.units import duration, share, size, words
 
 if TYPE_CHECKING:
@@ -20,11 +20,10 @@ def print_study(study: Study, target: float | None, console: Console | None = No
     from rich.table import Table
 
     out = console or plain_console()
-    settings, columns = study.settings(), [name for name in study.columns if name not in AGAIN]
+    settings = study.settings()
     best = best_setting(study, settings)
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in columns:
-        made.add_column(words(name), overflow="fold")
+    made.add_column("", overflow="fold")
     for name in ("cells", "validation", "test", "sent", *(["to target"] if target is not None else []), "time"):
         made.add_column(name, justify="right", no_wrap=True)
     for setting in settings:
@@ -33,7 +32,7 @@ def print_study(study: Study, target: float | None, console: Console | None = No
         to_target = "–" if reached is None else size(reached) + (f" ({count} of {done})" if count < done else "")
         sent, took = setting.over_seeds("bytes"), setting.over_seeds("seconds")
         made.add_row(
-            *(words(said(setting.varied[name])) if name in setting.varied else "–" for name in columns),
+            words(study.name_of(setting)),
             str(done) if done == asked else f"{done} of {asked}",
             mean(setting.over_seeds("validation")) + ("*" if setting is best else ""),
             mean(setting.over_seeds("test")),

@@ -20,7 +20,7 @@ from fedsim.record.lines import flat, rounds
 from fedsim.record.schemas import SUMMARY_SHAPE
 from fedsim.report.summaries import scored
 from fedsim.sweeps import folder
-from fedsim.sweeps.cells import AGAIN, FIELDS, METHOD, Cell
+from fedsim.sweeps.cells import AGAIN, FIELDS, METHOD, Cell, said
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -188,6 +188,20 @@ class Study:
                 ]
                 found += reached[:1]
         return (round(statistics.mean(found)) if found else None), len(found)
+
+    def name_of(self, setting: Setting, columns: Sequence[str] | None = None) -> str:
+        """A setting in words: `lora, clients_per_round=3`. What was chosen for a method goes without saying.
+
+        Args:
+            columns: these alone (default: all).
+        """
+        chosen = {name for options in self.chosen.values() for name in options}
+        shown = {
+            name: value
+            for name, value in setting.varied.items()
+            if name in (columns or self.columns) and name not in chosen
+        }
+        return ", ".join(value if isinstance(value, str) else f"{name}={said(value)}" for name, value in shown.items())
 
     # --- shown
 
