@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 LOOK = 0.5  # s between two looks at what other processes do
-SHARE = 10  # the tables are written anew after so many times as long as writing them has taken
+SHARE = 10  # times as long as writing the tables has taken, or looking at cells, until it is done again
 DONE_SHOWN = 8  # cells that have ended, in the live table
 
 
@@ -47,7 +47,8 @@ class Board:
         self.last: list[tuple[Cell, str]] = []  # ended most lately, with what is said of them
         self.title = ""
         self._began = self._written = time.monotonic()
-        self._writing, self._ended = 0.0, 0  # seconds of the last write; cells that ended since `begin`
+        self._writing, self._looking = 0.0, 0.0  # seconds of the last write, and of the last look
+        self._ended = 0  # cells that ended since `begin`
 
     def __enter__(self) -> Self:
         if self.quiet:
@@ -117,9 +118,11 @@ class Board:
                 self.ended(cell)
 
     def wait(self) -> None:
-        """Lets others work for a moment."""
-        time.sleep(LOOK)
+        """Lets others work for a moment; a long one where looking takes long, as at many cells on a slow disk."""
+        time.sleep(max(LOOK, SHARE * self._looking))
+        began = time.monotonic()
         self.look()
+        self._looking = time.monotonic() - began
 
     def chose(self, method: str, options: Mapping[str, Any], edges: Sequence[str], scores: Mapping[str, float]) -> None:
         """Says what was chosen, what each value scored, and which is at an edge of its values."""

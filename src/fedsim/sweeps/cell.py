@@ -15,6 +15,7 @@ from fedsim.record import Run
 from fedsim.simulation import build, needs, simulate
 from fedsim.simulation.build import Problem
 from fedsim.simulation.trainers import shared_key
+from fedsim.sweeps import folder
 from fedsim.sweeps.cells import Cell
 
 TRAINERS = 2  # kept at a time: the head's and that of the phase after it
@@ -80,9 +81,23 @@ def run(cell: Cell, directory: Path, shared: Shared) -> Run:
         raise ValueError(f"Expected {directory} to hold the run of {cell.name}; take it away, and it is run anew.")
     if found.summary is not None:
         return Run(*found)
+    if not goes_on_here(found):
+        folder.clear(directory)
+        return run(cell, directory, shared)
     return simulate.run(
         resume=directory, quiet=True, problem=problem, data=shared.data, pictures=False, trust_code=True
     )
+
+
+def goes_on_here(found: record.Run) -> bool:
+    """Whether this process may go on with a run: bit for bit is on devices of the same kind and number, with the same JAX.
+
+    In a sweep another machine may take over; it starts the cell anew, as no result may depend on where a cell was stopped.
+    """
+    now, then = record.machine(), found.about
+    same = all(now["versions"].get(name) == then["versions"].get(name) for name in ("jax", "jaxlib", "flax", "optax"))
+    count = found.speed.devices is not None or now["device"]["count"] == then["device"]["count"]
+    return same and count and now["device"]["kind"] == then["device"]["kind"]
 
 
 def in_order(cells: Sequence[Cell]) -> list[Cell]:

@@ -3,7 +3,8 @@
     sweep.json                the base, the cells, what was chosen
     cells/NAME-HASH/          a run's folder, with `.claim` while somebody runs it and `error.json` where it failed
     tuning/NAME-HASH/         the runs in which options were chosen; they never read the test set
-    cells.csv, rounds.csv     see `tables.py`
+    cells.csv, rounds.csv     see `study.py`
+    logs/                     what processes say that a launcher has started
 
 There is no database and no daemon: a finished cell has a summary, a failed one an error, a stopped one a record that goes
 on; who works on a cell holds its claim, which the system gives back when the process ends.
@@ -16,12 +17,13 @@ import dataclasses
 import datetime
 import os
 import platform
+import shutil
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from fedsim import record
 from fedsim.config import Config, Speed, differences
@@ -30,9 +32,10 @@ from fedsim.record.files import read_json
 from fedsim.sweeps.cells import Cell
 
 SWEEP, CELLS, TUNING = "sweep.json", "cells", "tuning"
-CLAIM, ERROR = ".claim", "error.json"
+CLAIM, ERROR, LOCK, LOGS = ".claim", "error.json", ".lock", "logs"
 State = Literal["waiting", "running", "stopped", "failed", "done"]
 BEAT, SILENT = 30.0, 300.0  # s between signs of life of who works on a cell, and after which another host takes it over
+MADE = 5.0  # s within which whoever has made a claim writes into it
 
 
 def state(directory: Path) -> State:
@@ -64,8 +67,9 @@ def places(directory: Path, cells: Sequence[Cell]) -> dict[str, Path]:
 def claim(directory: Path) -> Iterator[bool]:
     """Takes a cell; yields False where another process has it. The system gives it back however this process ends.
 
-    Beside the system's lock, which may not reach other hosts on some file systems, the file says who holds it and since
-    when, and its time is a sign of life: another host's claim that is `SILENT` seconds old is void.
+    A claim is a file that only one process can make, also on a shared file system. It says who holds it and since when, is
+    locked while its process lives, and its time is a sign of life: the claim of a dead process of this host is void at once,
+    that of another host after `SILENT` seconds.
 
     Raises:
         OSError: the folder cannot be written.
@@ -73,16 +77,18 @@ def claim(directory: Path) -> Iterator[bool]:
     path = directory / CLAIM
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        opened = path.open("a+", errors="replace")
+        file = taken(path)
     except OSError as error:
         raise unwritten(str(path), error) from None
-    with opened as file:
-        if not locked(file) or is_elsewhere(path):
-            yield False
-            return
-        file.truncate(0)
+    if file is None:
+        yield False
+        return
+    with file:
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        file.write(f"{platform.node()} process {os.getpid()} since {now}")
+        mine = f"{platform.node()} process {os.getpid()} since {now}"
+        file.seek(0)
+        file.truncate()
+        file.write(mine)
         file.flush()
         over = threading.Event()
         beating = threading.Thread(target=beat, args=(path, over), daemon=True)
@@ -93,7 +99,48 @@ def claim(directory: Path) -> Iterator[bool]:
             over.set()
             beating.join()
             with contextlib.suppress(OSError):
-                file.truncate(0)
+                if path.read_text(errors="replace") == mine:  # else another host has taken us for dead
+                    file.truncate(0)
+                    path.unlink()
+
+
+def taken(path: Path) -> TextIO | None:
+    """The claim, open and locked for this process; None where another process has it."""
+    for _ in range(10):
+        try:
+            file = path.open("x", errors="replace")
+        except FileExistsError:
+            try:
+                file = path.open("r+", errors="replace")
+            except FileNotFoundError:  # given back this moment
+                continue
+            if not held(file) and is_there(file, path):
+                return file  # of a process that has died
+            file.close()
+            return None
+        if locked(file) is not False:
+            return file
+        file.close()
+    return None
+
+
+def held(file: TextIO) -> bool:
+    """Whether a living process holds this claim; if not, it is locked for this process now, while the file is open."""
+    text, age = file.read(), time.time() - os.fstat(file.fileno()).st_mtime
+    if not text:  # made this moment, and its maker is about to write
+        return age < MADE
+    if age < SILENT and text.partition(" process ")[0] != platform.node():
+        return True
+    got = locked(file)
+    return age < SILENT if got is None else not got
+
+
+def is_there(file: TextIO, path: Path) -> bool:
+    """Whether the open file is still the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
 
 
 def beat(path: Path, over: threading.Event) -> None:
@@ -103,38 +150,26 @@ def beat(path: Path, over: threading.Event) -> None:
             os.utime(path)
 
 
-def locked(file: Any) -> bool:
-    """Takes the system's lock of an open file; False where another process has it."""
+def locked(file: TextIO, *, wait: bool = False) -> bool | None:
+    """Takes the system's lock of an open file; False where another process has it, None where there are no locks."""
     try:
         import fcntl
-    except ImportError:  # Windows: what the file says must do
-        return True
+    except ImportError:  # Windows
+        return None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks
-        return True
+        return None
     return True
-
-
-def is_elsewhere(path: Path) -> bool:
-    """Whether a process of another host has given a sign of life in this claim."""
-    try:
-        holder, age = path.read_text(errors="replace"), time.time() - path.stat().st_mtime
-    except OSError:
-        return False
-    return bool(holder) and holder.partition(" process ")[0] != platform.node() and age < SILENT
 
 
 def claimed(directory: Path) -> bool:
     """Whether a process works on the cell."""
-    path = directory / CLAIM
     try:
-        if not path.stat().st_size:
-            return False
-        with path.open("r+") as file:
-            return not locked(file) or is_elsewhere(path)
+        with (directory / CLAIM).open("r+", errors="replace") as file:
+            return held(file)
     except OSError:
         return False
 
@@ -144,6 +179,14 @@ def holder(directory: Path) -> str:
     with contextlib.suppress(OSError):
         return (directory / CLAIM).read_text(errors="replace").strip() if claimed(directory) else ""
     return ""
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process writes the sweep's own files: two of them would write one file beside its place."""
+    with (folder / LOCK).open("a") as file:
+        locked(file, wait=True)
+        yield
 
 
 # --- what went wrong
@@ -175,7 +218,15 @@ def error_of(directory: Path) -> str:
 def forgive(directory: Path) -> None:
     """Lets a failed cell run again; its error stays beside it, under a number."""
     number = 1 + sum(1 for _ in directory.glob("error-*.json"))
-    (directory / ERROR).replace(directory / f"error-{number}.json")
+    with contextlib.suppress(FileNotFoundError):  # another process has been quicker
+        (directory / ERROR).replace(directory / f"error-{number}.json")
+
+
+def clear(directory: Path) -> None:
+    """Takes away what a stopped cell has computed; its claim and the errors of before stay."""
+    for entry in directory.iterdir():
+        if entry.name not in (CLAIM, LOCK) and not entry.name.startswith("error-"):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 # --- what is asked
@@ -195,7 +246,8 @@ def write(folder: Path, base: Config, cells: Sequence[Cell], tuning: Sequence[Ce
         "tuning": [described(cell, base) for cell in tuning],
         "chosen": chosen,
     }
-    record.write_json(folder / SWEEP, content)
+    with alone(folder):
+        record.write_json(folder / SWEEP, content)
 
 
 def described(cell: Cell, base: Config) -> dict[str, Any]:

@@ -233,8 +233,9 @@ class Study:
         Raises:
             OSError: they cannot be written.
         """
-        save(self.directory / CELLS_CSV, self.rows())
-        save(self.directory / ROUNDS_CSV, self.round_rows)
+        with folder.alone(self.directory):
+            save(self.directory / CELLS_CSV, self.rows())
+            save(self.directory / ROUNDS_CSV, self.round_rows)
 
     def method_columns(self) -> list[str]:
         """The columns that make a method: axes of one's own, and options of the model, the algorithm and the optimizers."""
