@@ -120,9 +120,7 @@ class Crew:
         return self.left
 
     def _start(self, part: Part) -> Worker:
-        command = [sys.executable, "-m", "fedsim.sweeps.worker", str(self.where), self.which]
-        command += ["--led"] * self.led
-        command += ["--cores", *map(str, part.cores)] if part.cores else []
+        command = command_of(self.where, self.which, part.cores, led=self.led)
         self._made += 1
         log = self.logs / f"{platform.node()}-{os.getpid()}-{self._made}.log"
         try:
@@ -174,6 +172,12 @@ class Crew:
                     f"Expected the process to live as long as the cell, but {DEATHS} have died in it ({how}); see {log} and what "
                     "the system says of memory, give fewer --jobs or --lanes, and start the same command with --retry.",
                 )
+
+
+def command_of(where: Path, which: str, cores: Sequence[int], *, led: bool) -> list[str]:
+    """What starts a process that runs cells (`worker.py`)."""
+    command = [sys.executable, "-m", "fedsim.sweeps.worker", str(where), which]
+    return [*command, *["--led"] * led, *(["--cores", *map(str, cores)] if cores else [])]
 
 
 def told(status: int) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
+ANEW = "restore the file, or delete it and start the same command, which ends the cell anew"
 CELLS_CSV, ROUNDS_CSV = "cells.csv", "rounds.csv"
 Spread = tuple[float, float | None]  # mean, and deviation of a sample
 
@@ -89,7 +90,10 @@ class Study:
             "error": folder.error_of(place) if state == "failed" else "",
         }
         if state == "done":
-            found |= numbers(read_json(place / record.SUMMARY, SUMMARY_SHAPE), metric)
+            try:
+                found |= numbers(read_json(place / record.SUMMARY, SUMMARY_SHAPE, ANEW), metric)
+            except ValueError as error:  # a damaged cell is told of, and hides no other
+                return found | {"state": "failed", "error": str(error)}
             self._ended[cell.key] = found
         return found
 
@@ -268,13 +272,13 @@ def numbers(summary: Mapping[str, Any], metric: str) -> dict[str, Any]:
 
 
 def whole_lines(place: Path) -> Sequence[record.Round]:
-    """The rounds of a cell; of one that is under way those that are whole."""
+    """The rounds of a cell; none of one that is under way, or has failed, while its files are not whole."""
     try:
         return rounds(place)
     except ValueError:
-        if folder.state(place) == "running":
-            return []
-        raise
+        if folder.state(place) == "done":
+            raise
+        return []
 
 
 def load_sweep(directory: str | PathLike[str]) -> Study:
