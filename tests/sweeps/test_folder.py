@@ -129,7 +129,7 @@ def test_of_many_that_try_at_once_one_has_it(tmp_path: Path) -> None:
         if left:
             (place / folder.CLAIM).write_text(left)
 
-        def take(place: Path = place, at_once=at_once, tried=tried, had=had) -> None:  # noqa: ANN001
+        def take(place: Path = place, at_once=at_once, tried=tried, had=had) -> None:
             at_once.wait()
             with folder.claim(place) as is_mine:
                 had.append(is_mine)

@@ -422,7 +422,8 @@ for task in tasks:
     own = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}
     if task is not None:
         own |= {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": str(task)}
-    loop = f"while true; do echo {task} >> FOLDER/starts; rm -f FOLDER/again{task}; bash {sys.argv[1]}; [ -e FOLDER/again{task} ] || break; done"
+    again = f"FOLDER/again{task}"
+    loop = f"while true; do echo >> FOLDER/starts; rm -f {again}; bash {sys.argv[1]}; [ -e {again} ] || break; done"
     out = open(f"FOLDER/task{task}.out", "a")
     subprocess.Popen(["bash", "-c", loop], env={**os.environ, **own}, stdout=out, stderr=out, start_new_session=True)
 print("Submitted batch job 77")
@@ -473,7 +474,7 @@ def test_slurm_gets_one_array_and_a_job_that_is_taken_away_goes_on(
         assert f"#SBATCH {line}" in submitted
     place = study / folder.CELLS / made[0].name
     assert (place / "stopped").exists() and (place / "ran").exists()
-    assert len((slurm / "starts").read_text().split()) == 3  # two tasks, one of which was queued again
+    assert len((slurm / "starts").read_text().splitlines()) == 3  # two tasks, one of which was queued again
     ran = [(study / folder.CELLS / cell.name / "ran").read_text().splitlines() for cell in made]
     assert [len(each) for each in ran] == [1] * 4
 

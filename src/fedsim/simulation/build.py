@@ -96,12 +96,11 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
     """
     if speed is not None:  # a CPU is divided into a few devices; of other kinds there are as many as there are
         divide_cpu(speed.devices if (speed.devices or 1) <= most_of_cpu() else None)
-    available = jax.local_device_count()
-    if speed is not None and (speed.devices or 1) > available:
-        raise ValueError(
-            f"Expected devices={speed.devices} <= {available}, the devices that JAX sees; lower --devices (a CPU is "
-            "divided before JAX computes for the first time, later it is too late)."
-        )
+        if (speed.devices or 1) > (available := jax.local_device_count()):
+            raise ValueError(
+                f"Expected devices={speed.devices} <= {available}, the devices that JAX sees; lower --devices (a CPU is "
+                "divided before JAX computes for the first time, later it is too late)."
+            )
     if speed is not None and speed.parallel == "pmap" and processes.several():
         raise ValueError(
             f"Expected parallel={speed.parallel!r} to be shard_map with {jax.process_count()} processes; leave it out."

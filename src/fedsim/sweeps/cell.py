@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -110,6 +111,7 @@ def in_order(cells: Sequence[Cell]) -> list[Cell]:
     return sorted(cells, key=lambda cell: (*place(cell), *(str(getattr(cell.speed, "lanes", "")),)))
 
 
+@functools.lru_cache(2**14)
 def keys(config: Config) -> tuple[Any, ...]:
     """What cells share, from the coarsest: examples, frozen features, the division of the examples, compiled programs."""
     data = build.read_by(config.replace(seed=0))

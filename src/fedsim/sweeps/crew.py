@@ -105,6 +105,10 @@ class Crew:
             self._send(signal.SIGKILL)
             raise
 
+    def join(self) -> None:
+        """Waits for processes that find no cell any more."""
+        self._wait(SOON)
+
     def _send(self, number: int) -> None:
         for one in self.workers:
             one.process.send_signal(number)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedsim.config import one_of, parse_call
 from fedsim.data.dataset import Source
+from fedsim.engine.host import keep_to_cpu
 from fedsim.sweeps import crew
 from fedsim.sweeps.board import Board
 from fedsim.sweeps.cells import Cell
@@ -51,12 +52,14 @@ def find(name: str, jobs: int, data: Source | None = None) -> Work:
     if kind == "local":
         if crew.has_tpu(os.environ):
             raise ValueError(f"Expected jobs={jobs} = 1 on TPUs, all of which one process takes; leave --jobs out.")
+        keep_to_cpu()
         return by_crew(jobs)
     package = PACKAGES[kind]
     if importlib.util.find_spec(package) is None:
         raise ValueError(
             f"Expected {package} to be installed for launcher={kind}; pip install 'fedsim-jax[{EXTRAS[package]}]'."
         )
+    keep_to_cpu()
     return by_ray(jobs, options) if kind == "ray" else by_submitit(kind, jobs, options)
 
 
@@ -69,6 +72,7 @@ def by_crew(jobs: int) -> Work:
             while board.left:
                 made.look()
                 board.wait()
+            made.join()
         except KeyboardInterrupt as stop:
             if made.workers and not getattr(stop, "hard", False):
                 board.say("Stopping: the processes end their rounds; another Ctrl-C or SIGTERM stops at once.")

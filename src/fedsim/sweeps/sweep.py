@@ -11,6 +11,7 @@ from fedsim import record, stops
 from fedsim.config import SMALLER, Config, metric_of
 from fedsim.data import require_given
 from fedsim.data.dataset import Source
+from fedsim.engine.host import divide_cpu
 from fedsim.sweeps import cells as asked
 from fedsim.sweeps import folder, launchers
 from fedsim.sweeps.board import Board
@@ -37,7 +38,8 @@ def sweep(
         sweep: what is run; or its fields one by one: `sweep(base=..., grid={"peft": ["lora", "bias"]}, seeds=3, out="study")`.
         out: the sweep's folder.
         data: `fedsim.arrays(x, y)` for `dataset="arrays"`.
-        jobs: processes that share the cells, on the devices of this machine.
+        jobs: processes that share the cells, on the devices of this machine. With several of them, or another launcher,
+            this process leaves accelerators to them: it keeps to the CPU for as long as it lives, unless JAX has started.
         launcher: "local", or who starts the processes elsewhere (`launchers.py`).
         retry: run failed cells again.
         quiet: show nothing.
@@ -51,8 +53,9 @@ def sweep(
     if sweep is not None and axes:
         raise ValueError(f"Expected a Sweep without {next(iter(axes))}=...; change it by dataclasses.replace.")
     where = Path(out)
-    planned = plan(made, where, data=data, yes=yes)
     work = launchers.find(launcher, jobs, data)
+    divide_cpu(made.speed.devices)  # as a run of its own has it, before JAX starts
+    planned = plan(made, where, data=data, yes=yes)
     with Board(where, quiet=quiet) as board:
         with stops.at_once(lambda: f"Stopped; nothing is lost, the same command goes on with {where}."):
             if retry:

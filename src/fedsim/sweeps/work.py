@@ -10,6 +10,7 @@ from typing import Any
 from fedsim import stops
 from fedsim.data.dataset import Source
 from fedsim.disk import is_full
+from fedsim.engine.host import tune_host
 from fedsim.sweeps import cell as one
 from fedsim.sweeps import folder
 from fedsim.sweeps.board import Board
@@ -31,6 +32,8 @@ def work_here(data: Source | None = None, *, stays: bool = True) -> Work:
     """
 
     def work(directory: Path, cells: Sequence[Cell], board: Board, blind: bool) -> None:
+        if cells:
+            tune_host(cells[0].speed)  # before JAX starts: a cell has as many devices as in a command of its own
         shared = one.Shared(data, blind=blind)
         queue = Queue(one.in_order(cells), folder.places(directory, cells))
         while True:
