@@ -28,7 +28,8 @@ class SweepOptions(Options):
 
     An option with several values varies: `fedsim sweep --peft lora bias full --clients-per-round 10 30 --seeds 0 1 2 --out
     study`. Or a file says it all: `fedsim sweep my.py` defines `sweep = fedsim.Sweep(...)`, or a function `sweep()` that
-    yields a config for each cell. The same command goes on after any stop, and runs only what is new after a change.
+    yields a config for each cell; `fedsim sweep my.py:full` takes another name of the file. The same command goes on after
+    any stop, and runs only what is new after a change.
     """
 
     seeds: tuple[int, ...] = ()
@@ -40,7 +41,7 @@ class SweepOptions(Options):
     repeat: int = 1
     """Times that every cell is run with the same seed."""
     out: Path | None = None
-    """The sweep's folder (default: runs/sweep-<hash of the options>, or runs/<name of the file>)."""
+    """The sweep's folder (default: runs/sweep-<hash of the options>, or runs/<file>, runs/<file>-<name>)."""
     jobs: int = 1
     """Processes that share the cells, on the devices of this machine."""
     launcher: str = "local"
@@ -57,6 +58,7 @@ class SweepOptions(Options):
     """Show nothing."""
 
 
+SWEEP = "sweep"  # the name that a file gives its sweep, unless the command line says another
 OWN = tuple(
     f.name for f in dataclasses.fields(SweepOptions) if f.name not in {o.name for o in dataclasses.fields(Options)}
 )
@@ -70,9 +72,9 @@ def read(argv: Sequence[str]) -> tuple[SweepOptions, Sweep, Path]:
     """
     from fedsim.sweeps.cells import Sweep
 
-    file = Path(argv[0]) if argv and argv[0].endswith(".py") else None
+    file, name = named(argv[0]) if argv else (None, SWEEP)
     words = list(argv[1:] if file else argv)
-    given = from_file(file) if file else None
+    given = from_file(file, name) if file else None
     flags = arities(SweepOptions)
     several = {flag: values for flag in flags if flags[flag] == 1 and len(values := values_of(flag, words)) > 1}
     once = first_values(words, several)
@@ -112,7 +114,15 @@ def read(argv: Sequence[str]) -> tuple[SweepOptions, Sweep, Path]:
         )
         if not axes and not together:
             refuse_idle(made.base, start.config)
-    return options, made, options.out or default_folder(made, file)
+    return options, made, options.out or default_folder(made, file, name)
+
+
+def named(word: str) -> tuple[Path | None, str]:
+    """`my.py`, or `my.py:NAME`, as the file and the name that it gives the sweep; no file for an option."""
+    path, colon, name = word.rpartition(":")
+    if colon and path.endswith(".py"):
+        return Path(path), name
+    return (Path(word) if word.endswith(".py") else None), SWEEP
 
 
 def name_of(flag: str) -> str:
@@ -183,8 +193,8 @@ def tuned(words: Sequence[str]) -> dict[str, list[Any]]:
     return found
 
 
-def from_file(file: Path) -> Sweep:
-    """The sweep that a Python file defines.
+def from_file(file: Path, name: str = SWEEP) -> Sweep:
+    """The sweep that a Python file defines under a name; the file may import those beside it.
 
     Raises:
         ValueError: no such file, it does not run, or it defines none.
@@ -192,14 +202,14 @@ def from_file(file: Path) -> Sweep:
     from fedsim.sweeps.cells import Sweep
 
     try:
-        module = own.execute(file, "sweep")
+        module = own.execute(file, "sweep", beside=True)
     except (ValueError, OSError):
         raise
     except Exception as error:  # whatever the user's own code raises
         raise ValueError(
             f"Expected {file} to run, not to end with {type(error).__name__}: {error}; correct it."
         ) from error
-    found = getattr(module, "sweep", None)
+    found = getattr(module, name, None)
     if isinstance(found, Sweep):
         return found
     if callable(found):
@@ -208,17 +218,21 @@ def from_file(file: Path) -> Sweep:
             name, config = one if isinstance(one, tuple) else (str(number), one)
             if not isinstance(config, Config) or name in cells:
                 raise ValueError(
-                    f"Expected sweep() of {file} to yield a Config, or (name, Config) with a new name; cell {number} is {one!r}."
+                    f"Expected {name}() of {file} to yield a Config, or (name, Config) with a new name; cell {number} is {one!r}."
                 )
             cells[name] = config
         return Sweep(configs=cells, speed=getattr(module, "speed", Speed()))
-    raise ValueError(f"Expected {file} to define sweep = fedsim.Sweep(...), or a function sweep() that yields configs.")
+    others = [other for other, value in vars(module).items() if isinstance(value, Sweep)]
+    raise ValueError(
+        f"Expected {file} to define {name} = fedsim.Sweep(...), or a function {name}() that yields configs"
+        + (f"; it has {', '.join(others)}: name one, like {file}:{others[0]}." if others else ".")
+    )
 
 
-def default_folder(made: Sweep, file: Path | None) -> Path:
+def default_folder(made: Sweep, file: Path | None, name: str = SWEEP) -> Path:
     """Where a sweep lies if nothing is said: the same command finds it again."""
     if file is not None:
-        return Path("runs") / file.stem
+        return Path("runs") / (file.stem if name == SWEEP else f"{file.stem}-{name}")
     told = json.dumps(
         [made.base.hash(), made.grid, made.zip, list(made.seeds) if not isinstance(made.seeds, int) else made.seeds],
         default=str,
