@@ -1,4 +1,4 @@
-"""`experiments/client_count.py`: which cells are measured again, and what the index may take. Nothing is measured here."""
+"""`experiments/million_clients.py`: which cells are measured again, and what the index may take. Nothing is measured here."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    monkeypatch.delitem(sys.modules, "client_count", raising=False)
-    return importlib.import_module("client_count")
+    monkeypatch.delitem(sys.modules, "million_clients", raising=False)
+    return importlib.import_module("million_clients")
 
 
 def few(script: Any, **changes: Any) -> Any:
