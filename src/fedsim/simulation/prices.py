@@ -14,7 +14,7 @@ from fedsim.core import Algorithm, Batch, Population, Tree, draw
 from fedsim.engine.keys import key_for
 from fedsim.engine.pricing import Sends, Setting, Sketch, Unknown, sends
 from fedsim.randomness import stream
-from fedsim.simulation import tasks
+from fedsim.simulation import private, tasks
 from fedsim.simulation.build import Phase
 from fedsim.training.server import watched
 from fedsim.units import exact_size
@@ -102,7 +102,7 @@ def of_phase(
 def made(phase: Phase, model: peft.Model, start: dict[str, Any]) -> Algorithm:
     """The phase's algorithm, whose server begins with the trained part `start`."""
     task = tasks.task(phase.config, model, start, cached=False, first=phase.first)
-    return algorithms.find(phase.config.algorithm)(task)
+    return private.guarded(phase.config, algorithms.find(phase.config.algorithm)(task))
 
 
 def second_round(given: Unknown, algorithm: Algorithm, setting: Setting, first: int) -> Sketch:
