@@ -398,7 +398,7 @@ def test_dry_run_trains_nothing(here: Path, blobs: Callable[..., Path], capsys: 
         "Nothing was trained",
         "rounds 1 to 1: head",
         "rounds 2 to 2: full",
-        "lanes",
+        "1 lane 100% full",
         "time",
         "memory",
     ):
