@@ -315,6 +315,7 @@ def test_a_stop_is_passed_on_once_and_waited_for(crew_of: Callable[[str], Path])
     until = time.monotonic() + 30
     while len(list(study.rglob("ready"))) < 2 and time.monotonic() < until:
         time.sleep(0.02)
+    assert all(os.getsid(each.process.pid) != os.getsid(0) for each in running.workers)  # out of the terminal's reach
     running.stop(signal.SIGTERM)
     assert len(list(study.rglob("stopped"))) == 2
     assert [each.process.poll() for each in running.workers] == [143, 143]

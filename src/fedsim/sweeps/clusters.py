@@ -192,8 +192,10 @@ def by_ray(jobs: int, options: Mapping[str, Any]) -> Work:
             except Exception as error:  # whatever Ray raises about a task
                 return str(error).strip().splitlines()[-1]
 
+        def done(reference: Any) -> bool:
+            return bool(ray.wait([reference], timeout=0)[0])
+
         try:
-            done = lambda reference: bool(ray.wait([reference], timeout=0)[0])  # noqa: E731
             watch(board, directory, cells, jobs, started, done, said, made)
         except KeyboardInterrupt:
             for reference in made:
