@@ -26,14 +26,13 @@ with folder.claim(Path(sys.argv[1])) as is_mine:
 """
 
 
-def holding(place: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
-    """A process that has tried to claim a cell, and lives until its standard input ends."""
+def holding(place: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[str], str]:
+    """A process that has tried to claim a cell, and lives until its standard input ends; whether it has it, in its words."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDS, str(place)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )  # fmt: skip
     assert process.stdout is not None
-    process.said = process.stdout.readline().strip()  # type: ignore[attr-defined]
-    return process
+    return process, process.stdout.readline().strip()
 
 
 def elsewhere(place: Path, age: float) -> None:
@@ -47,10 +46,10 @@ def test_a_cell_that_a_process_has_is_not_taken_and_is_free_when_that_one_goes(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
     place = tmp_path / "cell"
-    first = holding(place, environment)
-    assert first.said == "True"
-    second = holding(place, environment)
-    assert second.said == "False"
+    first, said = holding(place, environment)
+    assert said == "True"
+    second, said = holding(place, environment)
+    assert said == "False"
     second.communicate()
     assert folder.state(place) == "running"  # the refused one has not given back what is not its own
     assert f"process {first.pid} since" in folder.holder(place)
@@ -65,7 +64,7 @@ def test_a_cell_that_a_process_has_is_not_taken_and_is_free_when_that_one_goes(
 
 def test_a_killed_process_gives_its_cell_back_at_once(tmp_path: Path, environment: dict[str, str]) -> None:
     place = tmp_path / "cell"
-    process = holding(place, environment)
+    process, _ = holding(place, environment)
     process.kill()
     process.communicate()
     assert (place / folder.CLAIM).read_text()  # nobody has tidied up
