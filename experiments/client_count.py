@@ -57,14 +57,18 @@ def run(asked: Sweep, where: Path) -> Study:
     """Runs what is not done, turn after turn, each cell in a process of its own.
 
     Raises:
-        ValueError: cells that failed.
+        ValueError: a process that was ended, or cells that failed.
     """
     found = sorted(cells(asked), key=lambda c: c.repeat)
     places = folder.places(where / folder.CELLS, found)
     for number, c in enumerate(found, 1):
         if not folder.over(places[c.key]):
             size = ["--small"] if asked is small else []
-            subprocess.run([sys.executable, __file__, *size, "--out", str(where), "--cell", c.key], check=True)
+            command = [sys.executable, __file__, *size, "--out", str(where), "--cell", c.key]
+            if code := subprocess.run(command, check=False).returncode:
+                raise ValueError(
+                    f"Expected the process of {c.name} to end well, not by {code}; the same command goes on."
+                )
         print(f"{number}/{len(found)}  {c.name}: {folder.state(places[c.key])}", flush=True)
     study = fedsim.sweep(asked, out=where, quiet=True)  # runs nothing more: writes what was asked, and the tables
     if failed := [row for row in study.rows() if row["state"] == "failed"]:
@@ -178,3 +182,5 @@ if __name__ == "__main__":
         main(tyro.cli(Options, description=__doc__))
     except ValueError as error:
         sys.exit(f"client_count: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Stopped; nothing is lost, the same command goes on.")

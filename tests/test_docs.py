@@ -19,8 +19,9 @@ import pytest
 import fedsim
 from fedsim import algorithms, data
 from fedsim.cli import main as cli
+from fedsim.cli import sweeping
 from fedsim.cli.options import parse
-from fedsim.config import main_job
+from fedsim.config import Config, Speed, main_job
 from fedsim.profiling import profile
 from fedsim.simulation.loaded import Run
 
@@ -53,7 +54,7 @@ COMMANDS += [
     (file, shlex.split(line.strip())[1:])
     for file in EXPERIMENTS
     for line in re.findall(
-        r"(fedsim (?:run|check) [^\n]*?)(?:  +\(.*)?\n", ast.get_docstring(ast.parse(file.read_text())) or ""
+        r"(fedsim (?:run|check|sweep) [^\n]*?)(?:  +\(.*)?\n", ast.get_docstring(ast.parse(file.read_text())) or ""
     )
 ]
 
@@ -73,6 +74,8 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         options = parse(cli.ProfileOptions, argv, "fedsim profile")
         options.config()
         profile.parse_sweep(options.sweep)
+    elif command == "sweep":
+        sweeping.read(argv)
     elif command == "cost":
         cli.CostOptions.parsed(argv).configs()
     elif command == "check" and argv:
@@ -118,6 +121,8 @@ def test_options_exist(document: Path) -> None:
         parse(cli.RunOptions, ["--help"], "fedsim run")
     with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
         cli.CostOptions.parsed(["--help"])
+    with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
+        sweeping.value(["--help"], Config(), Speed())
     with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
         parse(cli.ProfileOptions, ["--help"], "fedsim profile")
     known = set(re.findall(r"--[a-z][a-z-]*", help_text.getvalue()))
@@ -179,7 +184,7 @@ def script_calls(document: Path) -> set[tuple[str, str]]:
         for name, rest in re.findall(r"([\w.]+\.py)((?: [^#]*)?)", line)
         if name in SCRIPTS
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest)
-        if not re.search(r"fedsim (run|check|profile)", line)
+        if not re.search(r"fedsim (run|check|profile|sweep)", line)
     }
 
 
@@ -193,10 +198,8 @@ def test_options_of_scripts_exist(document: Path) -> None:
 def test_there_are_calls_of_scripts() -> None:
     """The test above can fail."""
     calls = set().union(*(script_calls(document) for document in DOCUMENTS))
-    assert ("run.py", "--workloads") in calls and ("client_stability.py", "--small") in calls
-    assert "--no-such" not in options_of(SCRIPTS["client_stability.py"]) and "--seeds" in options_of(
-        SCRIPTS["client_stability.py"]
-    )
+    assert ("run.py", "--workloads") in calls and ("tables.py", "--small") in calls
+    assert "--no-such" not in options_of(SCRIPTS["tables.py"]) and "--small" in options_of(SCRIPTS["tables.py"])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)

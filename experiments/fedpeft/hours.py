@@ -7,7 +7,7 @@ Command:  python experiments/fedpeft/hours.py client_stability     (or several; 
 
 An example in training costs its forward pass, the gradients of activations down to the first trained leaf, and the
 gradients of trained weights; `fedsim.peft.flops` counts all three. A head alone costs F once for every example (its features
-are kept), then next to nothing. `fedsim sweep --dry-run` says more, but needs the sets and the machine.
+are kept), then next to nothing. A sweep's option --dry-run says more, but needs the sets and the machine.
 The peak and the share of it that a run reaches are assumptions: say better ones where you know them.
 """
 

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -51,19 +53,81 @@ def test_json_holds_the_table(environment: dict[str, str]) -> None:
     assert [r for r in rows if r["paper"]] == [found["full", "CIFAR-100"]]
 
 
+PAPERS = ("fedpeft", "dfedalt", "feddm", "fedet", "fedobd", "fedpcl", "fedptr", "fedres", "fedsp", "lss", "survey")
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    return own.execute(ROOT / "benchmarks" / "tables.py", "benchmark")
+
+
 def test_names(environment: dict[str, str]) -> None:
+    """All papers are listed, and a wrong name ends in one line."""
     listed = command(environment, "--list")
-    assert (listed.returncode, listed.stdout) == (0, "fedpeft: communication\n")
-    for argv, message in (
-        (["fedpef"], "did you mean fedpeft"),
-        (["fedpeft", "--table", "comunication"], "did you mean communication"),
-    ):
-        refused = command(environment, *argv)
-        assert refused.returncode == 1 and message in refused.stderr and "Traceback" not in refused.stderr
+    assert listed.returncode == 0
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(PAPERS)
+    assert listed.stdout.splitlines()[0].endswith(
+        "communication, client_stability, data_distribution, data_scarcity, domain_gap"
+    )
+    assert all(line.endswith(": not yet") for line in listed.stdout.splitlines()[1:])
+    refused = command(environment, "fedpef")
+    assert refused.returncode == 1 and "did you mean fedpeft" in refused.stderr and "Traceback" not in refused.stderr
 
 
-def test_the_document_holds_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    own.execute(ROOT / "benchmarks" / "tables.py", "benchmark").main("fedpeft", "communication")
+@pytest.mark.parametrize(
+    ("options", "further", "said"),
+    [
+        ({"table": "comunication"}, [], "did you mean communication"),
+        ({"paper": "lss"}, [], "paper='lss' to be one that has tables: not yet"),
+        ({"small": True, "full": True}, [], "not both"),
+        ({}, ["--jobs", "2"], "--jobs with --small or --full"),
+    ],
+)
+def test_what_is_refused(tables: ModuleType, options: dict[str, Any], further: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        tables.main(tables.Options(**{"paper": "fedpeft", **options}), further)
+
+
+@pytest.mark.parametrize("axis", ["client_stability", "data_distribution", "data_scarcity", "domain_gap"])
+def test_a_kept_table_says_its_commit(tables: ModuleType, axis: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tables.main(tables.Options("fedpeft", axis))
+    head, _, rest = capsys.readouterr().out.partition("\n\n")
+    kept = json.loads((ROOT / "experiments" / "results" / f"fedpeft_{axis}_small.json").read_text())
+    commits = {
+        of["git"]["commit"][:7] for methods in kept["cells"].values() for (of,) in map(dict.values, methods.values())
+    }
+    assert head == f"{axis}, fedpeft_{axis}_small.json, commit {', '.join(commits)}:"
+    assert rest.split("\n\n")[0] in (ROOT / "docs" / "fedpeft.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_table_is_made_again_by_its_sweep(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blobs: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The form that is asked for, with further options; the same command trains nothing more."""
+    file = tmp_path / "axis.py"
+    file.write_text(
+        f"import fedsim\nbase = fedsim.Config(dataset={str(blobs(tmp_path))!r}, backbone='mlp', peft='head', clients=6,\n"
+        "                      clients_per_round=2, min_size=2, rounds=2, steps=1, validation=0.2)\n"
+        "grid = {'cell': {'all': {}}, 'method': {'head': {}}}\n"
+        "sweep = full = fedsim.Sweep(base=base, grid=grid, tune={'lr': [1e-2]}, tune_by=['method'])\n"
+    )
+    monkeypatch.setitem(tables.PAPERS["fedpeft"].tables, "axis", file)
+    monkeypatch.chdir(tmp_path)
+    for size in ("small", "full"):
+        tables.main(tables.Options("fedpeft", "axis", **{size: True}), ["--seeds", "0", "1", "--lanes", "2", "--quiet"])
+        head, _, table = capsys.readouterr().out.partition("\n\n")
+        assert head.startswith(f"axis, runs/fedpeft-{size}, commit ")
+        assert table.splitlines()[2].startswith("| all | head | ") and " ± " in table
+    done = [*(tmp_path / "runs" / "fedpeft-small" / "cells").iterdir()]
+    before = {folder.name: (folder / "summary.json").stat().st_mtime_ns for folder in done}
+    tables.main(tables.Options("fedpeft", "axis", small=True, json_=True), ["--seeds", "0", "1", "--lanes", "2"])
+    assert [row["seeds"] for row in json.loads(capsys.readouterr().out)] == [2]
+    assert before == {folder.name: (folder / "summary.json").stat().st_mtime_ns for folder in done} and len(done) == 2
+
+
+def test_the_document_holds_what_is_printed(tables: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    tables.main(tables.Options("fedpeft", "communication"))
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     document = [line.strip() for line in (ROOT / "docs" / "cost.md").read_text(encoding="utf-8").splitlines()]
     missing = [line for line in lines if line and line not in document]
