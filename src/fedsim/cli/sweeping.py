@@ -16,7 +16,7 @@ from fedsim import own
 from fedsim.cli import help
 from fedsim.cli.forms import arities, check_form, values_of
 from fedsim.cli.options import Options, Start, grouped, starting
-from fedsim.config import RATES, Config, Speed, main_job, nearest, refuse_idle
+from fedsim.config import RATES, Config, Speed, idle, main_job, nearest
 
 if TYPE_CHECKING:
     from fedsim.sweeps.cells import Sweep
@@ -112,8 +112,7 @@ def read(argv: Sequence[str]) -> tuple[SweepOptions, Sweep, Path]:
             tune_by=options.tune_by or None,
             speed=options.speed,
         )
-        if not axes and not together:
-            refuse_idle(made.base, start.config)
+        refuse_idle_everywhere(made, start.config)
     return options, made, options.out or default_folder(made, file, name)
 
 
@@ -123,6 +122,18 @@ def named(word: str) -> tuple[Path | None, str]:
     if colon and path.endswith(".py"):
         return Path(path), name
     return (Path(word) if word.endswith(".py") else None), SWEEP
+
+
+def refuse_idle_everywhere(made: Sweep, start: Config) -> None:
+    """Raises `ValueError` for an option that was asked for and that no cell reads."""
+    from fedsim.sweeps.cells import cells, tuning
+
+    planned = tuning(made) if made.tune else {}
+    first = {method: {name: getattr(of[0].config, name) for name in made.tune} for method, of in planned.items()}
+    found = [set(idle(cell.config, start)) for cell in cells(made, first)]
+    names = [{said.split("=")[0] for said in each} for each in found]
+    for name in sorted(set.intersection(*names)) if names else ():
+        raise ValueError(next(said for said in found[0] if said.startswith(f"{name}=")))
 
 
 def name_of(flag: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -67,6 +68,7 @@ class Sweep:
     def __post_init__(self) -> None:
         check(self)
 
+    @functools.cached_property
     def axes(self) -> list[Axis]:
         """The axes in the order in which they were given, seeds last."""
         found = [axis(name, values) for name, values in self.grid.items()]
@@ -81,6 +83,13 @@ class Sweep:
         if len(seeds):
             found.append(Axis("seed", tuple(Point("", {"seed": int(seed)}) for seed in seeds)))
         return found
+
+    @functools.cached_property
+    def methods(self) -> list[str]:
+        """Names of the axes that make a method."""
+        if self.tune_by is not None:
+            return [a.name for a in self.axes if a.name in self.tune_by]
+        return [a.name for a in self.axes if any(name in METHOD for point in a.points for name in point.options)]
 
 
 class Point(NamedTuple):
@@ -128,9 +137,9 @@ def cells(sweep: Sweep, chosen: Mapping[str, Mapping[str, Any]] | None = None) -
     """
     if sweep.configs:
         options = [(name, config, {}) for name, config in sweep.configs.items()]
-        made = [cell(config, sweep.speed, {"name": name}) for name, config, _ in options]
+        made = [cell(config, sweep.speed, {"cell": name}) for name, config, _ in options]
     else:
-        made = [one for points in itertools.product(*(a.points for a in sweep.axes()))
+        made = [one for points in itertools.product(*(a.points for a in sweep.axes))
                 for one in at(sweep, points, (chosen or {}).get(method_of(sweep, points), {}))]  # fmt: skip
     refuse_twins(made)
     return made
@@ -140,7 +149,7 @@ def at(sweep: Sweep, points: Sequence[Point], chosen: Mapping[str, Any]) -> Iter
     """The cell at these points of all axes, as often as it is repeated."""
     options: dict[str, Any] = {}
     varied: dict[str, Any] = {}
-    for a, point in zip(sweep.axes(), points, strict=True):
+    for a, point in zip(sweep.axes, points, strict=True):
         options |= point.options
         varied |= {a.name: point.label} if point.label else {}
         varied |= {} if a.named and a.name != "draw" else point.options
@@ -242,18 +251,10 @@ def draw(law: str, name: str, number: int) -> Any:
 # --- tuning
 
 
-def method_axes(sweep: Sweep) -> list[str]:
-    """Names of the axes that make a method."""
-    axes = sweep.axes()
-    if sweep.tune_by is not None:
-        return [a.name for a in axes if a.name in sweep.tune_by]
-    return [a.name for a in axes if any(name in METHOD for point in a.points for name in point.options)]
-
-
 def method_of(sweep: Sweep, points: Sequence[Point]) -> str:
     """The method at these points of all axes, in words; "" where there is one alone."""
-    of = method_axes(sweep)
-    mine = [(a.name, p) for a, p in zip(sweep.axes(), points, strict=True) if a.name in of]
+    of = sweep.methods
+    mine = [(a.name, p) for a, p in zip(sweep.axes, points, strict=True) if a.name in of]
     return ", ".join(p.label or words_of(p.options) for _, p in mine)
 
 
@@ -262,8 +263,8 @@ def tuning(sweep: Sweep) -> dict[str, list[Cell]]:
 
     Data, cohort and network are those of the first point of each other axis, the seed is the first.
     """
-    of, found = method_axes(sweep), {}
-    axes = sweep.axes()
+    of, found = sweep.methods, {}
+    axes = sweep.axes
     choices = [dict(zip(sweep.tune, row, strict=True)) for row in itertools.product(*sweep.tune.values())]
     for points in itertools.product(*(a.points if a.name in of else a.points[:1] for a in axes)):
         once = dataclasses.replace(sweep, repeat=1)
@@ -321,7 +322,7 @@ def check(sweep: Sweep) -> None:
 
 def refuse_overlap(sweep: Sweep) -> None:
     """Raises `ValueError` for an option on two axes, and for an unknown name in `tune_by`."""
-    axes = sweep.axes()
+    axes = sweep.axes
     owner: dict[str, str] = {}
     for a in axes:
         for option in dict.fromkeys(name for point in a.points for name in point.options):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedsim.sweeps.cells import said
+from fedsim.sweeps.cells import words_of
 from fedsim.units import duration, share, size, words
 
 if TYPE_CHECKING:
@@ -55,10 +55,8 @@ def said_below(study: Study, target: float | None, marked: bool) -> list[str]:
     if target is not None:
         said_.append(f"To target: bytes sent until the validation {study.metric} reaches {share(target)}.")
     for method, options in study.chosen.items():
-        said_.append(
-            f"Chosen on validation{f' for {method}' if method else ''}: "
-            + ", ".join(f"{k}={said(v)}" for k, v in options.items())
-        )
+        edge = " (at the edge of its values)" if study.edges[method] else ""
+        said_.append(f"Chosen on validation{f' for {method}' if method else ''}: {words_of(options)}{edge}")
     failed = [row for row in study.rows() if row["state"] == "failed"]
     said_ += [f"Failed: {row['name']}: {words(row['error'])}" for row in failed[:5]]
     if failed:

@@ -56,7 +56,9 @@ class Study:
 
     def __init__(self, directory: Path) -> None:
         asked = folder.Asked(directory)
-        self.directory, self.base, self.cells, self.chosen = directory, asked.base, asked.cells, asked.chosen
+        self.directory, self.base, self.cells = directory, asked.base, asked.cells
+        self.chosen = {method: each["options"] for method, each in asked.chosen.items()}  # on validation, by method
+        self.edges = {method: each["edges"] for method, each in asked.chosen.items()}  # chosen options at an edge
         self.places = folder.places(directory / folder.CELLS, self.cells)
         self.columns = tuple(dict.fromkeys(name for cell in self.cells for name in cell.varied if name != "seed"))
         self._ended: dict[str, dict[str, Any]] = {}  # rows that do not change any more

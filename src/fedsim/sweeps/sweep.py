@@ -59,7 +59,8 @@ def sweep(
                 forgive(where / folder.TUNING, [c for of in planned.values() for c in of])
             chosen = tune(made, planned, where, work, board)
             cells = asked.cells(made, chosen)
-            folder.write(where, made.base, cells, [c for of in planned.values() for c in of], told(chosen))
+            told = {method: {"options": options, "edges": at_edge(made, options)} for method, options in chosen.items()}
+            folder.write(where, made.base, cells, [c for of in planned.values() for c in of], told)
             if retry:
                 forgive(where / folder.CELLS, cells)
             board.begin(cells, where / folder.CELLS)
@@ -93,7 +94,7 @@ def plan(made: Sweep, where: Path, *, data: Source | None = None, yes: bool = Fa
         ) not in seen:
             seen.add(rough)
             refuse(c)
-    varied = {name for a in made.axes() for p in a.points for name in p.options} | {*made.tune}
+    varied = {name for a in made.axes for p in a.points for name in p.options} | {*made.tune}
     folder.refuse_another(where, made.base, varied)
     return planned
 
@@ -169,8 +170,3 @@ def at_edge(made: Sweep, chosen: Mapping[str, Any]) -> list[str]:
 def words(cell: Cell, made: Sweep) -> str:
     """The values of the tuned options of a cell."""
     return asked.words_of({name: getattr(cell.config, name) for name in made.tune})
-
-
-def told(chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What was chosen, as JSON."""
-    return {method: dict(options) for method, options in chosen.items()}
