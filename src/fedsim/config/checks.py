@@ -90,7 +90,10 @@ def check_shares(c: Config) -> None:
         )
 
 
-CODECS = ("bfloat16", "float16", "quantise", "topk")  # that `wire.codecs` has
+CODECS = (  # that `wire.codecs` has
+    "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "quantise", "qsgd", "nf4", "nnadq", "terngrad", "sign", "topk", "randomk",
+    "blocks", "rotate", "drive", "eden", "powersgd", "low_rank", "sketch",
+)  # fmt: skip
 
 
 def check_codec(text: str, option: str) -> None:

@@ -219,14 +219,19 @@ def most(tree: Tree, codec: Codec | None, key: Array, common: Array, state: Tree
     }
     leaves = {name: node for name, node in nodes.items() if isinstance(node, Sent)}
     entries = {name: array_bytes(unwrap(node)) for name, node in nodes.items() if name not in leaves}
-    entries |= {name: (math.prod(one.value.shape) * one.bits + 7) // 8 for name, one in leaves.items()}
+    entries |= {name: (math.prod(one.value.shape) * most_bits(one) + 7) // 8 for name, one in leaves.items()}
     sparse = {name: one for name, one in leaves.items() if one.mask is not None}
     left = 0
     if sparse and codec is not None:
-        bits = max(one.bits for one in sparse.values())
+        bits = max(most_bits(one) for one in sparse.values())
         left = codec.most(sum(math.prod(one.value.shape) for one in sparse.values())) * bits // 8
         left += len(sparse) * (bits % 8 > 0)  # each is a whole number of bytes
     return Most(entries, {name: one.side for name, one in leaves.items()}, dict.fromkeys(sparse, left))
+
+
+def most_bits(sent: Sent) -> int:
+    """Bits of an entry, at most; no codec takes more than the leaf has."""
+    return sent.bits if isinstance(sent.bits, int) else 8 * sent.value.dtype.itemsize
 
 
 def packet(sent: Sent) -> Any:
@@ -235,6 +240,7 @@ def packet(sent: Sent) -> Any:
         sent.mask is None
         and isinstance(sent.side, int)
         and sent.side == 0
+        and isinstance(sent.bits, int)
         and sent.bits == 8 * sent.value.dtype.itemsize
     ):
         return sent.value
@@ -264,10 +270,16 @@ def refuse(codec: Codec, by_kind: dict[bool, dict[str, Sent]]) -> None:
                 f"Expected leaf {name!r}, marked by wire.coded, to hold floating-point numbers for codec {codec.name}, not "
                 f"{one.value.dtype}; leave the mark away, or choose none."
             )
+        wide = 8 * one.value.dtype.itemsize
+        if codec.bits is not None and codec.bits > wide:
+            raise ValueError(
+                f"Expected leaf {name!r} to have at least the {codec.bits} bits of codec {codec.name}, not the {wide} of "
+                f"{one.value.dtype}; choose one of fewer bits, or none."
+            )
     if by_kind[False] and not codec.on_values:
         raise ValueError(
             f"Expected codec {codec.name} to get changes alone, but {next(iter(by_kind[False]))!r} is a value "
-            "(wire.coded(..., change=False)); choose one that acts on values: bfloat16, float16, quantise(8)."
+            "(wire.coded(..., change=False)); choose one that acts on values: bfloat16, quantise(8), qsgd(8), nf4, eden(4)."
         )
 
 
@@ -280,7 +292,7 @@ def depart(codec: Codec | None, message: Tree, key: Array) -> Tree:
     if codec is not None and not codec.on_values:
         raise ValueError(
             f"Expected codec_down={codec.name!r} to act on values, as a client that misses a round misses what was sent; "
-            "choose bfloat16, float16 or quantise(8)."
+            "choose bfloat16, quantise(8), qsgd(8), nf4 or eden(4)."
         )
 
     def one(tree: Tree, key: Array) -> Tree:

@@ -1,0 +1,244 @@
+"""Codecs that send two thin factors, or one and a seed, in place of a matrix.
+
+A leaf (..., m) is a matrix of n rows and m columns. What has no two axes, or would cost as much as factors, goes on as it is.
+Factors may be rounded by a codec behind: powersgd(4)+quantise(8).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from fedsim.wire.codecs.chains import closed
+from fedsim.wire.codecs.form import (
+    Coded,
+    Codec,
+    Read,
+    Sent,
+    Write,
+    check,
+    check_flag,
+    filled,
+    key_read,
+    key_written,
+    nbytes,
+    noted,
+    travelling,
+)
+from fedsim.wire.codecs.levels import rounded
+from fedsim.wire.prices import Tree
+
+Factor = Callable[[Array, Array, Any], tuple[Array, Array, Any]]
+"""(matrix (n, m), key, what was kept) -> left (n, r), right (m, r), what is kept."""
+
+
+def powersgd(rank: int = 4) -> Codec:
+    """Two factors of that rank, from one power iteration a round; the start and the rest are the client's memory.
+
+    Vogels et al., arXiv 1905.13727, algorithms 1 and 2: P = M Q orthonormalised, Q = M^T P; P and Q travel, scaled alike, and Q starts
+    the next iteration. There P is averaged over workers before Q is computed; here clients do it each by themselves.
+
+    Guarantees: what arrives and what is kept add up to the change and what was kept before, up to rounding.
+    """
+    check("rank", rank, int, 1, 64, "give powersgd(4)")
+
+    def init(key: Array, shapes: Mapping[str, Any]) -> dict[str, Array]:
+        large = [name for name, leaf in shapes.items() if split(leaf.shape, rank)]
+        keys = jax.random.split(key, max(len(large), 1))
+        return {n: jax.random.normal(k, (matrix(shapes[n].shape)[1], rank)) for n, k in zip(large, keys, strict=False)}
+
+    def factor(value: Array, key: Array, kept: Any) -> tuple[Array, Array, Any]:
+        kept = jax.random.normal(key, (value.shape[1], rank)) if kept is None else kept
+        left = jnp.linalg.qr(times(value, kept))[0]
+        right = times(value.T, left)
+        return left, right, jnp.where((right != 0).any(axis=0), right, kept)  # from zero nothing would start
+
+    return factored(f"powersgd({rank})", rank, factor, init=init, remembers=True)
+
+
+def low_rank(rank: int = 4, feedback: bool = False) -> Codec:
+    """Two factors, the best of that rank (SVD); feedback=True keeps the rest for the next time.
+
+    Guarantees: |error|^2 is the sum of the squared singular values behind the first (Eckart and Young 1936).
+    """
+    check("rank", rank, int, 1, 64, "give low_rank(4)")
+    check_flag("feedback", feedback, "low_rank(4, feedback=True)")
+
+    def factor(value: Array, key: Array, kept: Any) -> tuple[Array, Array, Any]:
+        left, sizes, right = jnp.linalg.svd(value, full_matrices=False)
+        return left[:, :rank] * sizes[:rank], right[:rank].T, kept
+
+    name = f"low_rank({rank}, feedback=True)" if feedback else f"low_rank({rank})"
+    return factored(name, rank, factor, remembers=feedback)
+
+
+def sketch(rank: int = 4, feedback: bool = False) -> Codec:
+    """One factor, and a seed in place of the other, a random matrix: unbiased, or by least squares with feedback=True.
+
+    M (n, m) arrives as A B with random signs A (n, r) and B = A^T M / r; with feedback B is that of least squares, and the rest
+    is kept for the next time. The "structured updates" of Konecny et al., arXiv 1610.05492, section 3, made after training.
+
+    Guarantees: unbiased, E|error|^2 = (n - 1) / r |M|^2; with feedback a projection, so |error| <= |M|.
+    """
+    check("rank", rank, int, 1, 64, "give sketch(4)")
+    check_flag("feedback", feedback, "sketch(4, feedback=True)")
+
+    def factor(value: Array, key: Array, kept: Any) -> tuple[Array, Array, Any]:
+        left = seeded(key, len(value), rank)
+        right = times(value.T, left)
+        if feedback:
+            # Two random columns of signs may be equal; then the least that makes the system solvable is added.
+            square = times(left.T, left) + 1e-3 * jnp.eye(rank)
+            return left, jnp.linalg.solve(square, right.T).T, kept
+        return left, right / rank, kept
+
+    name = f"sketch({rank}, feedback=True)" if feedback else f"sketch({rank})"
+    return factored(name, rank, factor, remembers=feedback, seed=True)
+
+
+def factored(
+    name: str,
+    rank: int,
+    factor: Factor,
+    init: Callable[[Array, Mapping[str, Any]], Tree] = lambda key, shapes: (),
+    remembers: bool = False,
+    seed: bool = False,
+) -> Codec:
+    """A codec of factors.
+
+    Args:
+        seed: the left factor is `seeded` by the client's key and does not travel.
+    """
+
+    def large(coded: Coded) -> dict[str, int]:
+        """The leaves that are factored, with their numbers."""
+        return {n: number for number, (n, s) in enumerate(coded.items()) if split(np.shape(s.value), rank, seed)}
+
+    def encode(coded: Coded, key: Array, common: Array, state: Tree) -> tuple[dict[str, Sent], Tree]:
+        given, kept = {n: sent for n, sent in coded.items() if n not in large(coded)}, {}
+        for leaf, number in large(coded).items():
+            value = coded[leaf].value.astype(jnp.float32).reshape(matrix(coded[leaf].value.shape))
+            finite = jnp.isfinite(value).all()
+            start = state[leaf] if state else None
+            own = jax.random.fold_in(key, number)
+            left, right, kept[leaf] = factor(jnp.where(finite, value, 0.0), own, start)
+            left, right = (left, right) if seed else balanced(left, right)
+            given |= {right_of(leaf): Sent(jnp.where(finite, right, jnp.nan))}
+            given |= {} if seed else {left_of(leaf): Sent(left)}
+        given = dict(sorted(given.items()))
+        if seed and large(coded):
+            first, one = next(iter(given.items()))
+            given[first] = one._replace(aux=noted(one, name, jax.random.key_data(key)))
+        return given, kept if state else state
+
+    def back(coded: Coded, after: Coded) -> dict[str, Sent]:
+        found, paid = {}, 0
+        if seed and large(coded):
+            words = dict(next(iter(after.values())).aux)[name]
+            paid = 4 * words.size
+        for leaf, sent in coded.items():
+            if leaf not in large(coded):
+                found[leaf] = after[leaf]
+                continue
+            parts = {n: after[n] for n in (left_of(leaf), right_of(leaf)) if n in after}
+            if seed:
+                own = jax.random.fold_in(jax.random.wrap_key_data(words), large(coded)[leaf])
+                left = seeded(own, matrix(sent.value.shape)[0], rank)
+            else:
+                left = parts[left_of(leaf)].value
+            value = product(jnp, left, parts[right_of(leaf)].value)
+            value = value.reshape(sent.value.shape).astype(sent.value.dtype)
+            value = value if sent.mask is None else jnp.where(sent.mask, value, jnp.zeros_like(value))
+            side = sum((nbytes(part) for part in parts.values()), sent.side)
+            found[leaf] = sent._replace(value=value, bits=0, side=side, aux=noted(sent, name, parts))
+        first = next(iter(found))
+        return found | {first: found[first]._replace(side=found[first].side + paid)}
+
+    def pack(coded: Coded, write: Write) -> bytes:
+        given = {n: sent for n, sent in coded.items() if n not in large(coded)}
+        for leaf in large(coded):
+            given |= dict(coded[leaf].aux)[name]
+        given = dict(sorted(given.items()))
+        words = dict(next(iter(given.values())).aux)[name] if seed and large(coded) else np.zeros(0, np.uint32)
+        return key_written(words) + write(given)
+
+    def unpack(data: bytes, like: Coded, read: Read) -> dict[str, np.ndarray]:
+        key = None
+        if seed and large(like):
+            key, data = key_read(data)
+        given = {n: sent for n, sent in like.items() if n not in large(like)}
+        for leaf in large(like):
+            n, m = matrix(np.shape(like[leaf].value))
+            blank = {right_of(leaf): m} if seed else {left_of(leaf): n, right_of(leaf): m}
+            given |= {part: Sent(np.zeros((count, rank), np.float32)) for part, count in blank.items()}  # type: ignore[arg-type] - arrays of NumPy's
+        values = read(data, dict(sorted(given.items())))
+        found = {}
+        for leaf, sent in like.items():
+            if leaf not in large(like):
+                found[leaf] = values[leaf]
+                continue
+            shape = np.shape(sent.value)
+            if key is not None:
+                left = np.asarray(seeded(jax.random.fold_in(key, large(like)[leaf]), matrix(shape)[0], rank))
+            else:
+                left = values[left_of(leaf)]
+            value = product(np, left, values[right_of(leaf)]).reshape(shape).astype(np.asarray(sent.value).dtype)
+            found[leaf] = filled(travelling(sent, value), sent)
+        return found
+
+    return closed(Codec(name, encode, pack, unpack, init, back=back), remembers)
+
+
+def product(xp: Any, left: Any, right: Any) -> Any:
+    """left (n, r) times right (m, r) transposed, float32, column by column: the same sum everywhere, which matrix products are not."""
+    total = rounded(xp, left[:, 0][:, None] * right[:, 0][None, :])
+    for column in range(1, left.shape[1]):
+        total = total + rounded(xp, left[:, column][:, None] * right[:, column][None, :])
+    return total
+
+
+def balanced(left: Array, right: Array) -> tuple[Array, Array]:
+    """The same product of factors whose columns are of one length, so that a codec behind rounds both alike."""
+    a, b = (jnp.linalg.norm(factor, axis=0) for factor in (left, right))
+    both = (a > 0) & (b > 0)
+    ratio = jnp.where(both, jnp.sqrt(jnp.where(both, b, 1.0) / jnp.where(both, a, 1.0)), 0.0)
+    return left * ratio, jnp.where(both, right / jnp.where(both, ratio, 1.0), 0.0)
+
+
+def times(a: Array, b: Array) -> Array:
+    """A matrix product in full float32, on accelerators too."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def seeded(key: Array, rows: int, rank: int) -> Array:
+    """Random signs (rows, rank), float32."""
+    return 1.0 - 2.0 * (jax.random.bits(key, (rows, rank), jnp.uint8) & 1).astype(jnp.float32)
+
+
+def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a leaf: all axes but the last, and the last."""
+    return math.prod(shape[:-1]), shape[-1]
+
+
+def split(shape: tuple[int, ...], rank: int, seed: bool = False) -> bool:
+    """Whether factors of this rank are less than the leaf, and of its size."""
+    if len(shape) < 2:
+        return False
+    rows, columns = matrix(shape)
+    return rank <= min(rows, columns) and rank * (columns if seed else rows + columns) < rows * columns
+
+
+def left_of(leaf: str) -> str:
+    """The name of a leaf's left factor on the wire."""
+    return f"{leaf}|left"
+
+
+def right_of(leaf: str) -> str:
+    """The name of a leaf's right factor on the wire."""
+    return f"{leaf}|right"
