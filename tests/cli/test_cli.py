@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
+from fedsim import wire
 from fedsim.cli import main as cli
 from fedsim.cli.forms import arities
 from fedsim.cli.options import CostOptions, ProfileOptions, RunOptions, ShowOptions, parse
@@ -478,6 +479,10 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list", "peft"]) == 0
     only = capsys.readouterr().out
     assert "lora" in only and "fed_avg" not in only
+    assert cli.main(["list", "codecs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0].partition("(")[0] for line in lines[1:]} == set(wire.CODECS)
+    assert all(len(line) <= 134 for line in lines) and any("topk(share, feedback=True)" in line for line in lines)
 
 
 def test_without_a_command_the_commands_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

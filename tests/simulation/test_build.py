@@ -284,3 +284,17 @@ def test_an_idle_accelerator_is_mentioned_once(monkeypatch: pytest.MonkeyPatch) 
     assert len(caught) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     host.warn_idle_accelerator()
+
+
+def test_error_feedback_of_clients_that_never_come_back_is_refused() -> None:
+    rare = Config(backbone="mlp", clients=100, clients_per_round=10, rounds=10, codec_up="topk(0.1)+quantise(8)")
+    with pytest.raises(
+        ValueError, match=r"rounds=10 x clients_per_round=10 > clients=100 for codec_up='topk\(0.1\)\+quan"
+    ):
+        build.check_feedback(rare)
+    for config in (
+        rare.replace(rounds=11),
+        rare.replace(codec_up="topk(0.1, feedback=False)"),
+        rare.replace(codec_up="nf4"),
+    ):
+        build.check_feedback(config)

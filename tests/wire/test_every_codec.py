@@ -27,13 +27,32 @@ TOGETHER = [
 ]
 MORE = [
     *("qsgd(2, 0)", "sign(32)", "nf4", "nnadq(100.0)", "drive(128)", "eden(6)", "powersgd(1)", "powersgd(3)"),
-    *("topk(0.3)+qsgd(4, 16)", "topk(0.3)+bfloat16", "topk(0.3)+eden(2)", "randomk(0.3)+float8_e4m3fn", "rotate+qsgd(4)"),
-    *("blocks(0.5, 16)+quantise(4)", "randomk(0.5)+topk(0.2)", "rotate(128)+nf4", "rotate+nnadq", "powersgd(2)+eden(4)"),
+    *(
+        "topk(0.3)+qsgd(4, 16)",
+        "topk(0.3)+bfloat16",
+        "topk(0.3)+eden(2)",
+        "randomk(0.3)+float8_e4m3fn",
+        "rotate+qsgd(4)",
+    ),
+    *(
+        "blocks(0.5, 16)+quantise(4)",
+        "randomk(0.5)+topk(0.2)",
+        "rotate(128)+nf4",
+        "rotate+nnadq",
+        "powersgd(2)+eden(4)",
+    ),
     *("low_rank(2)+nf4", "topk(0.5)+powersgd(1)"),
 ]
 ALL = [*ALONE, *TOGETHER, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 REMEMBER = [
-    *("topk(0.1)", "randomk(0.1, feedback=True)", "blocks(0.3, 16)", "sign(feedback=True)", "powersgd(2)", "low_rank(1, feedback=True)"),
+    *(
+        "topk(0.1)",
+        "randomk(0.1, feedback=True)",
+        "blocks(0.3, 16)",
+        "sign(feedback=True)",
+        "powersgd(2)",
+        "low_rank(1, feedback=True)",
+    ),
     *("sketch(2, feedback=True)", "topk(0.3)+quantise(5)", "powersgd(2)+eden(4)", "topk(0.5)+powersgd(1)"),
 ]
 CLIENTS = 5
@@ -171,7 +190,9 @@ def test_what_arrives_and_what_is_kept_add_up_to_the_change(name: str) -> None:
     assert any(np.abs(rest[leaf]).max() > 1e-3 for leaf in shapes), "something was left out"
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "quantise(8)", "qsgd(4)", "nf4", "eden(2)", "powersgd(1)", "topk(0.2)", "nnadq"])
+@pytest.mark.parametrize(
+    "name", ["bfloat16", "quantise(8)", "qsgd(4)", "nf4", "eden(2)", "powersgd(1)", "topk(0.2)", "nnadq"]
+)
 def test_leaves_of_16_bits_keep_their_type(name: str) -> None:
     codec, key = wire.codec(name), jax.random.key(0)
     assert codec is not None
@@ -213,5 +234,7 @@ def test_what_cannot_be_is_refused(text: str, words: str) -> None:
 
 def test_a_codec_of_more_bits_than_the_leaf_is_refused() -> None:
     tree = wire.coded({"w": jnp.ones(3, jnp.float8_e4m3fn)})
-    with pytest.raises(ValueError, match=r"leaf 'w' to have at least the 16 bits of codec bfloat16, not the 8 of float8_e4m3fn"):
+    with pytest.raises(
+        ValueError, match=r"leaf 'w' to have at least the 16 bits of codec bfloat16, not the 8 of float8_e4m3fn"
+    ):
         wire.arrive(tree, wire.codec("bfloat16"), jax.random.key(0), jax.random.key(0))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def listing(what: str | None) -> None:
     Raises:
         ValueError: an unknown kind of name.
     """
-    from fedsim import backbones, data, peft
+    from fedsim import backbones, data, peft, wire
     from fedsim.algorithms import ALGORITHMS
     from fedsim.data import assets
 
@@ -230,11 +231,20 @@ def listing(what: str | None) -> None:
         "backbones": {name: f"{row.kind}" for name, row in backbones.BACKBONES.items()},
         "peft": dict.fromkeys(peft.KINDS, ""),
         "data": {name: assets.ASSETS[name].what for name in data.PACKAGED} | data.FORMS,
+        "codecs": {called(name, make): (make.__doc__ or "").splitlines()[0] for name, make in wire.CODECS.items()},
     }
     if what is not None and what not in tables:
         raise ValueError(f"Expected fedsim list {what!r} to be one of {', '.join(tables)}{nearest(what, tables)}.")
     for title, names in tables.items():
         if what in (None, title):
             print(f"{title}:", file=sys.stdout)
+            width = max(20, *map(len, names))
             for name, about in names.items():
-                print(f"  {name:20} {about}".rstrip())
+                print(f"  {name:{width}} {about}".rstrip())
+
+
+def called(name: str, make: Callable[..., Any]) -> str:
+    """A call with its arguments and their defaults."""
+    options = inspect.signature(make).parameters.values()
+    shown = [o.name if o.default is o.empty else f"{o.name}={o.default}" for o in options]
+    return f"{name}({', '.join(shown)})" if shown else name

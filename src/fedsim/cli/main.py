@@ -181,7 +181,7 @@ def data_show(argv: Sequence[str]) -> int:
 
 
 def list_(argv: Sequence[str]) -> int:
-    """List the names that options take: backbones, peft, algorithms, data."""
+    """List the names that options take: backbones, peft, algorithms, data, codecs."""
     if argv and argv[0] in ("--help", "-h"):
         print(f"usage: fedsim list [{' | '.join(KINDS)}]\n\n{list_.__doc__}")
         return 0
@@ -195,7 +195,7 @@ def list_(argv: Sequence[str]) -> int:
     return 0
 
 
-KINDS = ("algorithms", "backbones", "peft", "data")  # of `fedsim list`
+KINDS = ("algorithms", "backbones", "peft", "data", "codecs")  # of `fedsim list`
 ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {
     "fetch": data_fetch,
     "list": data_list,

@@ -124,6 +124,7 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
         )
     for name in ("codec_up", "codec_down"):
         wire.codec(getattr(config, name), name)
+    check_feedback(config)
     optimizer(config.optimizer, "optimizer")
     optimizer(config.server_optimizer, "server_optimizer")
     check_schedule(config.lr_schedule, "lr_schedule", config.lr, config.rounds)
@@ -132,6 +133,22 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
         for phase in phases(config):
             peft.from_config(phase.config, classes=2, input_shape=(config.tokens,))
     return algorithms.find(config.algorithm)
+
+
+def check_feedback(config: Config) -> None:
+    """Refuses a codec that remembers where clients are not met again.
+
+    Raises:
+        ValueError: names what is lost, and what keeps nothing.
+    """
+    codec, visits = wire.codec(config.codec_up), config.rounds * config.clients_per_round
+    if codec is not None and codec.remembers and visits <= config.clients:
+        raise ValueError(
+            f"Expected rounds={config.rounds} x clients_per_round={config.clients_per_round} > clients={config.clients} for "
+            f"codec_up={config.codec_up!r}: what a client does not send it keeps until it is met again, and here it is met once on "
+            "average, so that most is lost. Raise rounds, or choose a codec that keeps nothing: topk(..., feedback=False), "
+            "randomk(...), eden(2)."
+        )
 
 
 def kind(config: Config) -> str:

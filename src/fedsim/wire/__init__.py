@@ -6,7 +6,7 @@ this room: `engine/cohort.py` asks it for prices.
 
 from __future__ import annotations
 
-from fedsim.wire.codecs import CODECS, Codec, Sent, cast, chain, codec, quantise, topk
+from fedsim.wire.codecs import CODECS, Codec, Sent, cast, chain, codec, entropy_bound, entropy_coded, quantise, topk
 from fedsim.wire.marks import (
     Again,
     Coded,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from fedsim.wire.codecs.casts import cast, float8
 from fedsim.wire.codecs.chains import chain
-from fedsim.wire.codecs.form import Coded, Codec, Sent, cost, nbytes, read, travelling_count, write
+from fedsim.wire.codecs.entropy import entropy_bound, entropy_coded
+from fedsim.wire.codecs.form import Codec, Coded, Sent, cost, nbytes, read, travelling_count, write
 from fedsim.wire.codecs.quantisers import quantise
 from fedsim.wire.codecs.sparse import topk
 from fedsim.wire.codecs.table import CODECS, codec

@@ -9,28 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from fedsim.wire.codecs.form import Coded, Codec, Read, Sent, Write, filled, travelling
-from fedsim.wire.codecs.levels import by_levels, table
+from fedsim.wire.codecs.form import Codec, Coded, Read, Sent, Write, filled, travelling
+from fedsim.wire.codecs.levels import by_levels, power_above, table
 from fedsim.wire.prices import Tree
 
 
 def bfloat16() -> Codec:
-    """Cast to bfloat16: 8 bits of mantissa, the range of float32."""
+    """Cast to 16 bits, 8 of them mantissa, with the range of float32."""
     return cast("bfloat16")
 
 
 def float16() -> Codec:
-    """Cast to float16: 11 bits of mantissa; what is beyond 65504 is not finite, so the reply is left out."""
+    """Cast to 16 bits, 11 of them mantissa; beyond 65504 nothing is finite, and the reply is left out."""
     return cast("float16")
 
 
 def float8_e4m3fn(scale: bool = True) -> Codec:
-    """Cast to 8 bits with 4 of mantissa, scaled by leaf; (scale=False) as they are, cut off at +-448."""
+    """Cast to 8 bits, 4 of them mantissa, scaled by leaf, or as they are and cut off at +-448."""
     return float8("float8_e4m3fn", scale)
 
 
 def float8_e5m2(scale: bool = True) -> Codec:
-    """Cast to 8 bits with 3 of mantissa, scaled by leaf; (scale=False) as they are, cut off at +-57344."""
+    """Cast to 8 bits, 3 of them mantissa, scaled by leaf, or as they are and cut off at +-57344."""
     return float8("float8_e5m2", scale)
 
 
@@ -77,9 +77,7 @@ def float8(dtype: str, scale: bool = True) -> Codec:
     def choose(rows: Array, live: Array, key: Array) -> tuple[tuple[Array, ...], Array]:
         if scale:
             largest = jnp.max(jnp.abs(rows), axis=1, keepdims=True, initial=0.0, where=live)
-            _, exponent = jnp.frexp(largest / top)
-            power = jnp.clip(exponent, -99, 127).astype(jnp.int32)  # times a power of two nothing is rounded
-            unit = lax.bitcast_convert_type((power + 127) << 23, jnp.float32)
+            unit = power_above(largest / top)
             rows = rows / unit
             scales = (unit,)
         else:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fedsim.wire.codecs.form import Coded, Codec, Read, Sent, Write
+from fedsim.wire.codecs.form import Codec, Coded, Read, Sent, Write
 from fedsim.wire.prices import Tree
 
 

@@ -55,7 +55,7 @@ class Codec(NamedTuple):
     """(entries that would travel) -> entries that do, at most, all leaves together."""
     thins: bool = False  # whether it leaves entries out
     last: bool = False  # whether it writes the entries itself, so that no codec can stand behind it
-    bits: int | None = None  # of an entry on the wire, where they are known
+    bits: int | None = None  # of an entry on the wire, at most, where they are known
     back: Callable[[Coded, Coded], dict[str, Sent]] | None = None
     """Of a codec that sends other leaves in place of those that it is given: (what it was given, its leaves as they leave
     the codecs behind it) -> what it was given as decoded, with the price of all that was sent for it."""

@@ -16,8 +16,8 @@ import numpy as np
 from jax import Array, lax
 
 from fedsim.wire.codecs.form import (
-    Coded,
     Codec,
+    Coded,
     Read,
     Sent,
     Write,
@@ -43,6 +43,7 @@ class Levels(NamedTuple):
 
     scales: Array  # (R, c), float32
     level: Array  # shape of the leaf, int32, from 0
+    bits: Array | int  # of a level
 
 
 def rounded(xp: Any, product: Any) -> Any:
@@ -75,7 +76,7 @@ def by_levels(
     """A codec of levels.
 
     Args:
-        bits: of a level; or (jnp or np, *scales) -> bits, of a codec whose rows are whole leaves.
+        bits: of a level; or (jnp or np, *scales) -> bits, 16 at most, of a codec whose rows are whole leaves.
         scales: how many a row has.
         block: entries of a row; 0 for the whole leaf.
     """
@@ -90,11 +91,11 @@ def by_levels(
         finite = (jnp.isfinite(rows) | ~live).all(axis=1, keepdims=True)  # least and largest may hide what is no number
         found = tuple(jnp.where(finite, tidy(scale.astype(jnp.float32)), jnp.nan) for scale in found)
         # Levels of what is not finite are of no use, but have to be levels.
-        level = jnp.clip(level.astype(jnp.int32), 0, (2**bits if isinstance(bits, int) else 2**24) - 1)
+        level = jnp.clip(level.astype(jnp.int32), 0, 2 ** (bits if isinstance(bits, int) else 16) - 1)
         value = from_rows(decode(jnp, level, *found), sent, block).astype(sent.value.dtype)
         value = value if sent.mask is None else jnp.where(sent.mask, value, jnp.zeros_like(value))
-        own = Levels(jnp.concatenate([jnp.zeros((len(rows), 0)), *found], axis=1), from_rows(level, sent, block))
         each = bits if isinstance(bits, int) else bits(jnp, *(scale[0, 0] for scale in found)).astype(jnp.uint32)
+        own = Levels(jnp.concatenate([jnp.zeros((len(rows), 0)), *found], axis=1), from_rows(level, sent, block), each)
         side = sent.side + 4 * scales * rows_there(sent, block)
         return Sent(value, sent.mask, each, side, noted(sent, name, own))
 
@@ -122,8 +123,14 @@ def by_levels(
             at += there.nbytes + -(-count * wide // 8)
         return found
 
-    known = bits if isinstance(bits, int) else None
-    return Codec(name, encode, pack, unpack, on_values=on_values, last=True, bits=known)
+    most = bits if isinstance(bits, int) else 16
+    return Codec(name, encode, pack, unpack, on_values=on_values, last=True, bits=most)
+
+
+def power_above(size: Array) -> Array:
+    """A power of two above `size`, and at most twice it: to divide by it rounds nothing."""
+    _, exponent = jnp.frexp(size)
+    return lax.bitcast_convert_type((jnp.clip(exponent, -99, 127).astype(jnp.int32) + 127) << 23, jnp.float32)
 
 
 def tidy(scale: Array) -> Array:

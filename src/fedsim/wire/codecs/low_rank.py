@@ -17,8 +17,8 @@ from jax import Array, lax
 
 from fedsim.wire.codecs.chains import closed
 from fedsim.wire.codecs.form import (
-    Coded,
     Codec,
+    Coded,
     Read,
     Sent,
     Write,
@@ -39,10 +39,10 @@ Factor = Callable[[Array, Array, Any], tuple[Array, Array, Any]]
 
 
 def powersgd(rank: int = 4) -> Codec:
-    """Two factors of that rank, from one power iteration a round; the start and the rest are the client's memory.
+    """Two factors, by one power iteration from the last ones; the rest is kept.
 
-    Vogels et al., arXiv 1905.13727, algorithms 1 and 2: P = M Q orthonormalised, Q = M^T P; P and Q travel, scaled alike, and Q starts
-    the next iteration. There P is averaged over workers before Q is computed; here clients do it each by themselves.
+    Vogels et al., arXiv 1905.13727, algorithms 1 and 2: P = M Q orthonormalised, Q = M^T P; both travel, scaled alike, and Q
+    starts the next iteration. There P is averaged over workers before Q is computed; here clients do it each by themselves.
 
     Guarantees: what arrives and what is kept add up to the change and what was kept before, up to rounding.
     """
@@ -63,7 +63,7 @@ def powersgd(rank: int = 4) -> Codec:
 
 
 def low_rank(rank: int = 4, feedback: bool = False) -> Codec:
-    """Two factors, the best of that rank (SVD); feedback=True keeps the rest for the next time.
+    """Two factors, the best of that rank (SVD); the rest may be kept.
 
     Guarantees: |error|^2 is the sum of the squared singular values behind the first (Eckart and Young 1936).
     """
@@ -79,10 +79,10 @@ def low_rank(rank: int = 4, feedback: bool = False) -> Codec:
 
 
 def sketch(rank: int = 4, feedback: bool = False) -> Codec:
-    """One factor, and a seed in place of the other, a random matrix: unbiased, or by least squares with feedback=True.
+    """One factor, and a seed in place of the other, random one; unbiased, or the rest is kept.
 
     M (n, m) arrives as A B with random signs A (n, r) and B = A^T M / r; with feedback B is that of least squares, and the rest
-    is kept for the next time. The "structured updates" of Konecny et al., arXiv 1610.05492, section 3, made after training.
+    is kept for the next time. The low-rank updates of Konecny et al., arXiv 1610.05492, made after training.
 
     Guarantees: unbiased, E|error|^2 = (n - 1) / r |M|^2; with feedback a projection, so |error| <= |M|.
     """
@@ -138,18 +138,17 @@ def factored(
         return given, kept if state else state
 
     def back(coded: Coded, after: Coded) -> dict[str, Sent]:
-        found, paid = {}, 0
+        found, paid, key = {}, 0, None
         if seed and large(coded):
             words = dict(next(iter(after.values())).aux)[name]
-            paid = 4 * words.size
+            key, paid = jax.random.wrap_key_data(words), 4 * words.size
         for leaf, sent in coded.items():
             if leaf not in large(coded):
                 found[leaf] = after[leaf]
                 continue
             parts = {n: after[n] for n in (left_of(leaf), right_of(leaf)) if n in after}
-            if seed:
-                own = jax.random.fold_in(jax.random.wrap_key_data(words), large(coded)[leaf])
-                left = seeded(own, matrix(sent.value.shape)[0], rank)
+            if key is not None:
+                left = seeded(jax.random.fold_in(key, large(coded)[leaf]), matrix(sent.value.shape)[0], rank)
             else:
                 left = parts[left_of(leaf)].value
             value = product(jnp, left, parts[right_of(leaf)].value)
@@ -196,7 +195,7 @@ def factored(
 
 
 def product(xp: Any, left: Any, right: Any) -> Any:
-    """left (n, r) times right (m, r) transposed, float32, column by column: the same sum everywhere, which matrix products are not."""
+    """left (n, r) times right (m, r) transposed, float32, column by column: the same sum everywhere."""
     total = rounded(xp, left[:, 0][:, None] * right[:, 0][None, :])
     for column in range(1, left.shape[1]):
         total = total + rounded(xp, left[:, column][:, None] * right[:, column][None, :])

@@ -14,17 +14,16 @@ from jax import Array
 
 from fedsim.wire.codecs.chains import closed
 from fedsim.wire.codecs.form import Codec, check, check_flag
-from fedsim.wire.codecs.levels import by_levels, rounded, table
+from fedsim.wire.codecs.levels import by_levels, power_above, rounded, table
 
 NF4 = np.array([
     -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
     0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0,
 ])  # fmt: skip
-MOST_LEVELS = 2**22  # whole numbers up to here are exact in float32, and so are halves of them
 
 
 def quantise(bits: int = 8, block: int = 0) -> Codec:
-    """b-bit deterministic: the nearest of 2^bits equal steps between least and largest of a leaf, or of `block` entries.
+    """The nearest of 2^bits equal steps from least to largest of a leaf, or of a block of it.
 
     Least and step travel as float32.
 
@@ -49,10 +48,10 @@ def quantise(bits: int = 8, block: int = 0) -> Codec:
 
 
 def qsgd(bits: int = 8, block: int = 512) -> Codec:
-    """Stochastic: sign and one of s = 2^(bits-1) - 1 equal steps up to the norm of `block` entries (0: of the leaf).
+    """Sign and a random one of the two nearest equal steps up to the norm of a block; unbiased.
 
-    Alistarh et al., arXiv 1610.02132, section 3.1, with levels of a fixed number of bits in place of Elias codes. The norm
-    divided by s travels as float32.
+    Alistarh et al., arXiv 1610.02132, section 3.1: s = 2^(bits-1) - 1 steps for blocks of 512 entries (0: the leaf), with levels
+    of a fixed number of bits in place of Elias codes. The norm divided by s travels as float32.
 
     Guarantees: unbiased; E|error|^2 <= min(d / s^2, sqrt(d) / s) |x|^2 for rows of d entries (lemma 3.1).
     """
@@ -76,9 +75,10 @@ def qsgd(bits: int = 8, block: int = 512) -> Codec:
 
 
 def terngrad(clip: float = 2.5, block: int = 0) -> Codec:
-    """Stochastic: -1, 0 or 1 times the largest entry, after clipping at `clip` standard deviations (0: none).
+    """A random one of -1, 0 and 1 times the largest, after clipping at 2.5 standard deviations.
 
-    Wen et al., arXiv 1705.07878, equations 1 to 4 and, for the clipping, 8. Two bits each, the largest as float32.
+    Wen et al., arXiv 1705.07878, section 3, with its clipping by layer; clip=0 clips nothing. Two bits each, the
+    largest as float32.
 
     Guarantees: unbiased for the clipped entries; for all where clip=0.
     """
@@ -104,7 +104,7 @@ def terngrad(clip: float = 2.5, block: int = 0) -> Codec:
 
 
 def sign(block: int = 0, feedback: bool = False) -> Codec:
-    """One bit: the sign times the mean size of the leaf, or of `block` entries; feedback=True keeps the error for the next time.
+    """One bit: the sign times the mean size of a leaf, or of a block; the error may be kept.
 
     Bernstein et al., arXiv 1802.04434; with feedback algorithm 1 of Karimireddy et al., arXiv 1901.09847, with its scale
     |x|_1 / d. Zero is positive.
@@ -136,7 +136,7 @@ def signs(name: str, scale: Any, block: int) -> Codec:
 
 
 def nf4(block: int = 64) -> Codec:
-    """4 bits: the nearest of sixteen quantiles of a normal distribution, times the largest of `block` entries, as float32.
+    """4 bits: the nearest of sixteen quantiles of a normal, times the largest of a block.
 
     Dettmers et al., arXiv 2305.14314, section 3 and appendix E.
 
@@ -156,10 +156,10 @@ def nf4(block: int = 64) -> Codec:
 
 
 def nnadq(beta: float = 0.01) -> Codec:
-    """Adaptive deterministic: as many levels as a leaf's range is worth at `beta`, the price of a bit (FedOBD).
+    """As many equal steps as a leaf's range is worth at beta, the price of a bit (FedOBD).
 
     Chen et al., arXiv 2208.05174, of the authors' code: entries are centred by o, and their size is one of s + 1 equal steps up
-    to d, s = floor(max(1, sqrt(d * bits * ln 4 / beta))) with the leaf's own bits. o, d / s and s travel as float32; an entry
+    to d, s = floor(max(1, sqrt(32 d ln 4 / beta))), and 2^15 - 1 at most. o, d / s and s travel as float32; an entry
     takes bit_length(s) bits and, unlike in the paper's count, its sign; nothing where the leaf is constant.
 
     Guarantees: an error of at most d / 2s beside float32's own rounding; a constant leaf arrives as it is.
@@ -173,7 +173,7 @@ def nnadq(beta: float = 0.01) -> Codec:
         low, high = (jnp.where(there, end, 0.0) for end in (low, high))
         centre = low + (high - low) / 2
         size = jnp.maximum(high - centre, centre - low)
-        steps = jnp.floor(jnp.clip(jnp.sqrt(size * (32 * math.log(4.0) / beta)), 1.0, MOST_LEVELS - 1))
+        steps = jnp.floor(jnp.clip(jnp.sqrt(size * (32 * math.log(4.0) / beta)), 1.0, 2**15 - 1))
         steps = jnp.where(size > 0, steps, 0.0)
         unit = size / jnp.maximum(steps, 1.0)
         level = jnp.round((rows - centre) / jnp.where(unit > 0, unit, 1.0))
@@ -183,7 +183,7 @@ def nnadq(beta: float = 0.01) -> Codec:
         return centre + rounded(xp, (level.astype(xp.float32) - steps) * unit)
 
     def bits(xp: Any, centre: Any, unit: Any, steps: Any) -> Any:
-        length = (steps >= 2.0 ** np.arange(22, dtype=np.float32)).sum()  # of `steps` as a whole number
+        length = (steps >= 2.0 ** np.arange(15, dtype=np.float32)).sum()  # of `steps` as a whole number
         return xp.where(steps > 0, length + 1, 0)
 
     return by_levels("nnadq" if beta == 0.01 else f"nnadq({beta})", bits, choose, decode, scales=3)
@@ -232,8 +232,8 @@ def nearest_of(between: np.ndarray, values: Array) -> Array:
 def norm(rows: Array, live: Array) -> Array:
     """The 2-norm of each row, (R, 1), without overflow."""
     largest = jnp.max(jnp.abs(rows), axis=1, keepdims=True, initial=0.0, where=live)
-    some = jnp.where(largest > 0, largest, 1.0)
-    return jnp.sqrt(jnp.sum((rows / some) ** 2, axis=1, keepdims=True, where=live)) * largest
+    some = power_above(largest)
+    return jnp.sqrt(jnp.sum((rows / some) ** 2, axis=1, keepdims=True, where=live)) * some
 
 
 def check_block(block: int, remedy: str) -> None:

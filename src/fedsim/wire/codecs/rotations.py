@@ -17,8 +17,8 @@ from jax import Array
 
 from fedsim.wire.codecs.chains import closed, linked
 from fedsim.wire.codecs.form import (
-    Coded,
     Codec,
+    Coded,
     Read,
     Sent,
     Write,
@@ -42,9 +42,10 @@ LEAF = "rotated"  # the one leaf that travels in place of all
 
 
 def rotate(block: int = 4096) -> Codec:
-    """Rotates the message, by blocks of up to 4096 entries, for a codec behind it: rotate+quantise(4).
+    """A random rotation of the message, for a codec behind it: rotate+quantise(4).
 
-    All entries that travel are one vector, padded once; its bytes stand under the first leaf. The padding is charged.
+    All entries that travel are one vector, rotated by blocks of up to `block`, padded once; its bytes stand under the first leaf.
+    The padding is charged.
 
     Guarantees: alone, what arrives is what was sent up to float32's rounding.
     """
@@ -68,7 +69,9 @@ def rotate(block: int = 4096) -> Codec:
         width = width_of(entries_of(given), block)
         words = dict(inner.aux)[name]
         rows = rounded(jnp, inner.value).reshape(-1, width)  # what was decoded may be a product
-        rows = hadamard(jnp, rows) * jnp.float32(width**-0.5) * random_signs(jax.random.wrap_key_data(words), rows.shape)
+        rows = (
+            hadamard(jnp, rows) * jnp.float32(width**-0.5) * random_signs(jax.random.wrap_key_data(words), rows.shape)
+        )
         values = spread(rows, given)
         found = {leaf: sent._replace(value=values[leaf], bits=0) for leaf, sent in given.items()}
         one, paid = found[first], nbytes(inner) + 4 * words.size
@@ -97,9 +100,9 @@ def rotate(block: int = 4096) -> Codec:
 
 
 def drive(block: int = 4096) -> Codec:
-    """One bit: the signs of the rotated message, scaled to be unbiased, by blocks of up to 4096 entries.
+    """One bit: the signs of the rotated message, scaled to be nearly unbiased.
 
-    Vargaftik et al., arXiv 2105.08339, theorem 2: scale |Rx|^2 / |Rx|_1, a float32 for each block.
+    Vargaftik et al., arXiv 2105.08339, with the scale of their unbiased form, |Rx|^2 / |Rx|_1: a float32 for each block.
 
     Guarantees: E|error|^2 / |x|^2 near pi / 2 - 1 = 0.571. Unbiased under uniform rotations; the bias of this one falls with
     the dimension (docs/codecs.md).
@@ -115,7 +118,7 @@ def drive(block: int = 4096) -> Codec:
 
 
 def eden(bits: int = 4, block: int = 4096) -> Codec:
-    """Few bits: the rotated message at the levels that are best for a normal one, scaled to be unbiased.
+    """1 to 6 bits: the rotated message at the best levels of a normal, scaled alike.
 
     Vargaftik et al., arXiv 2108.08842, algorithm 1 with Lloyd-Max centroids; scale |x|^2 / <centroids, Rx>, a float32 for each
     block. With one bit it is DRIVE.
@@ -161,7 +164,7 @@ def hadamard(xp: Any, rows: Any) -> Any:
     return rows
 
 
-def random_signs(key: Array, shape: tuple[int, int]) -> Array:
+def random_signs(key: Array, shape: tuple[int, ...]) -> Array:
     """1 or -1 with equal chance, float32."""
     return 1.0 - 2.0 * (jax.random.bits(key, shape, jnp.uint8) & 1).astype(jnp.float32)
 

@@ -12,8 +12,8 @@ from jax import Array
 
 from fedsim.wire.codecs.chains import closed
 from fedsim.wire.codecs.form import (
-    Coded,
     Codec,
+    Coded,
     Read,
     Sent,
     Write,
@@ -32,7 +32,7 @@ from fedsim.wire.prices import Tree
 
 
 def topk(share: float, feedback: bool = True) -> Codec:
-    """The largest share of all entries; the rest is kept and added the next time, unless feedback=False.
+    """The largest share of all entries, with indices; the rest is kept for the next time.
 
     The k largest by absolute value over all leaves together, k = ceil(share * entries that would travel); equal ones in
     the leaves' order. Each travels with its place among all entries, ceil(log2(entries)) bits. Sparse updates with
@@ -108,7 +108,7 @@ def randomk(share: float, feedback: bool = False) -> Codec:
 
 
 def blocks(share: float, size: int = 256, feedback: bool = True) -> Codec:
-    """The largest share of all blocks of 256 entries, an index for a block; the rest is kept, unless feedback=False.
+    """The largest share of all blocks of entries, an index each; the rest is kept.
 
     Blocks are consecutive entries of all leaves together, the last one shorter; ceil(share * blocks) of them travel, those
     with the largest 2-norm, equal ones in order.
@@ -123,7 +123,9 @@ def blocks(share: float, size: int = 256, feedback: bool = True) -> Codec:
 
     def encode(coded: Coded, key: Array, common: Array, state: Tree) -> tuple[dict[str, Sent], Tree]:
         masks = known(coded)
-        squares = joined({leaf: jnp.where(mask, magnitude(coded[leaf].value) ** 2, 0.0) for leaf, mask in masks.items()})
+        squares = joined(
+            {leaf: jnp.where(mask, magnitude(coded[leaf].value) ** 2, 0.0) for leaf, mask in masks.items()}
+        )
         count = number(len(squares))
         rows = jnp.pad(squares, (0, count * size - len(squares))).reshape(count, size)
         chosen = ranks(-rows.sum(axis=1)) < taken(count)
