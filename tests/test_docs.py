@@ -78,7 +78,7 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     elif command == "check" and argv:
         algorithms.find(argv[0])
     elif command == "list":
-        assert argv[:1] in ([], ["algorithms"], ["backbones"], ["peft"], ["data"])
+        assert argv[:1] in ([], *([kind] for kind in cli.KINDS))
     elif command == "data":
         assert argv[:1] in ([], ["fetch"], ["list"], ["prepare"], ["show"])
 

@@ -482,7 +482,7 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list", "codecs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0].partition("(")[0] for line in lines[1:]} == set(wire.CODECS)
-    assert all(len(line) <= 134 for line in lines) and any("topk(share, feedback=True)" in line for line in lines)
+    assert any("topk(share, feedback=True)" in line for line in lines)
 
 
 def test_without_a_command_the_commands_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

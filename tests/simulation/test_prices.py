@@ -110,7 +110,7 @@ def test_gossip_costs_every_transmission(graph: str) -> None:
     assert found.total_up.tolist() == [72 * each] * len(SIZES)
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "quantise(3)"])
+@pytest.mark.parametrize("name", ["bfloat16", "quantise(3)", "nf4(16)"])
 def test_codecs_of_messages_and_replies(name: str) -> None:
     codecs: dict[str, Any] = {"up": wire.codec(name), "down": wire.codec(name)}
     same(priced(fed_avg, tiny_task(), **codecs), real(fed_avg, tiny_task(), **codecs))
@@ -127,6 +127,32 @@ def test_a_codec_that_chooses_by_value_has_a_bound_by_its_share(name: str) -> No
     rounding = 2 if name.endswith("(3)") else 0  # a leaf ends at a whole byte
     assert 0 <= found.total_up.sum() - sum(up.values()) <= rounding * len(COHORT)
     assert all(found.up[leaf].sum() >= nbytes for leaf, nbytes in up.items())
+
+
+@pytest.mark.parametrize("name", ["eden(2)", "powersgd(1)", "sketch(1)+quantise(8)", "qsgd(4, 5)"])
+def test_codecs_of_changes_have_exact_prices_where_values_do_not_matter(name: str) -> None:
+    codec = wire.codec(name)
+    found, (_, up) = priced(fed_avg, tiny_task(), up=codec), real(fed_avg, tiny_task(), up=codec)
+    assert found.total_up.sum() == sum(up.values()) and not found.bounded["up"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nnadq(0.01)",
+        "topk(0.5)+nnadq(0.01)",
+        "randomk(0.3)",
+        "topk(0.5)+eden(2)",
+        "topk(0.9)+nf4(1)",
+        "blocks(0.5, 4)+rotate+nf4",
+    ],
+)
+def test_codecs_whose_prices_follow_from_values_have_bounds(name: str) -> None:
+    codec = wire.codec(name)
+    found, (_, up) = priced(fed_avg, tiny_task(), up=codec), real(fed_avg, tiny_task(), up=codec)
+    assert found.bounded["up"]
+    assert all(found.up[leaf].sum() >= nbytes for leaf, nbytes in up.items())
+    assert found.total_up.sum() >= sum(up.values())
 
 
 def masked(entries: Callable[[Any, Client, Any], Any], axis: int | None = None) -> Make:

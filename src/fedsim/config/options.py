@@ -159,10 +159,10 @@ class Training:
     weighting: Literal["examples", "uniform"] = "examples"
     """Weight of a client in the mean."""
     codec_up: str = "none"
-    """How clients' messages are coded on the wire: `bfloat16`, `float16`, `"quantise(8)"`, `"topk(0.01)"`, several with + between
-    them (docs/own_algorithm.md)."""
+    """How clients' messages are coded on the wire: `bfloat16`, `"qsgd(4)"`, `"topk(0.01)"`, several with + between them;
+    `fedsim list codecs` names them (docs/codecs.md)."""
     codec_down: str = "none"
-    """How the server's messages are coded, by codecs that act on values: bfloat16, float16, `"quantise(8)"`."""
+    """How the server's messages are coded, by codecs that act on values: `bfloat16`, `"quantise(8)"`, `"eden(4)"`."""
 
 
 @dataclass(frozen=True, kw_only=True)

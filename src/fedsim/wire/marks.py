@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fedsim.wire.codecs import Codec, Sent, cost, nbytes
+from fedsim.wire.codecs import Codec, Sent, closed, cost, linked, nbytes
 from fedsim.wire.prices import Packet, PerClient, Tree, array_bytes, is_packet, unwrap
 
 
@@ -226,7 +226,27 @@ def most(tree: Tree, codec: Codec | None, key: Array, common: Array, state: Tree
         bits = max(most_bits(one) for one in sparse.values())
         left = codec.most(sum(math.prod(one.value.shape) for one in sparse.values())) * bits // 8
         left += len(sparse) * (bits % 8 > 0)  # each is a whole number of bytes
-    return Most(entries, {name: one.side for name, one in leaves.items()}, dict.fromkeys(sparse, left))
+    side = {name: one.side for name, one in leaves.items()}
+    for name, more in beside(tree, codec, key, common).items():
+        side[name] = more
+    return Most(entries, side, dict.fromkeys(sparse, left))
+
+
+def beside(tree: Tree, codec: Codec | None, key: Array, common: Array) -> dict[str, Array | int]:
+    """Bytes beside the entries of every leaf, at most, of a chain that leaves entries out and has scales or rotations behind:
+    what they would cost if all entries travelled, and what says which do. Elsewhere nothing."""
+    links = codec.link.links if codec is not None and codec.link is not None else ()
+    parts = [[link for link in links if link.thins == thins] for thins in (True, False)]
+    if not all(parts):
+        return {}
+    found: dict[str, Array | int] = {}
+    for part in parts:
+        nodes, _ = on_the_way(whole(tree), closed(linked(part)), key, common, ())
+        for path, node in jax.tree_util.tree_leaves_with_path(nodes, is_leaf=is_sent):
+            if isinstance(node, Sent):
+                name = path_name(path) or "message"
+                found[name] = found.get(name, 0) + node.side
+    return found
 
 
 def most_bits(sent: Sent) -> int:

@@ -7,7 +7,7 @@ have in common that send one of a few levels.
 from __future__ import annotations
 
 from fedsim.wire.codecs.casts import cast, float8
-from fedsim.wire.codecs.chains import chain
+from fedsim.wire.codecs.chains import chain, closed, linked
 from fedsim.wire.codecs.entropy import entropy_bound, entropy_coded
 from fedsim.wire.codecs.form import Codec, Coded, Sent, cost, nbytes, read, travelling_count, write
 from fedsim.wire.codecs.quantisers import quantise

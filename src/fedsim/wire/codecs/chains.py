@@ -46,6 +46,11 @@ def check_order(links: Sequence[Codec]) -> None:
         if other is not None and (link.thins or link.back is not None):
             remedy = f"write {link.name} in front of it" if link.thins else "leave one of them away"
             raise ValueError(f"Expected behind {other} in {text!r} only codecs that round, not {link.name}; {remedy}.")
+        if other is not None and link.adapts:
+            raise ValueError(
+                f"Expected behind {other} in {text!r} a codec whose bits are known, as nothing else bounds the price, not "
+                f"{link.name}; write quantise(8), or {link.name} alone."
+            )
 
 
 def closed(link: Codec, remembers: bool = False) -> Codec:
@@ -91,6 +96,8 @@ def linked(links: Sequence[Codec]) -> Codec:
         thins=any(link.thins for link in links),
         last=rest.last,
         bits=rest.bits,
+        adapts=rest.adapts,
+        links=tuple(links),
     )
 
 

@@ -59,6 +59,8 @@ class Codec(NamedTuple):
     back: Callable[[Coded, Coded], dict[str, Sent]] | None = None
     """Of a codec that sends other leaves in place of those that it is given: (what it was given, its leaves as they leave
     the codecs behind it) -> what it was given as decoded, with the price of all that was sent for it."""
+    adapts: bool = False  # whether the bits of an entry follow from values
+    links: tuple[Codec, ...] = ()  # of which a chain is made
     link: Codec | None = None  # what a chain takes of it, which decodes and remembers for all its links together
     remembers: bool = False  # whether what did not arrive is kept and added the next time (error feedback)
 

@@ -124,7 +124,8 @@ def by_levels(
         return found
 
     most = bits if isinstance(bits, int) else 16
-    return Codec(name, encode, pack, unpack, on_values=on_values, last=True, bits=most)
+    adapts = not isinstance(bits, int)
+    return Codec(name, encode, pack, unpack, on_values=on_values, last=True, bits=most, adapts=adapts)
 
 
 def power_above(size: Array) -> Array:
