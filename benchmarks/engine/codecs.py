@@ -57,7 +57,7 @@ CODECS = (
     ),
     *("nf4", "nnadq(0.01)", "nnadq(0.0001)", "terngrad", "terngrad(0)", "sign", "sign(feedback=True)"),
     *("topk(0.01)", "topk(0.1)", "topk(0.1)+quantise(8)", "randomk(0.1)", "randomk(0.1, feedback=True)", "blocks(0.1)"),
-    *("rotate+quantise(4)", "rotate+qsgd(4)", "drive", "eden(2)", "eden(4)"),
+    *("rotate+quantise(4)", "rotate+quantise(4, 4096)", "rotate+qsgd(4)", "drive", "eden(2)", "eden(4)"),
     *("powersgd(2)", "powersgd(2)+quantise(8)", "low_rank(2)", "sketch(2)"),
 )
 LEARNING = (

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fedsim import wire
-from fedsim.wire.codecs import entropy_bound, entropy_coded, nbytes, quantisers, rotations
+from fedsim.wire.codecs import entropy_bound, entropy_coded, low_rank, nbytes, quantisers, rotations
 from fedsim.wire.codecs.form import levels_read, written
 
 KEY = jax.random.key(5)
@@ -293,10 +293,13 @@ def test_rotate_alone_gives_back_what_it_got() -> None:
 # --- low rank
 
 
-def test_low_rank_is_the_best_of_its_rank() -> None:
+def test_low_rank_is_nearly_the_best_of_its_rank() -> None:
     value = np.asarray(jax.random.normal(KEY, (20, 12)))
     sizes = np.linalg.svd(value, compute_uv=False)
-    np.testing.assert_allclose(((decoded("low_rank(3)", value) - value) ** 2).sum(), (sizes[3:] ** 2).sum(), rtol=1e-4)
+    best, error = (sizes[3:] ** 2).sum(), ((decoded("low_rank(3)", value) - value) ** 2).sum()
+    assert best * 0.9999 < error < best * 1.02
+    sharp = value[:, :3] @ value[:3]
+    np.testing.assert_allclose(decoded("low_rank(3)", sharp), sharp, atol=1e-4)
 
 
 def test_powersgd_finds_the_best_factors_in_time() -> None:
@@ -366,3 +369,22 @@ def test_entropy_coded_is_never_more_than_packed(name: str) -> None:
     packed = wire.pack(sent, codec)
     assert entropy_bound(sent) <= entropy_coded(sent, codec) <= len(packed)
     assert codec is not None or entropy_coded(sent, codec) == len(zlib.compress(packed, 9))
+
+
+def test_columns_become_orthonormal_and_the_same_span() -> None:
+    a = jax.random.normal(KEY, (30, 4)).at[:, 2].set(0.0)
+    a = a.at[:, 3].set(a[:, 0] - 2 * a[:, 1])  # of three columns, one is nothing and one depends on others
+    q, by = low_rank.orthonormal(a)
+    np.testing.assert_allclose(q.T @ q, np.diag([1.0, 1, 0, 0]), atol=1e-5)
+    np.testing.assert_allclose(a @ by, q, atol=1e-5)
+    np.testing.assert_allclose(q @ (q.T @ a), a, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["powersgd(2)", "low_rank(2)", "sketch(2, feedback=True)"])
+def test_many_leaves_of_many_clients_do_not_wait_for_one_another(name: str) -> None:
+    """With LAPACK's QR, 24 leaves of ten clients at once stood still on two cores."""
+    leaves = {f"{n:02}": jax.random.normal(jax.random.key(n), (10, 384, 8)) for n in range(24)}
+    run = jax.jit(jax.vmap(lambda leaves, key: sum(one.value.sum() for one in encoded(name, leaves, key).values())))
+    for turn in range(5):
+        assert np.isfinite(run(leaves, jax.random.split(jax.random.key(turn), 10))).all()
