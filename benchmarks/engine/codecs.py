@@ -246,7 +246,7 @@ def accuracy(o: Options) -> list[dict[str, Any]]:
     """Test accuracy on digits, by codec and seed."""
     rows = []
     for name in LEARNING:
-        found, up = [], []
+        found, losses, up = [], [], []
         for seed in range(o.seeds):
             config = Config(
                 dataset="digits", backbone="mlp", peft="full", head_rounds=0, clients=10, clients_per_round=10, min_size=1,
@@ -257,8 +257,9 @@ def accuracy(o: Options) -> list[dict[str, Any]]:
                 run = fedsim.run(config, out=Path(folder) / "run", quiet=True)
             summary = run.summary or {}
             found.append(float(summary["final"]["test"]["accuracy"]))
+            losses.append(float(summary["final"]["test"]["loss"]))
             up.append(run.rounds[-1]["total_bytes_up"])
-        rows.append({"codec": name, "accuracy": found, "bytes_up": statistics.mean(up)})
+        rows.append({"codec": name, "accuracy": found, "loss": losses, "bytes_up": statistics.mean(up)})
         print(f"digits {name:28} {statistics.mean(found):.4f}  {min(found):.4f} to {max(found):.4f}", flush=True)
     return rows
 
