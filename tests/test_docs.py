@@ -19,7 +19,9 @@ import pytest
 import fedsim
 from fedsim import algorithms, data
 from fedsim.cli import main as cli
-from fedsim.cli.options import parse
+from fedsim.cli.options import parse, parse_alone
+from fedsim.cli.privacy import PrivacyOptions
+from fedsim.cli.privacy import check as check_privacy
 from fedsim.config import main_job
 from fedsim.profiling import profile
 from fedsim.simulation.loaded import Run
@@ -75,6 +77,8 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         profile.parse_sweep(options.sweep)
     elif command == "cost":
         cli.CostOptions.parsed(argv).configs()
+    elif command == "privacy" and argv:
+        check_privacy(parse_alone(PrivacyOptions, argv, "fedsim privacy"))
     elif command == "check" and argv:
         algorithms.find(argv[0])
     elif command == "list":
@@ -120,6 +124,8 @@ def test_options_exist(document: Path) -> None:
         cli.CostOptions.parsed(["--help"])
     with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
         parse(cli.ProfileOptions, ["--help"], "fedsim profile")
+    with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
+        parse_alone(PrivacyOptions, ["--help"], "fedsim privacy")
     known = set(re.findall(r"--[a-z][a-z-]*", help_text.getvalue()))
     others = {"--help", "--debug", "--exclude-editable"}
     said = {

@@ -1,4 +1,4 @@
-"""The command line: run, profile, cost, compare, check, data, list. JAX comes in where needed."""
+"""The command line: run, profile, cost, privacy, compare, check, data, list. JAX comes in where needed."""
 
 from __future__ import annotations
 
@@ -100,6 +100,13 @@ def cost(argv: Sequence[str]) -> int:
     leaves = [costs.rules(config, n, input_shape=shape) for config, n in settings] if options.rules else []
     costs.print_costs(rows, leaves, as_json=options.json)
     return 0
+
+
+def privacy(argv: Sequence[str]) -> int:
+    """Print the noise that an epsilon needs, or the epsilon of a noise; needs no data."""
+    from fedsim.cli import privacy as accounts
+
+    return accounts.privacy(argv)
 
 
 def compare(argv: Sequence[str]) -> int:
@@ -206,6 +213,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": run,
     "profile": profile,
     "cost": cost,
+    "privacy": privacy,
     "compare": compare,
     "check": check,
     "data": data,

@@ -1,0 +1,9 @@
+"""Differential privacy: what a run may say of it, and the mechanisms that make it so.
+
+`accounting.py` turns clients, rounds and noise into epsilon and back, by dp-accounting. What decides who is in a round, and
+what of a run's record is not private, is in `simulation/`; docs/privacy.md explains both. Begin with `accounting.py`.
+"""
+
+from __future__ import annotations
+
+from fedsim.privacy.accounting import Terms, calibrated, curve, epsilon, most_rounds, terms, warnings
