@@ -203,6 +203,12 @@ def draw(rng: np.random.Generator, server: Tree, population: Population) -> np.n
             return np.concatenate([candidates[there], candidates[~there]])[:wanted]
 
 
+def places(size: int, chance: float) -> int:
+    """Members that fewer than one Poisson sample in a million exceeds."""
+    mean = size * chance
+    return min(size, math.ceil(mean + 5 * math.sqrt(mean * (1 - chance)) + 5))
+
+
 def poisson(rate: float | None = None) -> Callable[[np.random.Generator, Tree, Population], np.ndarray]:
     """A `select` that takes every client with chance `rate`, independently (default: the cohort's share of all).
 
@@ -214,8 +220,7 @@ def poisson(rate: float | None = None) -> Callable[[np.random.Generator, Tree, P
 
     def select(rng: np.random.Generator, server: Tree, population: Population) -> np.ndarray:
         chance = population.cohort / population.size if rate is None else rate
-        mean = population.size * chance
-        cap = min(population.size, math.ceil(mean + 5 * math.sqrt(mean * (1 - chance)) + 5))
+        cap = places(population.size, chance)
         drawn = rng.choice(population.size, rng.binomial(population.size, chance), replace=False)
         return np.pad(drawn, (0, -len(drawn) % cap if len(drawn) else cap), constant_values=-1)
 

@@ -89,6 +89,12 @@ def run_job(
         raise ValueError(
             "Expected --centralized or --baselines, not both; --baselines has a centralised run of its own."
         )
+    if config.dp != "none" and (central or baselines):
+        option = "centralized" if central else "baselines"
+        raise ValueError(
+            f"Expected dp={config.dp!r} without --{option}: each comparison would spend a budget of its own on the same clients; "
+            "run them apart."
+        )
     build.check(config, speed)
     processes.by_first(lambda: record.refuse_used(out))
     needs.fetch_in_turn(config)
@@ -98,7 +104,8 @@ def run_job(
         problem = owned_by(problem, config)
     if start and not quiet and processes.is_first():
         print(start, flush=True)
-    has_head = config.task == "classification"  # the outputs of a language model are its token embedding's
+    # The outputs of a language model are its token embedding's; under privacy a comparison would cost as much again.
+    has_head = config.task == "classification" and config.dp == "none"
     names = [HEAD] * (head and has_head and config.peft != "head") + [*BASELINES] * baselines
     done = simulate.run(config, speed, out=out, quiet=quiet, problem=problem, about={COMPARISONS: names})
     _compared(done, config, problem, speed, names, quiet)
@@ -161,7 +168,7 @@ def resume_job(directory: Path, *, quiet: bool = False, trust_code: bool = False
     def planned() -> list[str]:
         """What the run's record says; for one made without this command, the head and what is there."""
         there = [name for name in BASELINES if (directory / "baselines" / name / record.SUMMARY).is_file()]
-        has_head = stopped.config.task == "classification" and stopped.config.peft != "head"
+        has_head = stopped.config.task == "classification" and stopped.config.peft != "head" and config.dp == "none"
         return stopped.about.get(COMPARISONS, [HEAD] * has_head + there)
 
     known = (HEAD, *BASELINES)

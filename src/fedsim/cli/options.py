@@ -24,6 +24,7 @@ from fedsim.config import (
     Evaluation,
     Model,
     Network,
+    Privacy,
     Speed,
     Training,
     at_most,
@@ -46,6 +47,7 @@ class Options:
     training: Training = field(default_factory=Training)
     network: Network = field(default_factory=Network)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    privacy: Privacy = field(default_factory=Privacy)
     speed: Speed = field(default_factory=Speed)
     preset: Literal["main_job", "plain"] | None = None
     """What the other options change: the main job, or plain FedAvg, which are `fedsim.main_job()` and `fedsim.Config()`
@@ -53,7 +55,7 @@ class Options:
 
     def config(self) -> Config:
         """The flat config; raises `ValueError` for impossible options."""
-        groups = (self.data, self.model, self.training, self.network, self.evaluation)
+        groups = (self.data, self.model, self.training, self.network, self.evaluation, self.privacy)
         return Config(**{f.name: getattr(g, f.name) for g in groups for f in dataclasses.fields(g)})
 
 
@@ -362,5 +364,6 @@ def grouped(kind: type[Any], config: Config, speed: Speed) -> Any:
     def group(part: type[Any]) -> Any:
         return part(**{f.name: getattr(config, f.name) for f in dataclasses.fields(part)})
 
-    groups = {"data": Data, "model": Model, "training": Training, "network": Network, "evaluation": Evaluation}
+    groups: dict[str, type[Any]] = {"data": Data, "model": Model, "training": Training, "network": Network}
+    groups |= {"evaluation": Evaluation, "privacy": Privacy}
     return kind(**{name: group(part) for name, part in groups.items()}, speed=speed)

@@ -24,6 +24,7 @@ from fedsim.config.options import (
     Evaluation,
     Model,
     Network,
+    Privacy,
     Speed,
     Training,
     differences,

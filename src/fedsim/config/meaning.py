@@ -57,6 +57,10 @@ READERS: dict[str, Reader] = {
     "tokens": Reader("backbone", "a backbone that reads texts", lambda c, kind: kind in ("text", None)),
     "epochs": Reader("steps", "steps=None", lambda c, _: c.steps is None),
     "personal_lr": Reader("personal_epochs", "personal_epochs above 0", lambda c, _: c.personal_epochs > 0),
+    **dict.fromkeys(
+        ("epsilon", "delta", "noise_multiplier", "clip_norm", "per_layer", "sampling", "relation", "accountant"),
+        Reader("dp", "a dp that is not none", lambda c, _: c.dp != "none"),
+    ),
     "eval_clients": Reader("local_test", "local_test above 0", lambda c, _: c.local_test > 0),
 }
 

@@ -12,6 +12,15 @@ ADDED: dict[str, Any] = {
     "groups": (),
     "public_share": 0.0,
     "server_share": 0.0,
+    "dp": "none",
+    "epsilon": None,
+    "delta": None,
+    "noise_multiplier": None,
+    "clip_norm": 1.0,
+    "per_layer": False,
+    "sampling": "poisson",
+    "relation": None,
+    "accountant": None,
 }  # options since then -> what a run without them did
 
 

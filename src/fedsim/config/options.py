@@ -18,6 +18,7 @@ from fedsim.config import older
 from fedsim.config.checks import PartitionLaw, check
 from fedsim.config.fields import gate
 from fedsim.config.limits import in_range
+from fedsim.config.privacy import Accountant, Relation, Sampling
 from fedsim.config.words import require_known
 
 
@@ -157,7 +158,7 @@ class Training:
     server_lr_schedule: str = "constant_schedule(1.0)"
     """optax schedule over rounds; multiplies server_lr."""
     weighting: Literal["examples", "uniform"] = "examples"
-    """Weight of a client in the mean."""
+    """Weight of a client in the mean; under dp every client counts alike."""
     codec_up: str = "none"
     """How clients' messages are coded on the wire: `bfloat16`, `float16`, `"quantise(8)"`, `"topk(0.01)"`, several with + between
     them (docs/own_algorithm.md)."""
@@ -231,7 +232,32 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Data, Model, Training, Network, Evaluation):
+class Privacy:
+    """Differential privacy, simulated (docs/privacy.md): what of one client, or one example, the trained model can tell."""
+
+    dp: Literal["none", "central"] = "none"
+    """Where changes are clipped and noise is added: `central`, on their sum at the server. Every client then counts alike."""
+    epsilon: float | None = None
+    """The budget of the whole run: it gives the noise multiplier, or with one given ends the run before it is overspent
+    (default: none)."""
+    delta: float | None = None
+    """The delta of (epsilon, delta), below one over the number of clients or examples (default: none, needed with dp)."""
+    noise_multiplier: float | None = None
+    """Standard deviation of the noise over clip_norm (default: the least that keeps epsilon)."""
+    clip_norm: float = 1.0
+    """Norm to which each change is cut down."""
+    per_layer: bool = False
+    """Cut each of K leaves to clip_norm / sqrt(K) instead of all together."""
+    sampling: Sampling = "poisson"
+    """How clients come into a round: each by itself with chance clients_per_round / clients, or a fixed number of them."""
+    relation: Relation | None = None
+    """What neighbouring data sets differ by (default: by dp and sampling)."""
+    accountant: Accountant | None = None
+    """Privacy loss distributions, or Renyi differential privacy (default: by the sampling)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Data, Model, Training, Network, Evaluation, Privacy):
     """What is simulated. Two runs with equal `Config` and `Speed` on the same machine give the same bits."""
 
     def __post_init__(self) -> None:
@@ -290,7 +316,7 @@ class Speed:
             raise ValueError(f"Expected keep_checkpoints={self.keep_checkpoints} >= 0; 0 keeps none after the end.")
 
 
-GROUPS: tuple[type, ...] = (Data, Model, Training, Network, Evaluation)
+GROUPS: tuple[type, ...] = (Data, Model, Training, Network, Evaluation, Privacy)
 
 RELIABLE: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Network)}  # all are there, nothing takes time
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    from fedsim.config.options import Config, Privacy
 
 Mechanism = Literal["none", "central", "local", "example"]
 Sampling = Literal["poisson", "fixed"]
@@ -69,3 +72,50 @@ def terms_of(mechanism: str, sampling: str, relation: str | None, accountant: st
             f"dp-accounting does not do; the nearest that it does: {near[0]}."
         )
     return found
+
+
+def check_privacy(c: Privacy) -> None:
+    """Refuses what cannot be accounted, or what would leak beside what is accounted.
+
+    Raises:
+        ValueError: names option, value, rule and remedy.
+    """
+    if c.dp == "none":
+        return
+    if c.delta is None or not 0 < c.delta < 1:
+        raise ValueError(
+            f"Expected 0 < delta={c.delta} < 1 with dp={c.dp!r}, below one over the number of clients or examples; give 1e-5."
+        )
+    if c.epsilon is None and c.noise_multiplier is None:
+        raise ValueError(f"Expected epsilon or noise_multiplier with dp={c.dp!r}; give epsilon=5, or a noise.")
+    terms_of(c.dp, c.sampling, c.relation, c.accountant)
+    if c.dp != "central" and (c.per_layer or c.sampling != "poisson"):
+        name = "per_layer" if c.per_layer else "sampling"
+        raise ValueError(f"Expected {name}={getattr(c, name)!r} with dp='central', not dp={c.dp!r}; leave it out.")
+
+
+def check_beside(c: Config) -> None:
+    """Refuses other options that no accounting bounds.
+
+    Raises:
+        ValueError: as `check_privacy`.
+    """
+    if c.dp == "none":
+        return
+    if c.groups:
+        raise ValueError(
+            f"Expected groups={c.groups} to be empty with dp={c.dp!r}: each group draws clients of its own, which is not accounted; "
+            "leave out one of them."
+        )
+    if c.dp != "central":
+        return
+    if c.over_selection != 1:
+        raise ValueError(
+            f"Expected over_selection={c.over_selection} to be 1 with dp='central': which clients are first depends on who else is "
+            "there, so that one client moves the sum by more than its own change; leave it out."
+        )
+    if c.sampling == "fixed" and c.availability != "always":
+        raise ValueError(
+            f"Expected availability={c.availability!r} to be always with sampling='fixed': a cohort that is drawn from those who "
+            "are there is a larger share of them than is accounted; give sampling=poisson."
+        )

@@ -19,7 +19,7 @@ from fedsim.engine import processes
 from fedsim.engine.host import divide_cpu
 from fedsim.evaluation.metrics import require_classes
 from fedsim.peft import precision
-from fedsim.simulation import tasks
+from fedsim.simulation import private, tasks
 from fedsim.simulation.needs import learned, tokenizer, vocabulary, weights
 from fedsim.training import augment, lengths
 from fedsim.training.features import use_cache
@@ -128,6 +128,7 @@ def check(config: Config, speed: Speed | None = None) -> Callable[[Task], Algori
     optimizer(config.server_optimizer, "server_optimizer")
     check_schedule(config.lr_schedule, "lr_schedule", config.lr, config.rounds)
     check_schedule(config.server_lr_schedule, "server_lr_schedule", config.server_lr, config.rounds)
+    private.check(config)
     if row.kind == "text":
         for phase in phases(config):
             peft.from_config(phase.config, classes=2, input_shape=(config.tokens,))
@@ -202,7 +203,7 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
         whole = tasks.task(
             answering(phase.config), split_model(answering(phase.config), dataset, speed), {}, cached=False
         )
-        made = algorithms.find(config.algorithm)(whole._replace(groups=sides))
+        made = private.guarded(config, algorithms.find(config.algorithm)(whole._replace(groups=sides)))
         if made.groups != bool(sides):
             what = "several architectures: describe them by --groups" if made.groups else "one: leave out --groups"
             raise ValueError(

@@ -12,7 +12,7 @@ from fedsim.config import Config, metric_of
 from fedsim.data.show import draw as draw_partition
 from fedsim.engine import processes
 from fedsim.report import plots, summaries
-from fedsim.simulation import build, memories, personal
+from fedsim.simulation import build, memories, personal, private
 from fedsim.simulation.build import Problem
 from fedsim.simulation.current import Current
 from fedsim.simulation.rounds import Standing
@@ -57,6 +57,7 @@ def finish(
         seconds=seconds(),
         stopped=stand.stopped,
         metric=metric_of(config),
+        privacy=private.summary(trainer.privacy, stand.round),
     )
     trained, rows = now.parameters(), None if clients is None else with_curves(clients.rows(), lines)
 

@@ -15,7 +15,7 @@ from fedsim.core import Algorithm, Batch, Population, Tree, draw
 from fedsim.engine.keys import key_for
 from fedsim.engine.pricing import GroupedSketch, Sends, Setting, Sketch, Unknown, sends
 from fedsim.randomness import stream
-from fedsim.simulation import groups, tasks
+from fedsim.simulation import groups, private, tasks
 from fedsim.simulation.build import Phase
 from fedsim.training.server import watched
 from fedsim.units import exact_size
@@ -145,7 +145,7 @@ def made(phase: Phase, model: Models, start: dict[str, Any]) -> Algorithm:
             for group in groups_of(config)
         }
         whole = sides[scored(config)]
-    return algorithms.find(config.algorithm)(whole._replace(groups=sides))
+    return private.guarded(config, algorithms.find(config.algorithm)(whole._replace(groups=sides)))
 
 
 def second_round(

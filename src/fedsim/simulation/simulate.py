@@ -37,7 +37,7 @@ from fedsim.randomness import stream
 from fedsim.record.shared_checkpoints import SharedCheckpoints
 from fedsim.report.progress import Progress
 from fedsim.report.summaries import has_diverged
-from fedsim.simulation import build, groups, inputs, memories, needs, resuming
+from fedsim.simulation import build, groups, inputs, memories, needs, private, resuming
 from fedsim.simulation.beginning import begin
 from fedsim.simulation.build import Problem
 from fedsim.simulation.current import Current, prepare
@@ -220,12 +220,11 @@ def simulate(
             line = record.plain(round_line(
                 stand, did, times[0]._replace(server=own.seconds), now.cost, phase=phase.name, metrics=metrics, scores=scores,
                 each=each, simulates=not config.reliable, most_memory=most_memory(trainer.engine.own[0]), task=config.task,
-                server_flops=own.flops,
+                server_flops=own.flops, privacy=private.line(trainer.privacy, stand.round),
             ))  # fmt: skip
             processes.by_first(functools.partial(record.append, directory, line))
             lines.append(line)
-            tell(progress, line, changes_empty=runs_empty(trainer))
-            tell_unread(progress, config, cohort)
+            tell_all(progress, line, config, trainer, cohort)
 
             asked = processes.any_true(interrupted() is not None)
             ends = stand.stopped != "rounds" or stand.round == phase.last
@@ -252,10 +251,12 @@ def looked_at(
     config: Config, stand: Standing, now: Current
 ) -> tuple[Standing, Current, dict[str, float] | None, list[float | None]]:
     """Where the run stands after a look at the server, if this round ends with one: its scores, and those of clients."""
-    algorithm, final = now.trainer.algorithm, now.phase.last == config.rounds
+    algorithm, final, privacy = now.trainer.algorithm, now.phase.last == config.rounds, now.trainer.privacy
+    if privacy is not None and stand.round < config.rounds and privacy.is_spent(stand.round):
+        stand = stand._replace(stopped="epsilon")
     if final and algorithm.finished(now.server):
         stand = stand._replace(stopped="finished")
-    if not is_evaluated(config, stand.round, now.phase.last) and stand.stopped != "finished":
+    if not is_evaluated(config, stand.round, now.phase.last) and stand.stopped == "rounds":
         return stand, now, None, []
     scores, each = now.validate()
     now = now._replace(server=algorithm.observe(now.server, scores))
@@ -336,6 +337,17 @@ def timed(clock: CompileClock) -> Iterator[list[Times]]:
     yield times
     seconds = time.perf_counter() - tick
     times.append(Times(seconds, min(clock.seconds - compiled, seconds)))
+
+
+def tell_all(
+    progress: Progress, line: record.Round, config: Config, trainer: Trainer, cohort: Cohort | GroupedCohort
+) -> None:
+    """Shows a round, and says what is to be known of it."""
+    tell(progress, line, changes_empty=runs_empty(trainer))
+    tell_unread(progress, config, cohort)
+    if trainer.privacy is not None:
+        for said in private.words(trainer.privacy, config, cohort.round, len(cohort.ids), len(trainer.engine.rows)):
+            progress.note(said)
 
 
 def tell(progress: Progress, line: record.Round, *, changes_empty: bool) -> None:

@@ -15,6 +15,7 @@ from fedsim.core import Average, Passes, Task
 from fedsim.evaluation import language
 from fedsim.evaluation.evaluate import classification_criterion, classification_score, loss_of
 from fedsim.folds import by_examples, plain, uniform
+from fedsim.simulation import private
 from fedsim.training import augment
 from fedsim.training.optimizers import optimizer, schedule
 
@@ -57,10 +58,14 @@ def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached
 
 
 def weighting(config: Config) -> Callable[[Any, Any], jax.Array]:
-    """Weight of a reply in the run's average."""
-    return by_examples if config.weighting == "examples" else uniform
+    """Weight of a reply in the run's average; under privacy a number of examples would tell."""
+    return by_examples if config.weighting == "examples" and config.dp == "none" else uniform
 
 
-def average(config: Config) -> Average:
-    """The run's fold of replies."""
-    return plain(weighting(config))
+def average(config: Config, releases: int = 1) -> Average:
+    """The run's fold of replies.
+
+    Args:
+        releases: exchanges of a round, which privacy accounts for.
+    """
+    return plain(weighting(config)) if config.dp == "none" else private.average(config, releases)

@@ -1,0 +1,201 @@
+"""What a run under differential privacy does otherwise, and what it says of it: who is drawn, the average, epsilon, the record."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from fedsim.config import Config
+from fedsim.core import Algorithm, Average, draw, places, poisson
+from fedsim.privacy import accounting
+from fedsim.privacy.accounting import Terms
+from fedsim.privacy.central import central
+
+# Fields of a round's line that follow from what is released, or from options alone. Of all others, which count clients,
+# examples or their messages, or measure their training or the time it takes, nothing is promised.
+PRIVATE = ("round", "phase", "validation", "privacy", "bitwise")
+NOT_PRIVATE = (
+    "loss",
+    "accuracy",
+    "perplexity",
+    "token_accuracy",
+    "metrics",
+    "validation_clients",
+    "bytes_up",
+    "bytes_down",
+)
+NOT_PRIVATE += ("bytes_up_leaves", "bytes_down_leaves", "setup_bytes", "total_bytes_up", "total_bytes_down", "clients")
+NOT_PRIVATE += (
+    "reported",
+    "nonfinite",
+    "examples",
+    "seconds",
+    "compile_seconds",
+    "server_seconds",
+    "clients_per_second",
+)
+NOT_PRIVATE += ("examples_per_second", "flops", "server_flops", "flops_per_second", "mfu", "lane_occupancy")
+NOT_PRIVATE += ("row_occupancy", "simulated", "peers", "most_memory")
+FILES = ("clients.json", "checkpoints", "memory-PHASE.rows", "pictures of clients or of the partition")  # nor of these
+
+
+class Spending(NamedTuple):
+    """What a run may spend, and what its rounds cost."""
+
+    terms: Terms
+    noise: float  # noise multiplier
+    budget: float  # epsilon that no round may exceed; infinite without one
+    after: Callable[[int], float]  # rounds -> epsilon so far
+    about: dict[str, Any]  # the same in every round
+
+    def is_spent(self, round: int) -> bool:
+        """Whether a round more would cost too much."""
+        return self.budget < math.inf and self.after(round + 1) > self.budget
+
+
+def line(found: Spending | None, round: int) -> dict[str, Any] | None:
+    """For the record, after a round."""
+    return None if found is None else {"epsilon": found.after(round), **found.about}
+
+
+def summary(found: Spending | None, round: int) -> dict[str, Any] | None:
+    """For the record, at the end."""
+    if found is None:
+        return None
+    both = accounting.beside(found.terms, found.noise, round)
+    return {
+        "epsilon": found.after(round),
+        **found.about,
+        **{f"epsilon_{name}": each for name, each in both.items()},
+        "not_private": [*NOT_PRIVATE, *FILES],
+    }
+
+
+def terms(config: Config, releases: int = 1) -> Terms:
+    """What the run's epsilon is a statement about.
+
+    Args:
+        releases: exchanges of a round, `Algorithm.releases`.
+    """
+    return accounting.terms(
+        config.dp,
+        clients=config.clients,
+        per_round=config.clients_per_round,
+        delta=config.delta or 0.0,
+        sampling=config.sampling,
+        relation=config.relation,
+        accountant=config.accountant,
+        times=releases,
+    )
+
+
+def noise(config: Config, releases: int = 1) -> float:
+    """The run's noise multiplier: as given, or the least for its epsilon over all its rounds, of all phases."""
+    if config.noise_multiplier is not None:
+        return config.noise_multiplier
+    return accounting.calibrated(terms(config, releases), config.epsilon or 0.0, config.rounds)
+
+
+def spending(config: Config, releases: int = 1) -> Spending | None:
+    """What the run spends; None without privacy. All rounds, of all phases, cost the same."""
+    if config.dp == "none":
+        return None
+    under, multiplier = terms(config, releases), noise(config, releases)
+    budget = math.inf if config.epsilon is None else config.epsilon
+    # A calibrated noise never exceeds the budget; composed round by round, its last digit may.
+    slack = 1 + 1e-6 if config.noise_multiplier is None else 1.0
+    about = {
+        "delta": under.delta,
+        "dp": config.dp,
+        "unit": under.unit,
+        "relation": under.relation,
+        "accountant": under.accountant,
+        "sampling": under.sampling,
+        "noise_multiplier": multiplier,
+        "clip_norm": config.clip_norm,
+        "expected_clients": config.clients_per_round,
+    }
+    return Spending(under, multiplier, budget * slack, curve(under, multiplier, config.rounds), about)
+
+
+@functools.lru_cache(maxsize=8)  # phases of a run share it
+def curve(under: Terms, multiplier: float, rounds: int) -> Callable[[int], float]:
+    """Epsilon round by round; one more than `rounds` may be asked for."""
+    return accounting.curve(under, multiplier, rounds)
+
+
+def average(config: Config, releases: int = 1) -> Average:
+    """The run's average under privacy at the server."""
+    return central(
+        config.clip_norm, noise(config, releases), float(config.clients_per_round), per_layer=config.per_layer
+    )
+
+
+def guarded(config: Config, algorithm: Algorithm) -> Algorithm:
+    """The algorithm with the sampling of clients that is accounted.
+
+    Raises:
+        ValueError: it chooses clients by itself, or decides by what clients' own tests say.
+    """
+    if config.dp != "central":
+        return algorithm
+    if algorithm.select is not draw:
+        raise ValueError(
+            f"Expected algorithm={config.algorithm!r} not to select clients by itself with dp='central', as only sampling by lot is "
+            "accounted; leave `select` away, or choose dp=none."
+        )
+    if algorithm.answers == "client":
+        raise ValueError(
+            f"Expected algorithm={config.algorithm!r} to answer by its server with dp='central', not by clients' own models: what "
+            "their tests say would steer the run unprotected; choose dp=none."
+        )
+    if algorithm.releases > 1 and config.deadline is not None:
+        raise ValueError(
+            f"Expected deadline={config.deadline} to be None with dp='central' and algorithm={config.algorithm!r}, which exchanges "
+            f"{algorithm.releases} times a round: the time left for the second one depends on all clients; leave it out."
+        )
+    return algorithm._replace(select=poisson()) if config.sampling == "poisson" else algorithm
+
+
+def check(config: Config) -> None:
+    """Refuses a budget that one round exceeds, and a computer without an accountant.
+
+    Raises:
+        ValueError: names the options and the remedy.
+    """
+    if config.dp == "none":
+        return
+    accounting.library()
+    if config.epsilon is not None and config.noise_multiplier is not None:
+        once = accounting.epsilon(terms(config), config.noise_multiplier, 1)
+        if once > config.epsilon:
+            raise ValueError(
+                f"Expected epsilon={config.epsilon:g} to be enough for one round, which costs {once:.4g} with "
+                f"noise_multiplier={config.noise_multiplier:g}; leave out one of them, or give a larger one."
+            )
+
+
+def words(found: Spending, config: Config, round: int, members: int, examples: int) -> list[str]:
+    """What is said after a round: in the first the noise, what epsilon is of, and what is doubtful; later what is unusual.
+
+    Args:
+        members: places of the cohort.
+        examples: of all clients.
+    """
+    t, said = found.terms, []
+    if round == 1:
+        said.append(
+            f"dp={config.dp}: noise multiplier {found.noise:.4f}, epsilon {found.after(config.rounds):.4g} at delta {t.delta:g} "
+            f"after {config.rounds} rounds; unit {t.unit}, neighbours {t.relation.replace('_', ' ')}, sampling {t.sampling}, "
+            f"accountant {t.accountant.upper()}"
+        )
+        said += accounting.warnings(t, config.clients if t.unit == "client" else examples)
+    usual = places(config.clients, config.clients_per_round / config.clients)
+    if t.sampling == "poisson" and members > usual:
+        said.append(
+            f"round {round}: more clients were drawn than the {usual} places that are compiled; compiled once more for {members}, "
+            "nobody is left out"
+        )
+    return said
