@@ -58,6 +58,13 @@ WITH = {
     "domain_column": {"partition": "domain"},
     "classes_per_client": {"partition": "shards"},
     "size_law": {"partition": "quantity"},
+    "dp": {"delta": 1e-5, "noise_multiplier": 2.0},
+    "delta": {"dp": "central", "noise_multiplier": 2.0},
+    "noise_multiplier": {"dp": "central", "delta": 1e-5},
+    **dict.fromkeys(
+        ("epsilon", "clip_norm", "per_layer", "sampling", "relation", "accountant"),
+        {"dp": "central", "delta": 1e-5, "noise_multiplier": 2.0},
+    ),
 }
 
 
@@ -142,7 +149,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["run", "none.py"], "Expected experiment file 'none.py' to exist"),
         (
             ["rnu"],
-            "Expected command 'rnu' to be one of run, profile, cost, compare, check, data, list (did you mean run?)",
+            "Expected command 'rnu' to be one of run, sweep, profile, cost, privacy, compare, check, data, list (did you mean run?)",
         ),
         (["list", "pefts"], "did you mean peft"),
         (["data", "lits"], "did you mean list"),

@@ -194,6 +194,41 @@ def test_phases_and_runs_share_programs_not_noise(config: Config, run: Callable[
 
 
 @pytest.mark.parametrize(
+    ("options", "unit", "relation", "times"),
+    [
+        ({"dp": "local", "noise_multiplier": 0.02}, "client", "replace_one", 1),
+        ({"dp": "local", "noise_multiplier": 0.02, "codec_up": "topk(0.1)+quantise(8)"}, "client", "replace_one", 1),
+        ({"dp": "example", "epochs": 2}, "example", "zero_out", 2),
+        ({"dp": "example", "epochs": 2, "algorithm": "flora", "peft": "lora", "rank": 2, "targets": ("layers/*",)}, "example", "zero_out", 2),
+    ],
+)  # fmt: skip
+def test_other_mechanisms(
+    config: Config, run: Callable[..., Run], options: dict[str, Any], unit: str, relation: str, times: int
+) -> None:
+    """They run to the end, and account every round as if everybody were in it."""
+    chosen = config.replace(clip_norm=0.1, **options)
+    done = run(chosen)
+    privacy = done.summary["privacy"]
+    assert (privacy["unit"], privacy["relation"], privacy["sampling"]) == (unit, relation, "none")
+    sure = accounting.terms(
+        chosen.dp, clients=8, per_round=8, delta=1e-2, relation=relation, accountant="rdp", times=times
+    )
+    assert spent(done)[-1] == pytest.approx(accounting.epsilon(sure, chosen.noise_multiplier or 0, 3))
+    assert {line["clients"] for line in done.rounds} == {4}
+
+
+def test_other_noise_makes_other_programs(config: Config, run: Callable[..., Run]) -> None:
+    """Calibrated noise of local privacy follows from the rounds, and is in the programs: a shared problem keeps them apart."""
+    local = config.replace(dp="local", noise_multiplier=None, epsilon=50.0, clip_norm=0.1)
+    problem = build.problem(local, SPEED)._replace(trainers={})
+    run(local, problem=problem)
+    fewer = local.replace(rounds=1)
+    alone, shared = run(fewer), run(fewer, problem=problem)
+    for name, value in alone.parameters.items():
+        np.testing.assert_array_equal(shared.parameters[name], value)
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"delta": None}, "0 < delta=None < 1 with dp='central'"),
@@ -207,6 +242,10 @@ def test_phases_and_runs_share_programs_not_noise(config: Config, run: Callable[
         ({"sampling": "fixed", "accountant": "pld"}, "relation=replace_one with accountant=rdp"),
         ({"sampling": "fixed", "relation": "add_or_remove_one"}, "nearest that it does"),
         ({"groups": ("a(share=1.0)",)}, "groups=.* to be empty with dp='central'"),
+        ({"dp": "example", "steps": 3}, "steps=3 to be None with dp='example'"),
+        ({"dp": "local", "relation": "add_or_remove_one"}, "another dp than local"),
+        ({"dp": "local", "per_layer": True}, "per_layer=True with dp='central'"),
+        ({"dp": "example", "sampling": "fixed"}, "sampling='fixed' with dp='central'"),
         ({"epsilon": 0.01}, "epsilon=0.01 to be enough for one round, which costs"),
     ],
 )

@@ -18,7 +18,7 @@ from fedsim.config import older
 from fedsim.config.checks import PartitionLaw, check
 from fedsim.config.fields import gate
 from fedsim.config.limits import in_range
-from fedsim.config.privacy import Accountant, Relation, Sampling
+from fedsim.config.privacy import Accountant, Mechanism, Relation, Sampling
 from fedsim.config.words import require_known
 
 
@@ -235,8 +235,9 @@ class Evaluation:
 class Privacy:
     """Differential privacy, simulated (docs/privacy.md): what of one client, or one example, the trained model can tell."""
 
-    dp: Literal["none", "central"] = "none"
-    """Where changes are clipped and noise is added: `central`, on their sum at the server. Every client then counts alike."""
+    dp: Mechanism = "none"
+    """Where what is clipped gets its noise: `central`, on the sum of changes at the server; `local`, on each client's change;
+    `example`, on the gradients of each local step (DP-SGD). Every client then counts alike."""
     epsilon: float | None = None
     """The budget of the whole run: it gives the noise multiplier, or with one given ends the run before it is overspent
     (default: none)."""
@@ -245,7 +246,7 @@ class Privacy:
     noise_multiplier: float | None = None
     """Standard deviation of the noise over clip_norm (default: the least that keeps epsilon)."""
     clip_norm: float = 1.0
-    """Norm to which each change is cut down."""
+    """Norm to which each change, or each example's gradient, is cut down."""
     per_layer: bool = False
     """Cut each of K leaves to clip_norm / sqrt(K) instead of all together."""
     sampling: Sampling = "poisson"

@@ -107,6 +107,11 @@ def check_beside(c: Config) -> None:
             f"Expected groups={c.groups} to be empty with dp={c.dp!r}: each group draws clients of its own, which is not accounted; "
             "leave out one of them."
         )
+    if c.dp == "example" and c.steps is not None:
+        raise ValueError(
+            f"Expected steps={c.steps} to be None with dp='example': passes over all examples are accounted, and how often one "
+            "comes up in so many steps depends on its client; give epochs."
+        )
     if c.dp != "central":
         return
     if c.over_selection != 1:

@@ -1,7 +1,8 @@
 """Differential privacy: what a run may say of it, and the mechanisms that make it so.
 
-`accounting.py` turns clients, rounds and noise into epsilon and back, by dp-accounting. What decides who is in a round, and
-what of a run's record is not private, is in `simulation/`; docs/privacy.md explains both. Begin with `accounting.py`.
+`accounting.py` turns clients, rounds and noise into epsilon and back, by dp-accounting. The mechanisms are a fold
+(`central.py`), a codec (`local.py`) and a loss (`examples.py`); all cut by `clipping.py`. What decides who is in a round, and
+what of a run's record is not private, is in `simulation/private.py`; docs/privacy.md explains both. Begin with `central.py`.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def of_phase(
             population=len(own),
             batch=batch_of(example, size),
             average=tasks.average(config),
-            up=wire.codec(config.codec_up, "codec_up"),
+            up=private.up(config),
             down=wire.codec(config.codec_down, "codec_down"),
             seed=config.seed,
             public=held[0],

@@ -7,11 +7,15 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from fedsim import wire
 from fedsim.config import Config
 from fedsim.core import Algorithm, Average, draw, places, poisson
-from fedsim.privacy import accounting
+from fedsim.folds import plain, uniform
+from fedsim.privacy import accounting, local
 from fedsim.privacy.accounting import Terms
 from fedsim.privacy.central import central
+from fedsim.privacy.examples import Loss, private_loss
+from fedsim.wire import Codec
 
 # Fields of a round's line that follow from what is released, or from options alone. Of all others, which count clients,
 # examples or their messages, or measure their training or the time it takes, nothing is promised.
@@ -77,7 +81,7 @@ def terms(config: Config, releases: int = 1) -> Terms:
     """What the run's epsilon is a statement about.
 
     Args:
-        releases: exchanges of a round, `Algorithm.releases`.
+        releases: exchanges of a round, `Algorithm.releases`; under example-level privacy each pass over the examples counts.
     """
     return accounting.terms(
         config.dp,
@@ -87,7 +91,7 @@ def terms(config: Config, releases: int = 1) -> Terms:
         sampling=config.sampling,
         relation=config.relation,
         accountant=config.accountant,
-        times=releases,
+        times=releases * (config.epochs if config.dp == "example" else 1),
     )
 
 
@@ -127,29 +131,60 @@ def curve(under: Terms, multiplier: float, rounds: int) -> Callable[[int], float
 
 
 def average(config: Config, releases: int = 1) -> Average:
-    """The run's average under privacy at the server."""
+    """The run's average under privacy, in which every client counts alike.
+
+    Under example-level privacy replies are private by themselves, so that any fold will do.
+    """
+    if config.dp == "local":
+        return local.average()
+    if config.dp == "example":
+        return plain(uniform)
     return central(
         config.clip_norm, noise(config, releases), float(config.clients_per_round), per_layer=config.per_layer
     )
+
+
+def up(config: Config, releases: int = 1) -> Codec | None:
+    """The codec of clients' messages: local privacy first, what `codec_up` says behind it."""
+    coded = wire.codec(config.codec_up, "codec_up")
+    if config.dp != "local":
+        return coded
+    first = local.noised(config.clip_norm, noise(config, releases))
+    return first if coded is None else wire.chain(first, coded)
+
+
+def loss(config: Config, plain_loss: Loss) -> Loss:
+    """The loss that clients train on, whose gradients are private under example-level privacy."""
+    if config.dp != "example":
+        return plain_loss
+    return private_loss(plain_loss, config.clip_norm, noise(config), config.batch_size)
 
 
 def guarded(config: Config, algorithm: Algorithm) -> Algorithm:
     """The algorithm with the sampling of clients that is accounted.
 
     Raises:
-        ValueError: it chooses clients by itself, or decides by what clients' own tests say.
+        ValueError: it chooses clients by itself, decides by what clients' own tests say, or exchanges more often than is
+            accounted.
     """
+    if config.dp == "none":
+        return algorithm
+    if algorithm.answers == "client":
+        raise ValueError(
+            f"Expected algorithm={config.algorithm!r} to answer by its server with dp={config.dp!r}, not by clients' own models: "
+            "what their tests say would steer the run unprotected; choose dp=none."
+        )
+    if config.dp == "example" and algorithm.releases > 1:
+        raise ValueError(
+            f"Expected algorithm={config.algorithm!r} to exchange once a round with dp='example', not {algorithm.releases} times; "
+            "choose another, or dp=central."
+        )
     if config.dp != "central":
         return algorithm
     if algorithm.select is not draw:
         raise ValueError(
             f"Expected algorithm={config.algorithm!r} not to select clients by itself with dp='central', as only sampling by lot is "
             "accounted; leave `select` away, or choose dp=none."
-        )
-    if algorithm.answers == "client":
-        raise ValueError(
-            f"Expected algorithm={config.algorithm!r} to answer by its server with dp='central', not by clients' own models: what "
-            "their tests say would steer the run unprotected; choose dp=none."
         )
     if algorithm.releases > 1 and config.deadline is not None:
         raise ValueError(

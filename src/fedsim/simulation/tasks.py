@@ -36,7 +36,7 @@ def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached
     server_rate = schedule(config.server_lr_schedule, "server_lr_schedule", config.server_lr)
     return Task(
         init=lambda key: {name: jnp.asarray(leaf) for name, leaf in start.items()},
-        loss=loss_of(criterion, apply, augment.make(config.augment)),
+        loss=private.loss(config, loss_of(criterion, apply, augment.make(config.augment))),
         logits=lambda held, params, x: apply(params, held, x),
         criterion=criterion,
         score=score,

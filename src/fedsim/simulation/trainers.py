@@ -184,7 +184,7 @@ def engine(problem: Problem, side: Side, algorithm: Algorithm, group: str = "", 
         parallel=speed.parallel,
         segment_steps=speed.segment_steps,
         resident=speed.resident,
-        up=wire.codec(config.codec_up, "codec_up"),
+        up=private.up(config, algorithm.releases),
         down=wire.codec(config.codec_down, "codec_down"),
         group=group,
         public=None if group else public,  # of groups all take those of the engine that stands for them
@@ -219,7 +219,10 @@ def written(algorithm: Algorithm, frozen: Mapping[str, Any]) -> set[str]:
 
 def shared_key(config: Config) -> tuple[tuple[str, Any], ...]:
     """The options of a phase that its programs depend on."""
-    return tuple((f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if f.name not in FREE)
+    free = (
+        FREE if config.dp in ("none", "central") else ()
+    )  # elsewhere noise that follows from the rounds is in the programs
+    return tuple((f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if f.name not in free)
 
 
 def digest(arrays: Mapping[str, np.ndarray]) -> str:
