@@ -61,10 +61,10 @@ WITH = {
     "dp": {"delta": 1e-5, "noise_multiplier": 2.0},
     "delta": {"dp": "central", "noise_multiplier": 2.0},
     "noise_multiplier": {"dp": "central", "delta": 1e-5},
-    **dict.fromkeys(
-        ("epsilon", "clip_norm", "per_layer", "sampling", "relation", "accountant"),
-        {"dp": "central", "delta": 1e-5, "noise_multiplier": 2.0},
-    ),
+    **{
+        name: {"dp": "central", "delta": 1e-5, "noise_multiplier": 2.0}
+        for name in ("epsilon", "clip_norm", "per_layer", "sampling", "relation", "accountant")
+    },
 }
 
 
