@@ -149,7 +149,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["run", "none.py"], "Expected experiment file 'none.py' to exist"),
         (
             ["rnu"],
-            "Expected command 'rnu' to be one of run, sweep, profile, cost, privacy, compare, check, data, list (did you mean run?)",
+            "Expected command 'rnu' to be one of run, profile, cost, privacy, compare, check, data, list (did you mean run?)",
         ),
         (["list", "pefts"], "did you mean peft"),
         (["data", "lits"], "did you mean list"),

@@ -23,6 +23,7 @@ from fedsim.simulation import build, private
 pytest.importorskip("dp_accounting", reason="needs dp-accounting: pip install 'fedsim-jax[privacy]'")
 pytestmark = pytest.mark.usefixtures("compile_once")
 
+LORA: dict[str, Any] = {"peft": "lora", "rank": 2, "targets": ("layers/*",)}
 SPEED = Speed(devices=1, lanes=2, compilation_cache=False, checkpoint_every=1)
 
 
@@ -199,7 +200,7 @@ def test_phases_and_runs_share_programs_not_noise(config: Config, run: Callable[
         ({"dp": "local", "noise_multiplier": 0.02}, "client", "replace_one", 1),
         ({"dp": "local", "noise_multiplier": 0.02, "codec_up": "topk(0.1)+quantise(8)"}, "client", "replace_one", 1),
         ({"dp": "example", "epochs": 2}, "example", "zero_out", 2),
-        ({"dp": "example", "epochs": 2, "algorithm": "flora", "peft": "lora", "rank": 2, "targets": ("layers/*",)}, "example", "zero_out", 2),
+        (LORA | {"dp": "example", "epochs": 2, "algorithm": "flora"}, "example", "zero_out", 2),
     ],
 )  # fmt: skip
 def test_other_mechanisms(

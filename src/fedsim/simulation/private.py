@@ -42,7 +42,13 @@ NOT_PRIVATE += (
 )
 NOT_PRIVATE += ("examples_per_second", "flops", "server_flops", "flops_per_second", "mfu", "lane_occupancy")
 NOT_PRIVATE += ("row_occupancy", "simulated", "peers", "most_memory")
-FILES = ("clients.json", "checkpoints", "memory-PHASE.rows", "pictures of clients or of the partition")  # nor of these
+FILES = (
+    "clients.json",
+    "memories.safetensors",
+    "checkpoints",
+    "memory-PHASE.rows",
+    "pictures of clients or of the partition",
+)  # nor of these
 
 
 class Spending(NamedTuple):
