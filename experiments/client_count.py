@@ -64,8 +64,7 @@ def run(asked: Sweep, where: Path) -> Study:
     for number, c in enumerate(found, 1):
         if not folder.over(places[c.key]):
             size = ["--small"] if asked is small else []
-            command = [sys.executable, __file__, *size, "--out", str(where), "--cell", c.key]
-            if code := subprocess.run(command, check=False).returncode:
+            if code := started([*size, "--out", str(where), "--cell", c.key]):
                 raise ValueError(
                     f"Expected the process of {c.name} to end well, not by {code}; the same command goes on."
                 )
@@ -74,6 +73,11 @@ def run(asked: Sweep, where: Path) -> Study:
     if failed := [row for row in study.rows() if row["state"] == "failed"]:
         raise ValueError(f"Expected {failed[0]['name']} to end well; {failed[0]['error']}")
     return study
+
+
+def started(options: Sequence[str]) -> int:
+    """The exit code of this script with these options, in a process of its own."""
+    return subprocess.run([sys.executable, __file__, *options], check=False).returncode
 
 
 def run_one(asked: Sweep, where: Path, key: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -73,25 +72,25 @@ def test_each_cell_has_a_process_and_is_not_run_again(
     asked = dataclasses.replace(
         script.sweep, base=base, grid={"model": {"perceptron": {}}, "clients_per_round": [2, 4]}, repeat=2
     )
-    started: list[str] = []
+    keys: list[str] = []
 
-    def child(command: list[str], *, check: bool) -> Any:
-        started.append(command[-1])
-        script.run_one(asked, tmp_path / "study", command[-1])
-        return subprocess.CompletedProcess(command, 0)
+    def started(options: list[str]) -> int:
+        keys.append(options[-1])
+        script.run_one(asked, tmp_path / "study", options[-1])
+        return 0
 
-    monkeypatch.setattr(script.subprocess, "run", child)
+    monkeypatch.setattr(script, "started", started)
     study = script.run(asked, tmp_path / "study")
-    order = [(c.repeat, c.config.clients_per_round) for key in started for c in cells(asked) if c.key == key]
+    order = [(c.repeat, c.config.clients_per_round) for key in keys for c in cells(asked) if c.key == key]
     assert order == [(1, 2), (1, 4), (2, 2), (2, 4)], "turn after turn"
     found = script.rows(study)
     assert [(r["clients_per_round"], r["turns"]) for r in found] == [(2, 2), (4, 2)]
     assert found[0]["down"] * 2 == found[1]["down"] and script.draw(found, tmp_path / "a.png").stat().st_size > 5000
     script.run(asked, tmp_path / "study")
-    assert len(started) == 4
+    assert len(keys) == 4
 
 
 def test_a_process_that_dies_is_named(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, -9))
+    monkeypatch.setattr(script, "started", lambda options: -9)
     with pytest.raises(ValueError, match=r"clients_per_round=10.* to end well, not by -9; the same command goes on"):
         script.run(script.small, tmp_path)
