@@ -475,6 +475,9 @@ def test_slurm_gets_one_array_and_a_job_that_is_taken_away_goes_on(
         assert f"#SBATCH {line}" in submitted
     place = study / folder.CELLS / made[0].name
     assert (place / "stopped").exists() and (place / "ran").exists()
+    until = time.monotonic() + 60  # the other task may have ended the cell before
+    while len((slurm / "starts").read_text().splitlines()) < 3 and time.monotonic() < until:
+        time.sleep(0.05)
     assert len((slurm / "starts").read_text().splitlines()) == 3  # two tasks, one of which was queued again
     ran = [(study / folder.CELLS / cell.name / "ran").read_text().splitlines() for cell in made]
     assert [len(each) for each in ran] == [1] * 4
