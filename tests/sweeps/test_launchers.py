@@ -7,8 +7,6 @@ import importlib.util
 import json
 import os
 import signal
-import stat
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,43 +17,14 @@ import numpy as np
 import pytest
 
 import fedsim
+from crews import board_of, ends, planned, states
 from fedsim import record, stops
 from fedsim.config import Config, Speed
 from fedsim.record.files import read_json
 from fedsim.sweeps import cell as one
-from fedsim.sweeps import clusters, crew, folder, launchers, sweep, worker
-from fedsim.sweeps.board import Board
+from fedsim.sweeps import crew, folder, launchers, sweep, worker
 from fedsim.sweeps.cells import Cell, Sweep, cells
 from fedsim.sweeps.work import begin_at, work_here
-
-BASE = Config(backbone="mlp", peft="full", rounds=3)
-
-
-def planned(study: Path, **grid: list[Any]) -> list[Cell]:
-    """The cells of a sweep that nobody has begun."""
-    made = cells(Sweep(base=BASE, grid=grid or {"lr": [1e-3, 2e-3, 3e-3, 4e-3]}))
-    folder.write(study, BASE, made, [], {})
-    return made
-
-
-def board_of(study: Path, made: list[Cell]) -> Board:
-    """A board that shows nothing."""
-    board = Board(study, quiet=True)
-    board.begin(made, study / folder.CELLS, "test")
-    return board
-
-
-def ends(cell: Cell, place: Path, shared: object = None) -> None:
-    """A cell that is over at once: it says who ran it, as often as it is run."""
-    with (place / "ran").open("a") as file:
-        file.write(f"{threading.get_ident()}\n")
-    (place / record.SUMMARY).touch()
-
-
-def states(study: Path, made: list[Cell]) -> list[str]:
-    """How the cells stand."""
-    return [folder.state(place) for place in folder.places(study / folder.CELLS, made).values()]
-
 
 # --- which cell is next
 
@@ -217,47 +186,6 @@ def test_a_cell_of_other_devices_or_another_jax_is_begun_anew_and_a_damaged_one_
 
 # --- several processes
 
-WORKER = """
-import os, signal, sys, time
-from pathlib import Path
-from fedsim import record
-from fedsim.sweeps import folder, worker
-
-study, which = Path(sys.argv[1]), sys.argv[2]
-asked = folder.Asked(study)
-for cell in asked.cells:
-    place = study / which / cell.name
-    if folder.state(place) not in ("waiting", "stopped"):
-        continue
-    with folder.claim(place) as is_mine:
-        if is_mine and not folder.over(place):
-            worker.say(f"{worker.BEGINS} {cell.name}")
-            ACTION
-            (place / "ran").open("a").write(f"{os.getpid()} {os.environ.get('JAX_NUM_CPU_DEVICES')} {sys.argv[3:]}\\n")
-            (place / record.SUMMARY).touch()
-            worker.say(f"{worker.ENDED} {cell.name}")
-"""
-
-
-@pytest.fixture
-def crew_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """`crew_of(action)`: processes of a crew do that in each cell instead of running it; gives the sweep's folder."""
-
-    def made(action: str) -> Path:
-        (tmp_path / "worker.py").write_text(WORKER.replace("ACTION", action))
-        inner = crew.command_of
-
-        def command(*args: Any, **named: Any) -> list[str]:
-            _, _, module, *rest = inner(*args, **named)
-            assert module == "fedsim.sweeps.worker"
-            return [sys.executable, str(tmp_path / "worker.py"), *rest]
-
-        monkeypatch.setattr(crew, "command_of", command)
-        monkeypatch.setattr("fedsim.sweeps.board.LOOK", 0.02)
-        return tmp_path / "study"
-
-    return made
-
 
 def test_several_processes_share_the_cells_cores_and_devices(crew_of: Callable[[str], Path]) -> None:
     study = crew_of("time.sleep(0.3)")
@@ -280,7 +208,7 @@ def test_a_cell_that_kills_its_processes_is_given_up_and_the_others_go_on(crew_o
     error = folder.error_of(study / folder.CELLS / made[1].name)
     assert "3 have died in it (SIGKILL, as where memory runs out)" in error and "--retry" in error
     begun = [f"begins {made[1].name}" in log.read_text() for log in (study / folder.LOGS).iterdir()]
-    assert sum(begun) == crew.DEATHS
+    assert crew.DEATHS <= sum(begun) <= crew.DEATHS + 1  # another may take it before the third death is seen
 
 
 def test_a_process_that_dies_once_is_replaced(crew_of: Callable[[str], Path]) -> None:
@@ -387,153 +315,3 @@ def test_without_slurm_slurm_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="start it where sbatch is"):
         launchers.find("slurm", 2)
-
-
-def test_processes_of_submitit_run_the_cells(crew_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("submitit")
-    study = crew_of("time.sleep(0.2)")
-    made = planned(study)
-    (study.parent / "sitecustomize.py").write_text(PATCHED.format(worker=str(study.parent / "worker.py")))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(study.parent), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setattr(clusters, "LOOK", 0.1)
-    launchers.find("submitit_local", 2)(study / folder.CELLS, made, board_of(study, made), False)
-    ran = [(study / folder.CELLS / cell.name / "ran").read_text().splitlines() for cell in made]
-    assert [len(each) for each in ran] == [1] * 4
-    assert all("'--led'" in each[0] for each in ran)
-
-
-# In the processes of submitit, where a test cannot patch: the crew of this file's processes.
-PATCHED = """
-import sys
-if any("submitit" in word for word in sys.orig_argv):
-    from fedsim.sweeps import crew
-    inner = crew.command_of
-    crew.command_of = lambda *args, **named: [sys.executable, {worker!r}, *inner(*args, **named)[3:]]
-"""
-
-SBATCH = """#!PYTHON
-# Slurm for tests: one array, each of whose tasks is a process of this machine, and which is queued again as Slurm does it.
-import os, re, subprocess, sys
-text = open(sys.argv[1]).read()
-count = re.search(r"--array=0-(\\d+)%", text)
-with open("FOLDER/submitted", "a") as file:
-    file.write(text + "\\n=====\\n")
-tasks = range(int(count[1]) + 1) if count else [None]
-for task in tasks:
-    own = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}
-    if task is not None:
-        own |= {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": str(task)}
-    again = f"FOLDER/again{task}"
-    loop = f"while true; do echo >> FOLDER/starts; rm -f {again}; bash {sys.argv[1]}; [ -e {again} ] || break; done"
-    out = open(f"FOLDER/task{task}.out", "a")
-    subprocess.Popen(["bash", "-c", loop], env={**os.environ, **own}, stdout=out, stderr=out, start_new_session=True)
-print("Submitted batch job 77")
-"""
-SRUN = """#!/bin/bash
-while [[ $1 == --* ]]; do case $1 in --output|--error) shift 2;; *) shift;; esac; done
-exec "$@"
-"""
-SCONTROL = """#!/bin/bash
-touch FOLDER/again${SLURM_ARRAY_TASK_ID:-None}
-"""
-
-
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Slurm of this machine: sbatch, srun, scontrol and sacct as far as submitit needs them; gives its folder."""
-    place = tmp_path / "slurm"
-    place.mkdir()
-    scripts = {"sbatch": SBATCH, "srun": SRUN, "scontrol": SCONTROL, "sacct": "#!/bin/bash\necho 'JobID|State'\n"}
-    for name, text in scripts.items():
-        file = place / name
-        file.write_text(text.replace("PYTHON", sys.executable).replace("FOLDER", str(place)))
-        file.chmod(file.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", os.pathsep.join([str(place), os.environ["PATH"]]))
-    return place
-
-
-def test_slurm_gets_one_array_and_a_job_that_is_taken_away_goes_on(
-    slurm: Path, crew_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first process to get there asks for a preemption as Slurm does, by SIGUSR2 to submitit's process, its parent."""
-    pytest.importorskip("submitit")
-    study = crew_of(
-        "signal.signal(signal.SIGINT, lambda *_: ((place / 'stopped').touch(), sys.exit(130)))\n"
-        "            first = cell.config.lr == 1e-3 and not (place / 'stopped').exists()\n"
-        "            first and os.kill(os.getppid(), signal.SIGUSR2)\n"
-        "            time.sleep(60 if first else 0.2)"
-    )
-    made = planned(study)
-    (study.parent / "sitecustomize.py").write_text(PATCHED.format(worker=str(study.parent / "worker.py")))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(study.parent), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setattr(clusters, "LOOK", 0.1)
-    work = launchers.find("slurm(partition='gpu', timeout_min=90, gpus_per_node=1)", 2)
-    work(study / folder.CELLS, made, board_of(study, made), False)
-    submitted = (slurm / "submitted").read_text()
-    assert submitted.count("=====") == 1
-    for line in ("--array=0-1%2", "--partition=gpu", "--time=90", "--gpus-per-node=1"):
-        assert f"#SBATCH {line}" in submitted
-    place = study / folder.CELLS / made[0].name
-    assert (place / "stopped").exists() and (place / "ran").exists()
-    until = time.monotonic() + 60  # the other task may have ended the cell before
-    while len((slurm / "starts").read_text().splitlines()) < 3 and time.monotonic() < until:
-        time.sleep(0.05)
-    assert len((slurm / "starts").read_text().splitlines()) == 3  # two tasks, one of which was queued again
-    ran = [(study / folder.CELLS / cell.name / "ran").read_text().splitlines() for cell in made]
-    assert [len(each) for each in ran] == [1] * 4
-
-
-def test_ctrl_c_leaves_the_jobs_of_slurm_and_the_same_command_looks_at_them_again(
-    slurm: Path, crew_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("submitit")
-    study = crew_of("time.sleep(0.5)")
-    made = planned(study)
-    (study.parent / "sitecustomize.py").write_text(PATCHED.format(worker=str(study.parent / "worker.py")))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(study.parent), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setattr(clusters, "LOOK", 0.1)
-    work = launchers.find("slurm", 2)
-    board = board_of(study, made)
-
-    def stop() -> None:
-        raise stops.Stop("Stopped.", signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(board, "wait", stop)
-        with pytest.raises(KeyboardInterrupt, match=r"jobs of Slurm go on \(scancel 77 ends them\)"):
-            work(study / folder.CELLS, made, board, False)
-    work(study / folder.CELLS, made, board_of(study, made), False)
-    assert states(study, made) == ["done"] * 4
-    assert (slurm / "submitted").read_text().count("=====") == 1
-
-
-def test_jobs_that_end_without_a_cell_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = planned(tmp_path)
-    monkeypatch.setattr(clusters, "LOOK", 0.0)
-    monkeypatch.setattr("fedsim.sweeps.board.LOOK", 0.0)
-    started: list[int] = []
-
-    def start(number: int) -> list[Any]:
-        started.append(number)
-        return ["job"] * number
-
-    with pytest.raises(OSError, match="3 times they have ended without one, the last with: no such partition"):
-        clusters.watch(board_of(tmp_path, made), tmp_path / folder.CELLS, made, 8, start, lambda job: True,
-                       lambda job: "no such partition", [])  # fmt: skip
-    assert started == [4] * 3
-
-
-@pytest.mark.slow
-def test_tasks_of_ray_run_the_cells(crew_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip(
-        "ray", reason="Ray is an extra that the test environment leaves out: pip install 'fedsim-jax[ray]'"
-    )
-    study = crew_of("time.sleep(0.2)")
-    made = planned(study)
-    (study.parent / "sitecustomize.py").write_text(PATCHED.replace('"submitit"', '"ray"').format(
-        worker=str(study.parent / "worker.py")))  # fmt: skip
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(study.parent), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setattr(clusters, "LOOK", 0.1)
-    launchers.find("ray(num_cpus=0.5)", 2)(study / folder.CELLS, made, board_of(study, made), False)
-    ran = [(study / folder.CELLS / cell.name / "ran").read_text().splitlines() for cell in made]
-    assert [len(each) for each in ran] == [1] * 4
