@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -178,6 +179,35 @@ def test_a_row_of_groups_equals_what_a_run_reports(
     assert row["run_setup_bytes"] == 2 * 4 * frozen >= sum(line["setup_bytes"] for line in run.rounds) > 0
     assert row["trainable_parameters"] == summary["parameters"]["trained"] and row["peft"] == "bias"
     assert 16 * row["full_bytes"] == summary["full_fine_tuning_bytes"]["up"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"groups": ("a(share=0.5)", "b(share=0.5)")}, "to fit algorithm='fed_avg', which trains one: leave out --groups"),
+        ({"algorithm": "TOYS:by_group"}, "which trains several architectures: describe them by --groups"),
+        ({"algorithm": "TOYS:at_once", "groups": ("a(share=0.5)", "b(share=0.5)")}, "an exchange with one of the groups, a, b"),
+    ],
+)  # fmt: skip
+def test_groups_that_do_not_fit_are_refused_as_by_a_run(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    toys = tmp_path / "toys.py"
+    shared = (Path(__file__).parents[1] / "algorithms" / "toys.py").read_text()
+    toys.write_text(shared + AT_ONCE)
+    if "algorithm" in changes:
+        changes = {**changes, "algorithm": changes["algorithm"].replace("TOYS", str(toys))}
+    with pytest.raises(ValueError, match=re.escape(said)):
+        cost.cost(Config(backbone="mlp", peft="full", **changes), 3, input_shape=(6,))
+
+
+# An algorithm of several architectures that asks them all at once.
+AT_ONCE = """
+
+def at_once(task):
+    def round(key, held, server, cohort):
+        return cohort.exchange(server, None, None), {}
+
+    return by_group(task)._replace(round=round)
+"""
 
 
 @pytest.fixture

@@ -314,6 +314,8 @@ def test_shards_that_cannot_be(tmp_path: Path, size: Any, words: str) -> None:
     assert not (tmp_path / "kept").exists()
     with pytest.raises(ValueError, match=r"Expected no shard_bytes=5 for kind='peft'"):
         run.export("peft", tmp_path / "kept", shard_bytes=5)
+    with pytest.raises(ValueError, match=r"Expected kind='memory' to be one of peft, merged, memories"):
+        run.export("memory", tmp_path / "kept")
 
 
 def test_folders_that_cannot_be(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def priced(make: Make, task: Task, ids: tuple[int, ...] = COHORT, **options: Any
     )  # fmt: skip
 
     def rounds(given: Unknown) -> Any:
-        return prices.second_round(given, make(task._replace(init=lambda key: given.start)), setting, 1)
+        return prices.second_round(given, make(task._replace(init=lambda key: given.start)), {"": setting}, 1)
 
     number = jax.ShapeDtypeStruct((), jnp.float32)
     return sends(rounds, Unknown(held, jax.eval_shape(task.init, key), key, number))

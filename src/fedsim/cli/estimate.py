@@ -81,9 +81,8 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
         config, lambda one: peft.fitted_to(build.split_model(one, dataset, problem.speed), weights(one))
     )
     main = answering(config)
-    plain = peft.fitted_to(
-        build.split_model(main, dataset), weights(main)
-    )  # without what is computed twice to save memory
+    # Without what is computed twice to save memory.
+    plain = peft.fitted_to(build.split_model(main, dataset), weights(main))
     model = prices.scored_of(config, models)
     cached = not config.groups and use_cache(problem.speed, model, dataset.x, config)
     passes = Passes(config.epochs, config.steps, config.batch_size)

@@ -7,7 +7,7 @@ side by side: the round's first ones of all groups at the same time, then the se
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -106,10 +106,7 @@ class GroupedCohort:
 
     def exchange(self, *args: Any, **options: Any) -> Any:
         """Refused: a message is for one architecture."""
-        raise ValueError(
-            f"Expected an exchange with one of the groups, {', '.join(self.groups)}, as each has a model of its own; call "
-            "cohort.groups[name].exchange."
-        )
+        raise refused(self.groups)
 
     def settle(self) -> None:
         """Ends the round; see `Cohort.settle`."""
@@ -140,6 +137,14 @@ class GroupedCohort:
             joined([one or nothing(count) for one, count in zip(turn, members, strict=True)])
             for turn in zip_longest(*(cohort.outcomes() for cohort in self.groups.values()))
         ]
+
+
+def refused(groups: Iterable[str]) -> ValueError:
+    """What is said of an exchange with all groups."""
+    return ValueError(
+        f"Expected an exchange with one of the groups, {', '.join(groups)}, as each has a model of its own; call "
+        "cohort.groups[name].exchange."
+    )
 
 
 def joined(outcomes: list[network.Outcome]) -> network.Outcome:

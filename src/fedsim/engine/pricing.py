@@ -20,6 +20,7 @@ from jax.extend import core
 from fedsim import wire
 from fedsim.core import Average, Batch, Client, Info, Local, Passes, Peers, Reduce, Tree
 from fedsim.engine import peers
+from fedsim.engine.groups import refused
 from fedsim.engine.keys import key_for
 from fedsim.engine.messages import Outbox
 from fedsim.engine.replies import split_message
@@ -268,18 +269,21 @@ class GroupedSketch:
         pair = self.one.shard
         return None if pair is None else dict.fromkeys(self.held, pair)
 
+    def exchange(self, *args: Any, **options: Any) -> Any:
+        """Refused, as of a grouped cohort."""
+        raise refused(self.groups)
 
-def sends(rounds: Callable[[Unknown], Sketch | GroupedSketch], shapes: Unknown) -> Sends:
+
+def sends(rounds: Callable[[Unknown], dict[str, Sketch]], shapes: Unknown) -> Sends:
     """What the last of some rounds sends; nothing is run. Of groups, leaves are called GROUP/LEAF, and members are in a row.
 
     Args:
-        rounds: what the algorithm does, up to and with that round, traced once.
+        rounds: what the algorithm does, up to and with that round, traced once; gives the sketches by group, "" for one.
     """
     found: list[Any] = []
 
     def traced(given: Unknown) -> list[Array]:
-        cohort = rounds(given)
-        sketches = cohort.groups if isinstance(cohort, GroupedSketch) else {"": cohort}
+        sketches = rounds(given)
         found[:] = jax.tree.flatten([(name, s.done, s.guessed, len(s.ids)) for name, s in sketches.items()])
         return [leaf for leaf in found[0] if isinstance(leaf, jax.core.Tracer)]
 

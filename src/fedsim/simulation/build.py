@@ -203,11 +203,7 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
             answering(phase.config), split_model(answering(phase.config), dataset, speed), {}, cached=False
         )
         made = algorithms.find(config.algorithm)(whole._replace(groups=sides))
-        if made.groups != bool(sides):
-            what = "several architectures: describe them by --groups" if made.groups else "one: leave out --groups"
-            raise ValueError(
-                f"Expected groups={config.groups} to fit algorithm={config.algorithm!r}, which trains {what}."
-            )
+        refuse_groups(config, made)
         if sides and made.answers == "client":
             raise ValueError(
                 f"Expected algorithm={config.algorithm!r} to answer by its server with groups; leave out --groups."
@@ -228,6 +224,13 @@ def problem(config: Config, speed: Speed, given: data_sets.Source | None = None)
     if dataset.kind == "text" and pad is not None and speed.length_buckets > 1:
         texts = lengths.measure(dataset.x, pad, speed.length_buckets)
     return Problem(config, speed, dataset, trained, tuple(cuts), {}, texts, local_test)
+
+
+def refuse_groups(config: Config, algorithm: Algorithm) -> None:
+    """Raises `ValueError` for several architectures where the algorithm trains one, or the other way round."""
+    if algorithm.groups != bool(config.groups):
+        what = "several architectures: describe them by --groups" if algorithm.groups else "one: leave out --groups"
+        raise ValueError(f"Expected groups={config.groups} to fit algorithm={config.algorithm!r}, which trains {what}.")
 
 
 def split_model(config: Config, dataset: data_sets.Dataset, speed: Speed | None = None) -> peft.Model:

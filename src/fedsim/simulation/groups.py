@@ -1,4 +1,4 @@
-"""Which clients are in which group, and how many of each a round asks for."""
+"""Which clients are in which group, and how a round draws those whom it asks."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ def members(config: Config, clients: int) -> dict[str, np.ndarray]:
     for name, count in counts.items():
         found[name], at = np.sort(order[at : at + count]), at + count
     return found
+
+
+def shares(members: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The share of all clients that each group has, of those that have any."""
+    clients = sum(map(len, members.values()))
+    return {name: len(ids) / clients for name, ids in members.items() if len(ids)}
+
+
+def chance(seed: int, round: int, group: str) -> np.random.Generator:
+    """What a round draws its clients by, of a group or, by "", of all."""
+    return stream(seed, " ".join(filter(None, (f"sample {round}", group))))
 
 
 def asked(count: int, share: float) -> int:

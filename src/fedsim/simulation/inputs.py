@@ -63,9 +63,8 @@ def files(config: Config) -> Known:
         found["dataset"] = {"sha256": digest}  # of TFDS or the hub: no path that was typed
     for at, model in models(config).items():
         if f"{at}weights" not in found and (file := weights(model)) is not None:
-            found[f"{at}weights"] = {
-                "sha256": checkpoint_sha256(file)
-            }  # of the hub or packaged: no path that was typed
+            # Of the hub or packaged: no path that was typed.
+            found[f"{at}weights"] = {"sha256": checkpoint_sha256(file)}
     if (file := tokenizer(config)) is not None:
         found["tokenizer"] = {"sha256": file_sha256(file)}
     for argument in map(Path, sys.argv):  # what described the run; nothing is read from it again

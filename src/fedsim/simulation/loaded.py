@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fedsim import record
+from fedsim.config import one_of
 
 Kind = Literal["peft", "merged", "memories"]
 
@@ -45,8 +46,9 @@ class Run(record.Run):
             shard_bytes: of memories: bytes that the arrays of a shard have at most; default 1 GiB.
 
         Raises:
-            ValueError: the run is not over, or it has no such form; the folder cannot be used.
+            ValueError: an unknown kind, the run is not over, or it has no such form; the folder cannot be used.
         """
+        one_of(get_args(Kind), kind=kind)
         if kind == "memories":
             from fedsim.simulation import memories
 

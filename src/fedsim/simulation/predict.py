@@ -10,7 +10,7 @@ import numpy as np
 
 from fedsim import peft
 from fedsim.backbones.own import identity
-from fedsim.config import Config, answering, one_of
+from fedsim.config import Config, answering
 from fedsim.simulation import build, needs
 from fedsim.simulation.inputs import located
 
@@ -97,11 +97,10 @@ def export(run: Run, kind: str, folder: Path) -> Path:
     """Writes the final model for others; see `Run.export`.
 
     Raises:
-        ValueError: an unknown kind, a run that is not over, or a model that has no such form.
+        ValueError: a run that is not over, or a model that has no such form.
     """
     from fedsim.peft.export import export_backbone, export_lora
 
-    one_of(("peft", "merged", "memories"), kind=kind)
     if not run.parameters:
         raise ValueError(f"Expected {run.directory} to hold a finished run; go on with it by --resume.")
     config = located(run)

@@ -14,8 +14,7 @@ from fedsim.config import Config, groups_of, scored
 from fedsim.core import Algorithm, Batch, Population, Tree, draw
 from fedsim.engine.keys import key_for
 from fedsim.engine.pricing import GroupedSketch, Sends, Setting, Sketch, Unknown, sends
-from fedsim.randomness import stream
-from fedsim.simulation import groups, tasks
+from fedsim.simulation import build, groups, tasks
 from fedsim.simulation.build import Phase
 from fedsim.training.server import watched
 from fedsim.units import exact_size
@@ -74,11 +73,13 @@ def of_phase(
         held: examples that the server holds without labels, and with; None where their number is unknown.
 
     Raises:
-        ValueError: the algorithm's round reads values, so that it cannot be traced.
+        ValueError: the algorithm's round reads values, so that it cannot be traced; groups that do not fit it.
     """
     config, size = phase.config, phase.config.batch_size
     own = np.full(config.clients, size) if sizes is None else np.asarray(sizes)
-    chosen = cohorts(config, made(phase, model, {}), phase.first, len(own))
+    algorithm = made(phase, model, {})
+    build.refuse_groups(config, algorithm)
+    chosen = cohorts(config, algorithm, phase.first, len(own))
     settings = {
         name: Setting(
             ids=ids,
@@ -99,11 +100,11 @@ def of_phase(
         model.trained if isinstance(model, peft.Model) else {name: one.trained for name, one in model.items()}
     )
     unknown = Unknown(frozen, trained, key_shape(), jax.ShapeDtypeStruct((), jnp.float32))
-    asked = settings if config.groups else settings[""]
     try:
-        found = sends(lambda given: second_round(given, made(phase, model, given.start), asked, phase.first), unknown)
-        setup = made(phase, model, {}).setup
-        once = {name: jax.eval_shape(setup, frozen[name] if name else frozen) for name in settings}
+        found = sends(
+            lambda given: second_round(given, made(phase, model, given.start), settings, phase.first), unknown
+        )
+        once = {name: jax.eval_shape(algorithm.setup, frozen[name] if name else frozen) for name in settings}
     except jax.errors.JAXTypeError as error:
         raise ValueError(
             f"Expected algorithm={config.algorithm!r} to be priced by shapes, but its round reads values that only a run has "
@@ -148,29 +149,20 @@ def made(phase: Phase, model: Models, start: dict[str, Any]) -> Algorithm:
     return algorithms.find(config.algorithm)(whole._replace(groups=sides))
 
 
-def second_round(
-    given: Unknown, algorithm: Algorithm, settings: Setting | dict[str, Setting], first: int
-) -> Sketch | GroupedSketch:
-    """The cohort after its second round, of which `first` is the first.
-
-    Args:
-        settings: of several groups each one's by name.
-    """
+def second_round(given: Unknown, algorithm: Algorithm, settings: dict[str, Setting], first: int) -> dict[str, Sketch]:
+    """The cohort after its second round, of which `first` is the first; by group, "" where there is one architecture."""
     server = algorithm.init(key_for(given.key, "init"), given.held)
-    grouped = isinstance(settings, dict)
     sketches = {
         name: joining(given._replace(held=given.held[name]) if name else given, algorithm, one, first)
-        for name, one in (settings if isinstance(settings, dict) else {"": settings}).items()
+        for name, one in settings.items()
     }
-    cohort = GroupedSketch(given.held, first, sketches) if grouped else sketches[""]
     with watched(trains=False):
         for round in (first, first + 1):
             if round > first:
                 sketches = {name: again(one, round) for name, one in sketches.items()}
-            cohort = GroupedSketch(given.held, round, sketches) if grouped else sketches[""]
-            stand_in: Any = cohort  # of `engine.cohort.Cohort`, or of a grouped one
+            stand_in: Any = sketches.get("") or GroupedSketch(given.held, round, sketches)  # of a cohort
             server, _ = algorithm.round(key_for(given.key, "server", round), given.held, server, stand_in)
-    return cohort
+    return sketches
 
 
 def joining(given: Unknown, algorithm: Algorithm, setting: Setting, round: int) -> Sketch:
@@ -193,9 +185,8 @@ def cohorts(config: Config, algorithm: Algorithm, round: int, clients: int) -> d
         return {"": selected(config, algorithm, round, np.arange(clients))}
     found = groups.members(config, clients)
     return {
-        name: selected(config, algorithm, round, ids, name, len(ids) / clients)
-        for name, ids in found.items()
-        if len(ids)
+        name: selected(config, algorithm, round, found[name], name, share)
+        for name, share in groups.shares(found).items()
     }
 
 
@@ -208,14 +199,11 @@ def selected(
         share: of the clients of a round that are this group's.
     """
     asked = groups.asked(config.clients_per_round, share)
-    population, chance = (
-        Population(len(members), min(asked, len(members))),
-        " ".join(filter(None, (f"sample {round}", group))),
-    )
+    population = Population(len(members), min(asked, len(members)))
     try:
-        places = np.asarray(algorithm.select(stream(config.seed, chance), None, population), np.int64)
+        places = np.asarray(algorithm.select(groups.chance(config.seed, round, group), None, population), np.int64)
     except (AttributeError, TypeError):
-        places = draw(stream(config.seed, chance), None, population)
+        places = draw(groups.chance(config.seed, round, group), None, population)
     return np.where(places >= 0, members[places], -1)
 
 

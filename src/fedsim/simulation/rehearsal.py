@@ -196,7 +196,7 @@ def refuse_lanes(config: Config, speed: Speed, problem: Problem) -> None:
         ids: Any = np.arange(min(invited(config), problem.partition.clients))
         if config.groups:
             every = groups.members(config, problem.partition.clients)
-            shares = {name: len(each) / problem.partition.clients for name, each in every.items() if len(each)}
+            shares = groups.shares(every)
             ids = {name: every[name][: groups.asked(invited(config), share)] for name, share in shares.items()}
         rehearse(problem._replace(trainers=None), phase, ids)
         gc.collect()  # its engine, which refers to itself, before the first phase needs the memory

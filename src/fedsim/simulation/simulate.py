@@ -33,7 +33,6 @@ from fedsim.engine.host import (
 )
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Lanes
-from fedsim.randomness import stream
 from fedsim.record.shared_checkpoints import SharedCheckpoints
 from fedsim.report.progress import Progress
 from fedsim.report.summaries import has_diverged
@@ -267,13 +266,12 @@ def select(config: Config, fleet: network.Fleet, now: Current, stand: Standing) 
     trainer, round = now.trainer, stand.round
     if not trainer.groups:
         return drawn(config, fleet, now, stand, trainer.engine, np.arange(trainer.engine.population), "", 1.0)
-    shares = {name: len(ids) / trainer.engine.population for name, ids in trainer.members.items() if len(ids)}
     return GroupedCohort(
         trainer.engine,
         round,
         {
             name: drawn(config, fleet, now, stand, trainer.groups[name], trainer.members[name], name, share)
-            for name, share in shares.items()
+            for name, share in groups.shares(trainer.members).items()
         },
     )
 
@@ -287,8 +285,7 @@ def drawn(
     asked, wanted = (groups.asked(n, share) for n in (invited(config), config.clients_per_round))
     there = available if available is None or not group else lambda places: available(members[places])
     population = Population(len(members), min(asked, len(members)), there)
-    purpose = " ".join(filter(None, (f"sample {round}", group)))
-    places = np.asarray(trainer.algorithm.select(stream(config.seed, purpose), now.server, population))
+    places = np.asarray(trainer.algorithm.select(groups.chance(config.seed, round, group), now.server, population))
     ids = np.where(places >= 0, members[places], -1) if group else places
     conditions = network.conditions(fleet, ids, round, asked, wanted)
     return Cohort(
