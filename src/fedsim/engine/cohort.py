@@ -127,7 +127,10 @@ class Cohort:
         """
         engine, members = self.engine, len(self.ids)
         turn = sum(one.stream == local.passes.stream for one in self.done)
-        key = key_for(engine.root, named("down", engine.name(local)), self.round, turn)
+        # Half a millisecond of the host, which only a codec has a use for.
+        key = engine.root
+        if engine.down is not None:
+            key = key_for(engine.root, named("down", engine.name(local)), self.round, turn)
         decoded, down = self.outbox.sent(message, engine.depart, key, members)
         averages = reduce is None
         if averages:
@@ -307,12 +310,10 @@ class Cohort:
         else:
             memory, seen = self.memory.gather(ids)
         store = self._coding(programs, local, turn)
-        coding, coding_seen = store.gather(ids) if store else ((), np.zeros(plan.member.shape, bool))
+        coding, coding_seen = store.gather(ids) if store else ((), ())
         now = ids.astype(np.int32), by_slot(self.sizes).astype(np.int32), by_slot(outcome.steps).astype(np.int32)
-        return Slots(
-            *self.engine.split((*now, plan.member, by_slot(outcome.reports), seen)),
-            *self.engine.split((memory, coding_seen, coding)),
-        )
+        host = (*now, plan.member, by_slot(outcome.reports), seen, memory, coding_seen, coding)
+        return Slots(*self.engine.split(host))
 
     def _coding(self, programs: Programs, local: Local, turn: int) -> Memory | None:
         """Where clients keep the codec's state for exchanges like this one."""

@@ -125,7 +125,7 @@ class Lanes:
         self.widths, self.may_refuse = widths, may_refuse
         self.need = Need(0, 0)  # of the programs that were made last
         self.up, self.down, self.group = up, down, group
-        self.depart = jax.jit(lambda message, key: wire.depart(down, message, key))
+        self._depart = jax.jit(lambda message, key: wire.depart(down, message, key))
         self._programs: dict[Any, Programs] = {}
         self._replies: dict[Any, Reply] = {}
         self._reply_bytes: dict[Any, int] = {}
@@ -165,6 +165,12 @@ class Lanes:
         """As `put`, for what nobody changes: where it can, a CPU's devices share one copy, the caller's."""
         return self.put(jax.tree.map(aligned, tree) if self.devices[0].platform == "cpu" else tree)
 
+    def depart(self, message: Tree, key: Array) -> Tree:
+        """A message as its receivers decode it; without a codec, and where all entries travel, that is what was given."""
+        if self.down is None and not wire.thins(message):
+            return wire.unmarked(message)
+        return self._depart(message, key)
+
     def split(self, tree: Tree) -> Tree:
         """Gives every device its block of arrays (D, ...)."""
         return processes.put(tree, self.apart)
@@ -195,22 +201,22 @@ class Lanes:
 
     def reply(self, request: Request) -> Reply:
         """What one client would reply; traced once."""
-        if request.asked not in self._replies:
-            self._replies[request.asked] = reply_shapes(*self._traced(request))
-        return self._replies[request.asked]
+        if (asked := request.asked) not in self._replies:
+            self._replies[asked] = reply_shapes(*self._traced(request))
+        return self._replies[asked]
 
     def reply_bytes(self, request: Request) -> int:
         """Bytes of one client's reply before there is one; see `replies.reply_bytes`."""
-        if request.asked not in self._reply_bytes:
-            self._reply_bytes[request.asked] = reply_bytes(*self._traced(request))
-        return self._reply_bytes[request.asked]
+        if (asked := request.asked) not in self._reply_bytes:
+            self._reply_bytes[asked] = reply_bytes(*self._traced(request))
+        return self._reply_bytes[asked]
 
     def flops(self, request: Request) -> float:
         """FLOPs of an example in a client's steps, or of a step; see `flops.of_local`. Traced once."""
-        if request.asked not in self._flops:
+        if (asked := request.asked) not in self._flops:
             local, init_memory, message, _, *known = self._traced(request)
-            self._flops[request.asked] = flops.of_local(local, init_memory, message, *known)
-        return self._flops[request.asked]
+            self._flops[asked] = flops.of_local(local, init_memory, message, *known)
+        return self._flops[asked]
 
     def _traced(self, request: Request) -> tuple[Any, ...]:
         local, init_memory, message = request.local, request.init_memory, request.message
@@ -325,7 +331,8 @@ class Lanes:
         own = jax.tree.map(lambda a: array(a.dtype, slots, *a.shape[1:]), own)
         clock = Clock(jnp.int32(0), jnp.int32(0), jnp.float32(0))
         shared, clock, args = self.put((shared, clock, request.args))
-        own, cohort = self._apart((own, Slots(number, number, number, number, flag, flag, kept, flag, coding)))
+        coded = flag if jax.tree.leaves(coding) else ()
+        own, cohort = self._apart((own, Slots(number, number, number, number, flag, flag, kept, coded, coding)))
         rows = (len(self.devices), *grid, passes.batch_size)
         at = {name: array(jnp.int32, *grid) for name in ("count", "step", "slot")}
         at |= {name: array(jnp.bool_, *grid) for name in ("first", "last")}

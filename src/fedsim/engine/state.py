@@ -29,7 +29,7 @@ class Slots(NamedTuple):
     reports: Array  # (S,), bool: False for a client that drops out
     seen: Array  # (S,), bool: has a stored memory
     memory: Tree  # (S, ...): stored memory, where seen
-    coding_seen: Array  # (S,), bool: the same of what the codec keeps
+    coding_seen: Tree  # (S,), bool: the same of what the codec keeps; () where it keeps nothing
     coding: Tree  # (S, ...)
 
 

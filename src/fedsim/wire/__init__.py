@@ -23,6 +23,7 @@ from fedsim.wire.marks import (
     most,
     named,
     news,
+    thins,
     unmarked,
     unmarked_leaves,
     whole,

@@ -86,6 +86,14 @@ def is_mark(node: object) -> bool:
     return isinstance(node, (Coded, Kept, Again, PerClient)) or is_packet(node)
 
 
+def thins(tree: Tree) -> bool:
+    """Whether a part is marked of which only some entries travel."""
+    kept = [
+        isinstance(node, Kept) or (isinstance(node, (Coded, PerClient)) and thins(node.tree)) for _, node in named(tree)
+    ]
+    return any(kept)
+
+
 def unmarked(tree: Tree) -> Tree:
     """The values alone, as the algorithm gave them."""
 
