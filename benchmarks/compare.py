@@ -6,7 +6,7 @@
 
 A figure is every number, or list of repeats, in `results`. It moved where no repeat of the one lies within the repeats
 of the other; a figure without repeats has no spread, so nothing is said of it but its ratio. Also compared are two files
-of `experiments/client_count.py`, and two `profile.json` of `fedsim profile`. Needs no JAX.
+of `experiments/million_clients.py`, and two `profile.json` of `fedsim profile`. Needs no JAX.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ MACHINE = ("processor", "cores", "device", "platform", "python", "versions")
 ROWS = {
     "batch_shapes": ("work", "devices", "lanes", "widths"),
     "client_count": ("form", "members", "population", "devices", "lanes", "least_seconds"),
+    "codecs": ("codec", "dimension", "vector"),
+    "exchange": ("members", "heard"),
     "layers": ("backbone", "variant"),
     "peers": ("workload", "system"),
     "peers-gpu": ("workload", "system"),
@@ -79,14 +81,14 @@ def read(place: str) -> dict[str, Any]:
     found = adopted(found) if isinstance(found, dict) else {}
     if not {"benchmark", "results"} <= found.keys():
         raise ValueError(
-            f"Expected {place} to have `benchmark` and `results`; give what a benchmark, experiments/client_count.py or "
+            f"Expected {place} to have `benchmark` and `results`; give what a benchmark, experiments/million_clients.py or "
             "`fedsim profile` (its profile.json) has written."
         )
     return found
 
 
 def adopted(found: dict[str, Any]) -> dict[str, Any]:
-    """A file of `experiments/client_count.py` or of `fedsim profile` in the form of a benchmark's; any other as it is."""
+    """A file of `experiments/million_clients.py` or of `fedsim profile` in the form of a benchmark's; any other as it is."""
     if {"schema", "base", "sweep", "speed"} <= found.keys():
         kept = ("base", "flops", "seconds", "apart", "memory", "steps", "sweep")
         options = {**found["config"], **found["speed"], "phase": found["phase"]}

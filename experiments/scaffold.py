@@ -3,7 +3,7 @@
 Command:  fedsim check experiments/scaffold.py:scaffold
           fedsim run --algorithm experiments/scaffold.py:scaffold --weighting uniform --optimizer sgd
 The paper's means are uniform, and its clients take plain SGD steps: with another optimizer (x - y) / (K lr) is no gradient.
-docs/own_algorithm.md explains it line by line.
+docs/own_algorithm.md explains it line by line. fedsim's own `scaffold` is this with a server optimizer.
 """
 
 from typing import NamedTuple

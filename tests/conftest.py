@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A step is compiled at two widths of a batch instead of four, but where widths are what is tested.
+    """A step is compiled at one width of a batch instead of four, but where widths are what is tested.
 
     Afterwards a module's programs are forgotten: they are of no use to the next one, and a whole run of them takes 5 GB.
     """
@@ -50,9 +51,20 @@ def few_programs(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__.rpartition(".")[2] not in ("test_packing", "test_widths"):
-            patch.setattr(packing, "MOST_WIDTHS", 2)
+            patch.setattr(packing, "MOST_WIDTHS", 1)
         yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs of this process draw their pictures, two seconds each, only in modules that speak of such files."""
+    from fedsim.simulation import ending
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not re.search(r"\.png|drawn", request.path.read_text("utf-8")):
+            patch.setattr(ending, "undrawn", lambda name, draw: "")
+        yield
 
 
 @pytest.fixture(scope="session")

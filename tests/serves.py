@@ -103,14 +103,14 @@ def fed_two_sizes(task: Any, steps: int = 4, batch: int = 8, lr: float = 0.1) ->
         return Server({n: t.init(key) for n, t in task.groups.items()}, ())
 
     def round(key: Any, held: Any, server: Server, cohort: Any) -> Any:
-        params = dict(server.params)
+        params, weight = dict(server.params), 0.0
         for name in names:
             change, info = cohort.groups[name].exchange(fedsim.coded(params[name], change=False), locals_[name])
-            params[name] = add(params[name], change)
+            params[name], weight = add(params[name], change), weight + info.weight
         teachers = {n: params[n] for n in names}
         state = optimizer.init(params["server"])
         params["server"], _, metrics = run(held, params["server"], state, cohort.public["server"], teachers, key)
-        return Server(params, ()), {**info.metrics, **metrics}
+        return where_any(weight, Server(params, ()), server), {**info.metrics, **metrics}
 
     def predict(held: Any, server: Server, memory: Any, x: Any) -> Any:
         return task.logits(held["server"], server.params["server"], x)

@@ -19,13 +19,16 @@ import pytest
 import fedsim
 from fedsim import algorithms, data
 from fedsim.cli import main as cli
-from fedsim.cli.options import CostOptions, ProfileOptions, RunOptions, ShowOptions, parse
-from fedsim.config import main_job
+from fedsim.cli import sweeping
+from fedsim.cli.options import CostOptions, ProfileOptions, RunOptions, ShowOptions, parse, parse_alone
+from fedsim.cli.privacy import PrivacyOptions
+from fedsim.cli.privacy import check as check_privacy
+from fedsim.config import Config, Speed, main_job
 from fedsim.profiling import profile
 from fedsim.simulation.loaded import Run
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 EXPERIMENTS = sorted(ROOT.glob("experiments/**/*.py"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PIP_TEST = "pip install -e '.[test]' && pytest"
@@ -53,7 +56,7 @@ COMMANDS += [
     (file, shlex.split(line.strip())[1:])
     for file in EXPERIMENTS
     for line in re.findall(
-        r"(fedsim (?:run|check) [^\n]*?)(?:  +\(.*)?\n", ast.get_docstring(ast.parse(file.read_text())) or ""
+        r"(fedsim (?:run|check|sweep) [^\n]*?)(?:  +\(.*)?\n", ast.get_docstring(ast.parse(file.read_text())) or ""
     )
 ]
 
@@ -73,12 +76,16 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         options = parse(ProfileOptions, argv, "fedsim profile")
         options.config()
         profile.parse_sweep(options.sweep)
+    elif command == "sweep":
+        sweeping.read(argv)
     elif command == "cost":
         CostOptions.parsed(argv).configs()
+    elif command == "privacy" and argv:
+        check_privacy(parse_alone(PrivacyOptions, argv, "fedsim privacy"))
     elif command == "check" and argv:
         algorithms.find(argv[0])
     elif command == "list":
-        assert argv[:1] in ([], ["algorithms"], ["backbones"], ["peft"], ["data"])
+        assert argv[:1] in ([], *([kind] for kind in cli.KINDS))
     elif command == "data":
         assert argv[:1] in ([], ["fetch"], ["list"], ["prepare"], ["show"])
 
@@ -120,6 +127,10 @@ def test_options_exist(document: Path) -> None:
         CostOptions.parsed(["--help"])
     with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
         parse(ProfileOptions, ["--help"], "fedsim profile")
+    with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
+        sweeping.value(["--help"], Config(), Speed())
+    with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
+        parse_alone(PrivacyOptions, ["--help"], "fedsim privacy")
     known = set(re.findall(r"--[a-z][a-z-]*", help_text.getvalue()))
     others = {"--help", "--debug", "--exclude-editable"}
     said = {
@@ -179,7 +190,7 @@ def script_calls(document: Path) -> set[tuple[str, str]]:
         for name, rest in re.findall(r"([\w.]+\.py)((?: [^#]*)?)", line)
         if name in SCRIPTS
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest)
-        if not re.search(r"fedsim (run|check|profile)", line)
+        if not re.search(r"fedsim (run|check|profile|sweep)", line)
     }
 
 
@@ -193,10 +204,8 @@ def test_options_of_scripts_exist(document: Path) -> None:
 def test_there_are_calls_of_scripts() -> None:
     """The test above can fail."""
     calls = set().union(*(script_calls(document) for document in DOCUMENTS))
-    assert ("run.py", "--workloads") in calls and ("client_stability.py", "--small") in calls
-    assert "--no-such" not in options_of(SCRIPTS["client_stability.py"]) and "--seeds" in options_of(
-        SCRIPTS["client_stability.py"]
-    )
+    assert ("run.py", "--workloads") in calls and ("tables.py", "--small") in calls
+    assert "--no-such" not in options_of(SCRIPTS["tables.py"]) and "--small" in options_of(SCRIPTS["tables.py"])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)

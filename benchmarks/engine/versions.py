@@ -149,7 +149,10 @@ def main(o: Options) -> None:
             tell(rows[-1])
     for row in rows:
         row["ratio"] = statistics.median(row["after"]) / statistics.median(row["before"])
-    report.write("versions", o, rows, more={"before": commit(Path(o.before)), "after": commit(Path(o.after))})
+    commits = {"before": commit(Path(o.before)), "after": commit(Path(o.after))}
+    named = {o.before: commits["before"], o.after: commits["after"]}  # what is kept names commits, no folders
+    sys.argv = [sys.argv[0], *(named.get(word, word) for word in sys.argv[1:])]
+    report.write("versions", dataclasses.replace(o, **commits), rows, more=commits)
 
 
 def tell(row: dict[str, Any]) -> None:

@@ -1,29 +1,33 @@
-"""Accelerator-hours that an experiment would take, from counted FLOPs: shapes alone, no weights, no data.
+"""Accelerator-hours that the full form of an axis would take, from counted FLOPs: shapes alone, no weights, no data.
+
+Command:  python experiments/fedpeft/hours.py client_stability     (or several; default: all four)
 
     hours = FLOPs / (UTILISATION * PEAK) / 3600
     FLOPs = rounds * examples a round * F_train + evaluations * validation examples * F + test examples * F
 
 An example in training costs its forward pass, the gradients of activations down to the first trained leaf, and the
 gradients of trained weights; `fedsim.peft.flops` counts all three. A head alone costs F once for every example (its features
-are kept), then next to nothing.
+are kept), then next to nothing. A sweep's option --dry-run says more, but needs the sets and the machine.
 The peak and the share of it that a run reaches are assumptions: say better ones where you know them.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import tyro
 from rows import header
-from running import Experiment, method_config
 
-from fedsim import peft
-from fedsim.config import Config
+from fedsim import Config, Sweep, peft
 from fedsim.peft.flops import forward_flops, training_flops
 from fedsim.simulation import build
+from fedsim.sweeps.cells import cells, tuning
 
+AXES = ("client_stability", "data_distribution", "data_scarcity", "domain_gap")
 DEVICE, PEAK, UTILISATION = "A100", 312e12, 0.30  # bfloat16 without sparsity, NVIDIA's data sheet; the share is assumed
 
 
@@ -35,6 +39,13 @@ class Facts(NamedTuple):
     test: int
     classes: int
     shape: tuple[int, ...]
+
+
+SETS = {  # sizes as TFDS' catalogue has them, after our split of validation, and of test where a set has none
+    "tfds:cifar100": Facts(45_000, 5_000, 10_000, 100, (32, 32, 3)),
+    "tfds:resisc45": Facts(22_680, 2_520, 6_300, 45, (256, 256, 3)),
+    "tfds:patch_camelyon": Facts(262_144, 32_768, 32_768, 2, (96, 96, 3)),
+}
 
 
 class Flops(NamedTuple):
@@ -77,31 +88,40 @@ def hours(config: Config, facts: Facts) -> float:
     return total / (UTILISATION * PEAK) / 3600
 
 
-def plan(experiment: Experiment, facts: dict[str, Facts]) -> str:
-    """Expected hours of every cell and method, of the search, and of all, as Markdown.
-
-    Args:
-        facts: data set's name in the config -> its sizes.
-    """
-    e = experiment
-    lines = header(["accelerator-hours, one seed", *e.methods, "all methods"])
-    total = 0.0
-
-    def line(name: str, each: list[float]) -> str:
-        return f"| {name} | {' | '.join(f'{h:.2f}' for h in [*each, sum(each)])} |"
-
-    for cell in e.cells:
-        configs = [method_config(e, name, e.cells[cell], {}) for name in e.methods]
-        each = [hours(config, facts[config.dataset]) for config in configs]
-        total += len(e.seeds) * sum(each)
-        lines.append(line(cell, each))
-    default = [method_config(e, name, {}, {}) for name in e.methods]
-    each = [len(e.grid) * hours(config, facts[config.dataset]) for config in default]
-    lines.append(line(f"search, {len(e.grid)} rates", each))
-    total += sum(each)
+def plan(sweep: Sweep) -> str:
+    """Expected hours of every cell and method, of the search, and of all, as Markdown."""
+    searched = tuning(sweep)
+    first = {method: {"lr": of[0].config.lr} for method, of in searched.items()}  # a rate changes no FLOPs
+    found: dict[str, dict[str, list[float]]] = {}
+    for cell in cells(sweep, first):
+        of = found.setdefault(cell.varied["cell"], {}).setdefault(cell.varied["method"], [])
+        of.append(hours(cell.config, SETS[cell.config.dataset]))
+    rates, seeds = len(sweep.tune["lr"]), len(next(iter(next(iter(found.values())).values())))
+    search = {method: [hours(c.config, SETS[c.config.dataset]) for c in of] for method, of in searched.items()}
+    lines = header(["accelerator-hours, one seed", *searched, "all methods"])
+    for name, each in {
+        **{name: [of[0] for of in methods.values()] for name, methods in found.items()},
+        f"search, {rates} rates": [sum(of) for of in search.values()],
+    }.items():
+        lines.append(f"| {name} | {' | '.join(f'{h:.2f}' for h in [*each, sum(each)])} |")
+    total = sum(sum(of) for methods in (*found.values(), search) for of in methods.values())
     lines += [
         "",
-        f"In all {total:,.0f} hours of one {DEVICE}: {len(e.seeds)} seeds of every cell, and the search with at most "
-        f"{len(e.grid)} rates, at {UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s (assumed, not measured).",
+        f"In all {total:,.0f} hours of one {DEVICE}: {seeds} seeds of every cell, and the search with {rates} rates, at "
+        f"{UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s (assumed, not measured).",
     ]
     return "\n".join(lines)
+
+
+def main(axes: tyro.conf.Positional[tuple[str, ...]] = AXES) -> None:
+    """Prints the hours of the full form of each axis.
+
+    Args:
+        axes: client_stability, data_distribution, data_scarcity, domain_gap (default: all).
+    """
+    for axis in axes:
+        print(f"{axis}\n\n{plan(importlib.import_module(axis).full)}\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

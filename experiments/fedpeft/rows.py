@@ -1,80 +1,128 @@
-"""What the runs of an experiment say: a row for each cell and method over its seeds, the table, the picture."""
+"""What an axis has found: a row for each cell and method over its seeds, and how the learning rates were chosen.
+
+`result` reads the folder of a sweep; the JSON files of experiments/results have the same form, and `table` prints both.
+"""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from common import TARGETS
 
-from fedsim.report import plots
+from fedsim import record
+from fedsim.sweeps import folder
+from fedsim.sweeps.study import Setting, Spread, Study
 from fedsim.units import share
 
+Curve = Sequence[Sequence[Any]]
+"""(round, bytes sent so far both ways, validation accuracy), in the order of rounds."""
 
-def at_bytes(curve: Sequence[Sequence[Any]], budget: int) -> float | None:
-    """Validation accuracy of the last evaluation at which no more than `budget` bytes were sent; None before the first.
 
-    Args:
-        curve: (round, bytes sent so far, accuracy), in the order of rounds.
-    """
+def at_bytes(curve: Curve, budget: int) -> float | None:
+    """Validation accuracy of the last evaluation at which no more than `budget` bytes were sent; None before the first."""
     within = [accuracy for _, total, accuracy in curve if total <= budget]  # None where the model had diverged
     return within[-1] if within else None
 
 
-def bytes_to(curve: Sequence[Sequence[Any]], target: float | None) -> int | None:
-    """Bytes sent at the first evaluation with at least this accuracy; None where there is none."""
-    known = [(total, accuracy) for _, total, accuracy in curve if accuracy is not None]
-    reached = [total for total, accuracy in known if target is not None and accuracy >= target]
-    return reached[0] if reached else None
+def curve_of(lines: Sequence[record.Round]) -> Curve:
+    """The curve of a run; where the model had diverged the accuracy is None."""
+    seen = [line for line in lines if line["validation"]]
+    return [
+        (line["round"], line["total_bytes_up"] + line["total_bytes_down"], line["validation"]["accuracy"])
+        for line in seen
+    ]
 
 
-def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each cell and method, over its seeds.
+def result(study: Study) -> dict[str, Any]:
+    """Rows, rates, the grid and the commits of a sweep."""
+    rates = search(study)
+    cells: dict[str, list[Setting]] = {}
+    for setting in study.settings():
+        if setting.rows:
+            cells.setdefault(setting.varied["cell"], []).append(setting)
+    grid = sorted({float(rate) for found in rates.values() for rate in found["validation_by_rate"]})
+    rows = [row for settings in cells.values() for row in of_cell(study, settings, rates)]
+    return {"grid": grid, "rates": rates, "rows": rows, "git": commits([run.about["git"] for run in study.runs()])}
+
+
+def commits(found: Sequence[dict[str, Any] | None]) -> list[str]:
+    """The commits that these runs are of, each once; with a plus where files were changed."""
+    return list(dict.fromkeys(git["commit"][:7] + "+" * git["changed"] for git in found if git))
+
+
+def search(study: Study) -> dict[str, dict[str, Any]]:
+    """By method the rate, whether it is at the grid's edge, and what every rate gave and took in the default cell."""
+    asked = folder.Asked(study.directory)
+    places, found = folder.places(study.directory / folder.TUNING, asked.tuning), {}
+    for cell in asked.tuning:
+        if folder.state(places[cell.key]) != "done":
+            continue
+        of = found.setdefault(cell.varied["method"], {"validation_by_rate": {}, "seconds_by_rate": {}})
+        summary = record.load(places[cell.key]).summary or {}
+        rate = f"{cell.config.lr:g}"
+        of["validation_by_rate"][rate] = summary["final"]["validation"]["accuracy"]
+        of["seconds_by_rate"][rate] = round(summary["seconds"], 1)
+    for method, of in found.items():
+        tried = [float(rate) for rate in of["validation_by_rate"]]
+        of["rate"] = study.chosen[method]["lr"]
+        of["at_the_edge"] = of["rate"] in (min(tried), max(tried))
+    return found
+
+
+def of_cell(study: Study, settings: Sequence[Setting], rates: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a cell: a method each.
 
     `at_equal_bytes` holds the validation accuracy at two budgets, the least and the second least total of the cell's
     methods: with the least one alone, most methods would have sent nothing but the rounds of the head.
     """
+    budgets = sorted(max(row["bytes"] for row in s.rows) for s in settings)[:2]
     found = []
-    for cell, methods in result["cells"].items():
-        totals = {name: max(seed["total"] for seed in seeds.values()) for name, seeds in methods.items()}
-        budgets = sorted(totals.values())[:2]
-        for name, seeds in methods.items():
-            of = list(seeds.values())
-            reached = [b for b in (bytes_to(s["curve"], result["sets"][cell]["target"]) for s in of) if b is not None]
-            found.append(
-                {
-                    "cell": cell,
-                    "method": name,
-                    "seeds": len(of),
-                    "parameters": of[0]["parameters"],
-                    "client_up": of[0]["client_up"],
-                    "client_down": of[0]["client_down"],
-                    "total": totals[name],
-                    "setup": max(s["setup"] for s in of),
-                    "rate": result["rates"][name]["rate"],
-                    "at_the_edge": result["rates"][name]["at_the_edge"],
-                    "validation": spread([s["validation"] for s in of]),
-                    "test": spread([s["test"] for s in of]),
-                    "budgets": budgets,
-                    "at_equal_bytes": [spread([at_bytes(s["curve"], budget) for s in of]) for budget in budgets],
-                    "bytes_to_target": round(statistics.mean(reached)) if reached else None,
-                    "seeds_at_target": len(reached),
-                    "paper": None,
-                    "seconds": round(sum(s["seconds"] for s in of), 1),
-                }
-            )
+    for s in settings:
+        done = [cell for cell in s.cells if study.row(cell)["state"] == "done"]
+        lines = [record.rounds(study.places[cell.key]) for cell in done]
+        last = lines[0][-1]
+        reached, count = study.bytes_to(s, TARGETS.get(done[0].config.dataset))
+        found.append(
+            {
+                "cell": s.varied["cell"],
+                "method": s.varied["method"],
+                "seeds": len(done),
+                "parameters": s.rows[0]["parameters"],
+                "client_up": last["bytes_up"] // last["clients"],
+                "client_down": last["bytes_down"] // last["clients"],
+                "total": max(row["bytes"] for row in s.rows),
+                "setup": max(row["setup_bytes"] for row in s.rows),
+                "rate": done[0].config.lr,
+                "at_the_edge": rates[s.varied["method"]]["at_the_edge"],
+                "validation": as_dict(s.over_seeds("validation")),
+                "test": as_dict(s.over_seeds("test")),
+                "budgets": budgets,
+                "at_equal_bytes": [
+                    as_dict(spread([at_bytes(curve_of(of), budget) for of in lines])) for budget in budgets
+                ],
+                "bytes_to_target": reached,
+                "seeds_at_target": count,
+                "paper": None,
+                "seconds": round(sum(row["seconds"] for row in s.rows), 1),
+            }
+        )
     return found
 
 
-def spread(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean and standard deviation (of a sample; None for one value) over seeds; no mean where a seed has no value."""
+def spread(values: Sequence[float | None]) -> Spread | None:
+    """Mean and deviation of a sample over seeds; None where a seed has no value."""
     known = [v for v in values if v is not None]
     if len(known) < len(values):
-        return {"mean": None, "sd": None}
-    return {"mean": statistics.mean(known), "sd": statistics.stdev(known) if len(known) > 1 else None}
+        return None
+    return statistics.mean(known), statistics.stdev(known) if len(known) > 1 else None
+
+
+def as_dict(found: Spread | None) -> dict[str, float | None]:
+    """A spread as JSON has it."""
+    mean, sd = found or (None, None)
+    return {"mean": mean, "sd": sd}
 
 
 def header(columns: Sequence[str], text: int = 1) -> list[str]:
@@ -83,7 +131,7 @@ def header(columns: Sequence[str], text: int = 1) -> list[str]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as Markdown: the rows of every cell, and below them the search for the rates."""
+    """A result as Markdown: the rows of every cell, and below them the search for the rates."""
     columns = [
         "cell",
         "trained",
@@ -106,36 +154,19 @@ def table(result: dict[str, Any]) -> str:
         rate = f"{r['rate']:g}{' (edge)' if r['at_the_edge'] else ''}"
         cells = [r["cell"], r["method"], *counts, rate, *scores, reached, r["paper"] or "", f"{r['seconds']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    rates = [f"{rate:g}" for rate in result["grid"]]
-    lines += ["", *header(["validation accuracy at rate", *rates, "seconds"])]
-    for name, r in result["rates"].items():
-        found = [share(r["validation_by_rate"][rate]) if rate in r["validation_by_rate"] else "" for rate in rates]
+    return "\n".join([*lines, "", *rates_table(result["grid"], result["rates"])])
+
+
+def rates_table(grid: Sequence[float], rates: dict[str, Any]) -> list[str]:
+    """Markdown lines: what every rate gave; empty where it was not tried."""
+    names = [f"{rate:g}" for rate in grid]
+    lines = header(["validation accuracy at rate", *names, "seconds"])
+    for name, r in rates.items():
+        found = [share(r["validation_by_rate"][rate]) if rate in r["validation_by_rate"] else "" for rate in names]
         lines.append(f"| {name} | {' | '.join(found)} | {sum(r['seconds_by_rate'].values()):.0f} |")
-    return "\n".join(lines)
+    return lines
 
 
 def said(score: dict[str, float | None]) -> str:
     """`0.735 ± 0.010`, `0.735` for one seed, or a dash."""
-    if score["mean"] is None:
-        return "–"
-    return f"{score['mean']:.3f}" + ("" if score["sd"] is None else f" ± {score['sd']:.3f}")
-
-
-def draw(result: dict[str, Any], path: Path) -> Path:
-    """Draws test accuracy by cell, one line a method with the deviation over seeds, and gives the picture's path."""
-    figure = Figure(figsize=(7.6, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    cells = list(result["cells"])
-    for i, name in enumerate(result["rates"]):
-        of = {r["cell"]: r["test"] for r in result["rows"] if r["method"] == name}
-        at = [k + (i - (len(result["rates"]) - 1) / 2) * 0.04 for k, cell in enumerate(cells) if cell in of]
-        high = [math.nan if of[cell]["mean"] is None else of[cell]["mean"] for cell in cells if cell in of]
-        errors = [of[cell]["sd"] or 0.0 for cell in cells if cell in of]
-        color = plots.COLORS[i % len(plots.COLORS)]
-        axes.errorbar(at, high, errors, color=color, marker="o", markersize=5, linewidth=1.6, capsize=3, label=name)
-    axes.set_xticks(range(len(cells)), cells)
-    axes.set_xlim(-0.4, len(cells) - 0.6)
-    axes.set_ylabel("test accuracy")
-    plots.style(axes)
-    figure.legend(fontsize=9, loc="outside right center", labelcolor=plots.INK, frameon=False)
-    return plots.write(figure, path)
+    return share(score["mean"]) + ("" if score["sd"] is None else f" ± {share(score['sd'])}")

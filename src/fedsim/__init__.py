@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from fedsim.simulation.loaded import export as export
     from fedsim.simulation.loaded import load as load
     from fedsim.simulation.simulate import run as run
+    from fedsim.sweeps.cells import Sweep as Sweep
+    from fedsim.sweeps.study import load_sweep as load_sweep
+    from fedsim.sweeps.sweep import sweep as sweep
     from fedsim.testing.contract import check_algorithm as check_algorithm
     from fedsim.training.local import fit as fit
     from fedsim.training.server import trainer as trainer
@@ -72,6 +75,9 @@ _HOME = {
     "fedsim.simulation.loaded": ("export", "load"),
     "fedsim.report.tables": ("compare",),
     "fedsim.simulation.simulate": ("run",),
+    "fedsim.sweeps.cells": ("Sweep",),
+    "fedsim.sweeps.study": ("load_sweep",),
+    "fedsim.sweeps.sweep": ("sweep",),
     "fedsim.testing.contract": ("check_algorithm",),
     "fedsim.wire": ("Packet", "PerClient", "again", "coded", "kept"),
 }

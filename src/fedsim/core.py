@@ -178,11 +178,12 @@ class Cohort(Protocol):
 
 
 class Population(NamedTuple):
-    """What `select` may know: how many clients there are, how many this round asks for, and who can be reached."""
+    """What `select` may know: how many clients there are, how many this round asks for, who can be reached, which round it is."""
 
     size: int
     cohort: int
     available: Callable[[np.ndarray], np.ndarray] | None = None  # ids (K,) -> (K,) bool; None: everybody
+    round: int = 1
 
 
 def draw(rng: np.random.Generator, server: Tree, population: Population) -> np.ndarray:
@@ -191,7 +192,7 @@ def draw(rng: np.random.Generator, server: Tree, population: Population) -> np.n
     The cohort's size is a compiled shape, so it stays; the engine leaves absent members alone. Looks at a few times
     M candidates, whatever the population, unless most clients are absent.
     """
-    size, wanted, available = population
+    size, wanted, available, _ = population
     if available is None:
         return rng.choice(size, wanted, replace=False)
     looked = wanted
@@ -201,6 +202,12 @@ def draw(rng: np.random.Generator, server: Tree, population: Population) -> np.n
         there = available(candidates)
         if there.sum() >= wanted or looked == size:
             return np.concatenate([candidates[there], candidates[~there]])[:wanted]
+
+
+def places(size: int, chance: float) -> int:
+    """Members that fewer than one Poisson sample in a million exceeds."""
+    mean = size * chance
+    return min(size, math.ceil(mean + 5 * math.sqrt(mean * (1 - chance)) + 5))
 
 
 def poisson(rate: float | None = None) -> Callable[[np.random.Generator, Tree, Population], np.ndarray]:
@@ -214,8 +221,7 @@ def poisson(rate: float | None = None) -> Callable[[np.random.Generator, Tree, P
 
     def select(rng: np.random.Generator, server: Tree, population: Population) -> np.ndarray:
         chance = population.cohort / population.size if rate is None else rate
-        mean = population.size * chance
-        cap = min(population.size, math.ceil(mean + 5 * math.sqrt(mean * (1 - chance)) + 5))
+        cap = places(population.size, chance)
         drawn = rng.choice(population.size, rng.binomial(population.size, chance), replace=False)
         return np.pad(drawn, (0, -len(drawn) % cap if len(drawn) else cap), constant_values=-1)
 
@@ -254,6 +260,8 @@ class Task(NamedTuple):
     classes: int = 0  # 0 for language models, whose `y` is no target but the partition's label
     metric: str = "accuracy"  # what a run is judged by
     larger: bool = True  # whether a larger value of it is better
+    augment: Callable[[Array, Tree], Tree] = lambda key, x: x  # (a batch's key, x) -> x, as `loss` trains on it
+    inputs: Callable[[Tree], Tree] | None = lambda x: x  # (x, images in 0..1) -> as it reads bytes; None: unknown
     groups: Mapping[str, Task] = {}  # of several architectures each one's; this one is then the answering group's
 
 
@@ -273,3 +281,4 @@ class Algorithm(NamedTuple):
     groups: bool = False  # trains several architectures: `held` is by group, and so are exchanges
     releases: int = 1  # exchanges a round that privacy accounts for; one more is refused
     runs_empty: bool = False  # whether a round without a reply changes the server
+    plain_steps: bool = True  # clients take the run's steps, one gradient each: what example-level privacy counts

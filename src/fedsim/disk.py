@@ -39,6 +39,12 @@ def remedy_for(error: BaseException) -> str:
     return "see to the cause"
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether a write failed for want of room, as the next one will."""
+    numbers = {e.errno for e in causes(error) if isinstance(e, OSError)} | {quoted(error)}
+    return bool(numbers & {errno.ENOSPC, errno.EDQUOT})
+
+
 def causes(error: BaseException) -> list[BaseException]:
     """An error and what it came from, newest first."""
     found: list[BaseException] = []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,11 +21,12 @@ def require_options(make: Callable[..., Any], options: Mapping[str, Any], name: 
         require_known(options, [p.name for p in parameters][given:], f"option of {name}")
 
 
-def execute(file: Path, what: str) -> ModuleType:
+def execute(file: Path, what: str, *, beside: bool = False) -> ModuleType:
     """Runs a Python file, each time anew, and gives its module.
 
     Args:
         what: what the file is, for messages.
+        beside: it may import the files beside it, as a script may. Not for code that a run keeps a copy of, which is one file.
 
     Raises:
         ValueError: no such file, or it is not Python.
@@ -37,8 +39,19 @@ def execute(file: Path, what: str) -> ModuleType:
         raise ValueError(f"Expected {what} file {str(file)!r} to be Python, ending in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    with importable(file.resolve().parent) if beside else nullcontext():
+        spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def importable(folder: Path) -> Iterator[None]:
+    """The folder's files can be imported, before others of the same name."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 def find(file: Path, name: str, what: str) -> Any:

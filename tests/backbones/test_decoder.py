@@ -3,38 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from fedsim import peft
 from fedsim.backbones import BACKBONES, decoder_row
 from fedsim.backbones.decoder import DecoderConfig
 from fedsim.peft.export import merge
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "backbones" / "llama"
-SMALL = DecoderConfig(vocabulary=40, width=16, depth=2, heads=4, kv_heads=2, hidden=24, positions=12, theta=100.0)
+SMALL = DecoderConfig(vocabulary=40, width=16, heads=4, kv_heads=2, hidden=24, positions=12, theta=100.0)
+GPT2 = dataclasses.replace(SMALL, layout="gpt2", kv_heads=4)
 RIGHT = np.array([[1, 5, 6, 7, 2, 0, 0], [1, 9, 8, 7, 6, 5, 2]], np.int32)  # padded behind
 LEFT = np.array([[0, 0, 1, 5, 6, 7, 2], [1, 9, 8, 7, 6, 5, 2]], np.int32)
 
 
 @pytest.fixture(autouse=True)
 def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No implicit promotion anywhere; the small decoder is a known backbone."""
+    """No implicit promotion anywhere; the small decoders are known backbones."""
     monkeypatch.setitem(BACKBONES, "small", decoder_row(SMALL))
+    monkeypatch.setitem(BACKBONES, "small_gpt2", decoder_row(GPT2))
     with jax.numpy_dtype_promotion("strict"):
         yield
 
 
-def made(kind: str = "full", **options: Any) -> tuple[peft.Model, dict[str, np.ndarray], dict[str, np.ndarray]]:
+def made(
+    kind: str = "full", name: str = "small", **options: Any
+) -> tuple[peft.Model, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """A model with every leaf moved from its start, so that none is one or zero."""
-    model = peft.build("small", 3, peft=kind, **{"task": "language_model", "rank": 2, **options})
+    model = peft.build(name, 3, peft=kind, **{"task": "language_model", "rank": 2, **options})
     rng = np.random.default_rng(0)
     parts = [
         {name: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32) for name, leaf in part.items()}
@@ -89,44 +91,19 @@ def test_outputs_equal_numpy(ids: np.ndarray) -> None:
     )
 
 
-THEIRS = {
-    "embeddings/token/embedding": "embed_tokens.weight",
-    "norm/scale": "norm.weight",
-    "norm1/scale": "input_layernorm.weight",
-    "norm2/scale": "post_attention_layernorm.weight",
-    **{f"attention/{ours}/kernel": f"self_attn.{ours[0]}_proj.weight" for ours in ("query", "key", "value", "output")},
-    **{f"mlp/{ours}/kernel": f"mlp.{ours}_proj.weight" for ours in ("gate", "up", "down")},
-}
-
-
-def test_outputs_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' LlamaForCausalLM, leaf by leaf (tests/reference/make_fixtures.py)."""
-    monkeypatch.setitem(BACKBONES, "small", decoder_row(dataclasses.replace(SMALL, positions=20)))
-    model = peft.build("small", 3, peft="full", task="language_model")
-    stored, expected = load_file(FIXTURE / "model.safetensors"), np.load(FIXTURE / "expected.npz")
-    leaves = {}
-    for path, shape in model.trained.items():
-        block, leaf = path.split("/")[1], "/".join(path.split("/")[2:])
-        name = f"layers.{block}.{THEIRS[leaf]}" if path.startswith("blocks/") else THEIRS[path]
-        value = stored.pop(f"model.{name}")
-        leaves[path] = value.T if path.endswith("kernel") else value
-        assert leaves[path].shape == shape.shape, path
-    assert not stored, "every leaf of the reference has its place"
-    real = expected["ids"] != 0
-    found = np.asarray(model.apply(leaves, {}, expected["ids"]))
-    np.testing.assert_allclose(found[real], expected["logits"][real], atol=2e-5, rtol=0)
-
-
-def test_padding_on_either_side_gives_the_same_outputs() -> None:
-    """Positions are relative, and no token looks at padding."""
-    model, trained, frozen = made()
+@pytest.mark.parametrize("name", ["small", "small_gpt2"])
+@pytest.mark.parametrize("kind", ["full", "prefix", "prompt"])
+def test_padding_on_either_side_gives_the_same_outputs(kind: str, name: str) -> None:
+    """Positions are relative, or count real tokens, and no token looks at padding."""
+    model, trained, frozen = made(kind, name)
     right, left = (np.asarray(model.apply(trained, frozen, ids))[ids != 0] for ids in (RIGHT, LEFT))
     np.testing.assert_allclose(left, right, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["full", "prefix", "adapter", "lora"])
-def test_future_tokens_change_no_earlier_output(kind: str) -> None:
-    model, trained, frozen = made(kind)
+@pytest.mark.parametrize("name", ["small", "small_gpt2"])
+@pytest.mark.parametrize("kind", ["full", "prefix", "prompt", "adapter", "lora"])
+def test_future_tokens_change_no_earlier_output(kind: str, name: str) -> None:
+    model, trained, frozen = made(kind, name)
     ids, other = np.array([[1, 5, 6, 7, 8, 9, 2]], np.int32), np.array([[1, 5, 6, 7, 30, 31, 32]], np.int32)
     before, after = (np.asarray(model.apply(trained, frozen, x))[0] for x in (ids, other))
     np.testing.assert_array_equal(before[:4], after[:4])
@@ -156,33 +133,74 @@ def test_what_comes_with_the_ids_goes_along() -> None:
     np.testing.assert_array_equal(model.suffix(trained, frozen, kept), model.apply(trained, frozen, RIGHT))
 
 
-@pytest.mark.parametrize("kind", ["full", "norm", "lora", "ffa_lora", "adapter", "prefix", "ia3", "last_k"])
-def test_kinds_train_what_they_take(kind: str) -> None:
-    """A gradient reaches every trained leaf; where the kind adds nothing at the start, outputs are the backbone's own."""
-    model = peft.build("small", 3, peft=kind, task="language_model", rank=2)
-    trained, frozen = peft.start(model, "random", 0)
-    plain = peft.build("small", 3, peft="full", task="language_model")
-    if kind != "prefix":
-        expected = plain.apply(peft.start(plain, "random", 0)[0], {}, RIGHT)
-        np.testing.assert_allclose(model.apply(trained, frozen, RIGHT), expected, rtol=1e-5, atol=1e-6)
-    _, moved, frozen = made(kind)
-    grads = jax.grad(lambda p: jnp.sum(jax.nn.log_softmax(model.apply(p, frozen, RIGHT))[:, :, 3]))(moved)
-    assert all(np.abs(grad).max() > 0 for grad in grads.values())
+KINDS = ["full", "norm", "lora", "ffa_lora", "adapter", "prefix", "prompt", "ia3", "last_k"]
 
 
 @pytest.mark.parametrize(
-    ("kind", "task", "message"),
-    [
-        ("head", "language_model", "peft='head' of backbone='small' to have a head to train"),
-        ("bias", "language_model", "peft='bias' to take leaves of backbone='small'"),
-        ("bias", "classification", "peft='bias' to take leaves of backbone='small'"),
-        ("prompt", "language_model", "peft='prompt' to meet tokens that look at those behind them"),
-        ("prompt", "classification", "peft='prompt' to meet tokens that look at those behind them"),
-    ],
+    ("name", "kind"), [("small", k) for k in KINDS] + [("small_gpt2", k) for k in [*KINDS, "bias"]]
 )
-def test_kinds_that_cannot_are_refused_by_name(kind: str, task: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        peft.build("small", 3, peft=kind, task=task)
+def test_kinds_train_what_they_take(name: str, kind: str) -> None:
+    """A gradient reaches every trained leaf; where the kind adds nothing at the start, outputs are the backbone's own."""
+    model = peft.build(name, 3, peft=kind, task="language_model", rank=2)
+    trained, frozen = peft.start(model, "random", 0)
+    plain = peft.build(name, 3, peft="full", task="language_model")
+    if kind not in ("prefix", "prompt"):
+        expected = plain.apply(peft.start(plain, "random", 0)[0], {}, RIGHT)
+        np.testing.assert_allclose(model.apply(trained, frozen, RIGHT), expected, rtol=1e-5, atol=1e-6)
+    _, moved, frozen = made(kind, name)
+    grads = jax.grad(lambda p: jnp.sum(jax.nn.log_softmax(model.apply(p, frozen, RIGHT))[:, :, 3]))(moved)
+    # A key's bias, which softmax does not see, has a gradient that is zero but for rounding.
+    assert all(np.abs(grad).max() > 0 for path, grad in grads.items() if not path.endswith("key/bias"))
+
+
+def hidden(leaves: dict[str, np.ndarray], ids: np.ndarray, block: int) -> np.ndarray:
+    """What enters a block of the small decoder, (T, D)."""
+    plain = peft.build("small", 3, peft="full", task="language_model")
+    return np.asarray(plain.run(leaves, ids, 0, 1 + block)["x"][0])
+
+
+@pytest.mark.parametrize("depth", ["shallow", "deep"])
+@pytest.mark.parametrize("ids", [RIGHT[:1], LEFT[:1]], ids=["right", "left"])
+def test_a_prompt_stands_before_the_text(depth: str, ids: np.ndarray) -> None:
+    """Prompts that are what two tokens become in each block do what these do in front of the text, wherever the padding is."""
+    model, trained, frozen = made("prompt", prompt_tokens=2, prompt_depth=depth)
+    first = np.array([[30, 31]], np.int32)
+    leaves = {path: leaf for path, leaf in frozen.items() if path not in model.fresh}
+    trained = {f"blocks/{b}/prompt": hidden(leaves, first, b) for b in range(1 if depth == "shallow" else 2)}
+    assert trained.keys() == model.trained.keys()
+    whole = np.concatenate([first, ids[ids != 0][None]], axis=1)
+    expected = np.asarray(peft.build("small", 3, peft="full", task="language_model").apply(leaves, {}, whole))
+    found = np.asarray(model.apply(trained, frozen, ids))
+    assert found.shape == (1, 7, SMALL.vocabulary), "no output is the prompt's"
+    np.testing.assert_allclose(found[ids != 0], expected[0, 2:], atol=2e-5)
+
+
+@pytest.mark.parametrize("depth", ["shallow", "deep"])
+def test_a_classifier_reads_the_text_behind_its_prompt(depth: str) -> None:
+    model, trained, frozen = made("prompt", prompt_depth=depth, task="classification")
+    logits = np.asarray(model.apply(trained, frozen, RIGHT))
+    np.testing.assert_allclose(model.apply(trained, frozen, LEFT), logits, atol=2e-5)
+    np.testing.assert_allclose(model.apply(trained, frozen, RIGHT[:1, :5]), logits[:1], atol=2e-5)
+    other = {p: leaf + 1 if p.endswith("prompt") else leaf for p, leaf in trained.items()}
+    assert np.abs(np.asarray(model.apply(other, frozen, RIGHT)) - logits).max() > 1e-3, "and the prompt through it"
+
+
+COUNTS = {
+    "norm": 61 * 576,
+    "lora": 30 * 8 * ((576 + 576) + (576 + 192)),  # query and value
+    "ffa_lora": 30 * 8 * (576 + 192),
+    "adapter": 30 * (2 * 576 * 8 + 8 + 576),
+    "prefix": 30 * 2 * 10 * 192,
+    "prompt": 30 * 10 * 576,
+    "ia3": 30 * (2 * 192 + 1536),
+    "last_k": 576 + 2 * 576 + 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536,
+}
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_counts_of_smollm2_follow_from_its_shape(kind: str) -> None:
+    model = peft.build("smollm2_135m", 2, peft=kind, task="language_model")
+    assert sum(math.prod(leaf.shape) for leaf in model.trained.values()) == COUNTS[kind]
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
@@ -213,7 +231,9 @@ def test_blocks_are_numbered_and_outputs_are_the_vocabulary() -> None:
 
 def test_only_decoders_are_language_models() -> None:
     for name in ("bert_tiny", "mlp", "my.py:model"):
-        with pytest.raises(ValueError, match=rf"backbone='{name}' to be a decoder .* one of decoder_tiny"):
+        with pytest.raises(
+            ValueError, match=rf"backbone='{name}' to be a decoder .* one of smollm2_135m, .*decoder_tiny"
+        ):
             peft.build(name, 3, peft="full", task="language_model", input_shape=(6,))
 
 

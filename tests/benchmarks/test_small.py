@@ -1,8 +1,8 @@
 """Benchmarks run as a user runs them, small: they end well and write figures, with where and with what they were measured.
 
-Left out are those that take long even so, as they compile much or start many processes (`accelerator.py`, `allocator.py`,
-`head_cache.py`, `batch_shapes.py`, `convolution.py`, `population.py`, `scaling.py`), `startup.py` (packaged weights),
-`tpu_compile.py` (a TPU's compiler), and `compare.py` and `tables.py`, which measure nothing.
+Left out are those that take long even so, as they compile much or start many processes (`accelerator.py`, `algorithms.py`,
+`allocator.py`, `head_cache.py`, `batch_shapes.py`, `convolution.py`, `population.py`, `scaling.py`), `startup.py` (packaged
+weights), `tpu_compile.py` (a TPU's compiler), and `compare.py` and `tables.py`, which measure nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lanes", "layers", "length_buckets", "scan_blocks", "streaming"])
+@pytest.mark.parametrize(
+    "name", ["lanes", "layers", "length_buckets", "mechanisms", "scan_blocks", "sharing", "streaming"]
+)
 def test_a_small_run_writes_its_figures(
     name: str, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from campaign import damages, kills, options
 from campaign.common import BAD, Tally
 
-SECONDS = 50.0  # of each part
+SECONDS = 25.0
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
+from fedsim import wire
 from fedsim.cli import main as cli
 from fedsim.cli.forms import arities
 from fedsim.cli.options import CostOptions, ProfileOptions, RunOptions, ShowOptions, parse
@@ -58,6 +59,15 @@ WITH = {
     "domain_column": {"partition": "domain"},
     "classes_per_client": {"partition": "shards"},
     "size_law": {"partition": "quantity"},
+    "dp": {"delta": 1e-5, "noise_multiplier": 2.0},
+    "delta": {"dp": "central", "noise_multiplier": 2.0},
+    "noise_multiplier": {"dp": "central", "delta": 1e-5},
+    **{
+        name: {"dp": "central", "delta": 1e-5, "noise_multiplier": 2.0}
+        for name in ("epsilon", "clip_norm", "clip_quantile", "per_layer", "sampling", "relation", "accountant")
+    },
+    "bands": {"dp": "central", "delta": 1e-5, "noise_multiplier": 2.0},
+    **{name: {"task": "language_model"} for name in ("turns", "loss_on", "too_long")},
 }
 
 
@@ -142,7 +152,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["run", "none.py"], "Expected experiment file 'none.py' to exist"),
         (
             ["rnu"],
-            "Expected command 'rnu' to be one of run, profile, cost, compare, check, data, list (did you mean run?)",
+            "Expected command 'rnu' to be one of run, sweep, profile, cost, privacy, compare, check, data, list (did you mean run?)",
         ),
         (["list", "pefts"], "did you mean peft"),
         (["data", "lits"], "did you mean list"),
@@ -478,6 +488,10 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list", "peft"]) == 0
     only = capsys.readouterr().out
     assert "lora" in only and "fed_avg" not in only
+    assert cli.main(["list", "codecs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0].partition("(")[0] for line in lines[1:]} == set(wire.CODECS)
+    assert any("topk(share, feedback=True)" in line for line in lines)
 
 
 def test_without_a_command_the_commands_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import fedsim
-from fedsim import peft, wire
+from fedsim import algorithms, peft, wire
 from fedsim.backbones import BACKBONES, Row, load
 from fedsim.backbones.vit import Vit, VitConfig
 from fedsim.cli import cost
@@ -126,6 +126,49 @@ def test_a_row_equals_the_serialised_message(kind: str, codec: str) -> None:
     assert row.trainable_parameters == sum(leaf.size for leaf in sent.values())
 
 
+PERSONAL = ("ditto", "dfed_alt", "fed_rep", "fed_res", "local_only")  # clients are given more than the backbone
+
+
+@pytest.mark.parametrize("algorithm", PERSONAL)
+def test_what_clients_are_given_once_counts_what_they_start_from(
+    algorithm: str, tmp_path: Path, blobs: Callable[..., Path], compile_once: None
+) -> None:
+    setting = Config(
+        dataset=str(blobs(tmp_path)), backbone="mlp", peft="full", head_rounds=0, rounds=1, clients=6, clients_per_round=6,
+        min_size=3, local_test=0.3, algorithm=algorithm,
+    )  # fmt: skip
+    run = fedsim.run(setting, out=tmp_path / "run", quiet=True)
+    row = cost.cost(setting, 3, input_shape=(6,))
+    assert run.rounds[0]["setup_bytes"] == 6 * row.setup_bytes > 0
+    assert (run.rounds[0]["bytes_up"], run.rounds[0]["bytes_down"]) == (row.round_bytes_up, row.round_bytes_down)
+
+
+@pytest.mark.parametrize("algorithm", algorithms.ALGORITHMS)
+def test_every_algorithm_is_priced_from_the_command_line(algorithm: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Or refuses the trained part by its name; `weighting` is uniform, as some need."""
+    peft = "ffa_lora" if algorithm == "ffa_lora" else "lora"
+    argv = [
+        "--backbone",
+        "vit_tiny",
+        "--peft",
+        peft,
+        "--input-shape",
+        "32",
+        "32",
+        "3",
+        "--clients",
+        "12",
+        "--clients-per-round",
+        "6",
+    ]
+    assert (
+        cli.main(["cost", *argv, "--rounds", "120", "--algorithm", algorithm, "--weighting", "uniform", "--json"]) == 0
+    )
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["algorithm"] == algorithm
+    assert (row["bytes_up"] == 0) == (algorithm == "local_only")
+
+
 @pytest.mark.parametrize(("kind", "head_rounds"), [("bias", 1), ("full", 0), ("head", 0)])
 def test_a_row_equals_what_a_run_reports(
     kind: str, head_rounds: int, tmp_path: Path, blobs: Callable[..., Path], compile_once: None
@@ -222,6 +265,7 @@ def small_vit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
     return {"dataset": str(tmp_path / "images.npz"), "backbone": "small", "weights": str(FIXTURES / "vit")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "head_rounds"), [("full", 0), ("bias", 1)])
 def test_a_checkpoint_with_its_own_positions_counts_as_in_its_run(
     kind: str,
@@ -334,14 +378,13 @@ def test_tables_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert {r["rule"] for r in row["rules"]} == {"head", "lora", "frozen"}
 
 
-ROOT = Path(__file__).parents[2]
 LORA = Config(backbone="vit_tiny", peft="lora", rank=4, clients=12, clients_per_round=6, rounds=5)
 
 
 def test_a_row_is_of_the_algorithm(capsys: pytest.CaptureFixture[str]) -> None:
     """SCAFFOLD doubles both ways; ranks have a mean and a range; gossip costs every transmission; once a client as before."""
     plain = cost.cost(LORA, 3)
-    double = cost.cost(LORA.replace(algorithm=f"{ROOT}/experiments/scaffold.py:scaffold"), 3)
+    double = cost.cost(LORA.replace(algorithm="scaffold", weighting="uniform"), 3)
     assert double.bytes_up == 2 * plain.bytes_up and double.run_bytes_down == 2 * plain.run_bytes_down
     assert double.full_ratio == pytest.approx((plain.full_ratio or 0) / 2) and double.setup_bytes == plain.setup_bytes
 
@@ -351,7 +394,7 @@ def test_a_row_is_of_the_algorithm(capsys: pytest.CaptureFixture[str]) -> None:
     assert less < mixed.bytes_up == round(mixed.round_bytes_up / 6) < plain.bytes_up
     assert mixed.bytes_up_are == "exact"
 
-    gossip = cost.cost(LORA.replace(algorithm=f"{ROOT}/tests/algorithms/toys.py:dfed_alt(personal=())"), 3)
+    gossip = cost.cost(LORA.replace(algorithm="dfed_alt(personal=())"), 3)
     assert (gossip.bytes_up, gossip.bytes_down, gossip.members) == (2 * plain.bytes_up, 0, 12)
     assert gossip.run_bytes_up == 5 * 12 * 2 * plain.bytes_up
 
@@ -424,3 +467,12 @@ def test_nonsense_is_refused_before_anything_is_allocated(
     assert cli.main(["cost", *argv.split()]) == 2
     assert message in capsys.readouterr().err
     assert len(jax.live_arrays()) == before
+
+
+def test_a_decoder_of_billions_is_priced_from_shapes_alone() -> None:
+    """LoRA r = 8 in query and value of 32 blocks, 4096 wide, 1024 of them keys and values; everything else is frozen."""
+    priced = cost.cost(Config(task="language_model", backbone="llama3_8b", peft="lora"), 2)
+    trained = 32 * 8 * ((4096 + 4096) + (4096 + 1024))
+    assert (priced.trainable_parameters, priced.bytes_up, priced.bytes_down) == (trained, 4 * trained, 4 * trained)
+    assert priced.total_parameters == 8_030_261_248 and priced.setup_bytes == 4 * 8_030_261_248
+    assert priced.classes == 128_256, "tokens of the vocabulary"

@@ -102,7 +102,9 @@ def test_every_option_against_every_odd_value_of_a_loaded_config(kind: type, nam
             assert clear(str(error), name), str(error)
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-1", "1.5", "", "x", "1e400", "9" * 30, "x({[]: 1})", "f(g(1))"])
+@pytest.mark.parametrize(
+    "value", ["nan", "-1", "", "9" * 30, "x({[]: 1})"]
+)  # the other odd ones meet the options above
 def test_every_option_against_odd_values_on_the_command_line(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     """tyro ends with status 2 and names the option where a word cannot be read at all."""
     for _, name in FIELDS:

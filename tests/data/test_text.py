@@ -122,6 +122,7 @@ def test_a_trained_tokenizer_writes_every_script(pad: int) -> None:
     assert ids[0, 0] == tokenizer.token_to_id("[CLS]") and tokenizer.token_to_id("[SEP]") in ids[0]
 
 
+@pytest.mark.slow
 def test_a_tiny_backbone_learns_its_tokenizer_from_the_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is fetched; resume gives the same ids, predict reads the tokenizer of the run's folder and believes no other."""
     monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "empty"))
@@ -250,3 +251,15 @@ def test_real_newsgroups() -> None:
     rows = np.arange(0, 18_821, 37)
     encodings = reference.encode_batch([source.x[row] for row in rows])
     assert np.array_equal(dataset.x[rows], [encoding.ids for encoding in encodings])
+
+
+def test_padding_may_stand_outside_the_vocabulary() -> None:
+    """Where every token may be part of a text, and there is no padding token to ask for."""
+    tokenizer = text.trained_tokenizer(["a b c"] * 3, 300, -1)
+    assert tokenizer.token_to_id("[PAD]") is None and tokenizer.token_to_id("[CLS]") == 0
+    with pytest.raises(ValueError, match="Expected a padding token"):
+        text.tokenize(["a"], tokenizer, 8)
+    ids = text.tokenize(["a b", "a b c a b c a b c"], tokenizer, 8, outside=-1)
+    tokenizer.no_padding()
+    assert ids[0].tolist() == [*tokenizer.encode("a b").ids, -1, -1, -1, -1]
+    assert ids[1].min() >= 0, "a text that is cut has no padding"

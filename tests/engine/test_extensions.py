@@ -250,7 +250,7 @@ def test_what_an_average_cannot_honour_is_refused() -> None:
     bare = saying(lambda message, client: {"c": wire.coded(said(client)), "v": said(client)})
     asked: list[tuple[str, dict[str, Any]]] = [
         (r"average='noisy' to fold all replies, but this algorithm brings the fold mean", {"reduce": mean()}),
-        (r"brings the fold stack; choose mean", {"reduce": stack()}),
+        (r"brings the fold stack; choose dp=none", {"reduce": stack()}),
         (r"brings replies that go from peer to peer", {"link": peers}),
         (r"'v' is not marked by wire.coded\(..., change=True\)", {"local": value}),
         (r"'v' is not marked by wire.coded\(..., change=True\)", {"local": bare}),
@@ -396,6 +396,22 @@ def test_a_client_that_diverges_keeps_its_residual() -> None:
     assert np.abs(rest[2][0] - rest[1][0]).max() > 0 and np.isfinite(rest[2][7]).all()
 
 
+def test_a_codec_draws_for_every_client_round_and_exchange_by_itself() -> None:
+    """Errors of one draw for all would not cancel. The draws follow from the seed, not from lanes or devices."""
+    local = saying(lambda message, client: wire.coded(jnp.ones(200)))
+    found = {}
+    for lanes, devices in ((1, 1), (3, 8)):
+        e = engine(tiny_problem(), lanes=lanes, devices=devices, up=wire.codec("randomk(0.1)"))
+        for round in (1, 2):
+            cohort = cohort_of(e, (0, 7, 2), round)
+            for turn in range(2):
+                replies = np.asarray(cohort.exchange((), local, stack())[0].replies)
+                for place, row in enumerate(replies != 0):
+                    assert row.sum() == 20
+                    np.testing.assert_array_equal(found.setdefault((round, turn, place), row), row)
+    assert len({row.tobytes() for row in found.values()}) == len(found) == 12
+
+
 def test_a_codec_that_finds_nothing_is_not_ignored() -> None:
     for option in ("up", "down"):
         e = engine(tiny_problem(), **{option: wire.codec("bfloat16")})
@@ -521,7 +537,7 @@ def test_peers_pay_the_codec_for_each_that_hears(lanes: int, devices: int) -> No
     cohort.exchange((), local, link=Peers(graph, lambda memory, mixed, client: mixed))
     cohort.settle()
     w, travels = mixing(graph, np.ones(len(PEERS), bool))
-    prices = np.array([i % 4 + 8 for i in PEERS])
+    prices = np.array([i % 4 + 8 * (i % 4 > 0) for i in PEERS])  # nothing, and no scales, of rank 0
     assert cohort.traffic()[1] == {"message": prices @ travels}
     assert cohort.peers() == {"transmissions": travels.sum(), "broadcast_bytes": prices[travels > 0].sum()}
     values = np.stack([decoded_by(e, np.where(np.arange(7) < i % 4, TABLE[i], 0), i % 4) for i in PEERS])

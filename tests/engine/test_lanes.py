@@ -1,5 +1,6 @@
 """The engine against a client-by-client loop, and its promises: nothing recompiles, nothing empty counts."""
 
+import functools
 import math
 import zlib
 
@@ -10,7 +11,7 @@ import optax
 import pytest
 
 from fedsim import network, wire
-from fedsim.algorithms import ALGORITHMS
+from fedsim.algorithms import ALGORITHMS, find
 from fedsim.core import Algorithm, Local, Passes, Reduce
 from fedsim.engine import lane_count
 from fedsim.engine import lanes as lanes_module
@@ -27,18 +28,34 @@ from fedsim.training.local import fit
 pytestmark = pytest.mark.usefixtures("compile_once")
 
 
-BRIEF = ("fed_avg", "fed_prox", "flora")  # of different kinds; the others, and what takes long, run with -m slow
+BRIEF = (
+    "fed_avg",
+    "fed_prox",
+    "flora",
+    "scaffold",
+)  # of different kinds; the others, and what takes long, run with -m slow
 LONG = "lanes and devices agree"
+AND = {("fed_avg", LONG), *((name, "bytes equal the packed messages") for name in ("fed_res", "dfed_salt", "fed_pcl"))}
 CONTRACT = [
-    pytest.param(name, check, marks=() if name in BRIEF and (check != LONG or name == "fed_avg") else pytest.mark.slow)
+    pytest.param(
+        name, check, marks=() if (name in BRIEF and check != LONG) or (name, check) in AND else pytest.mark.slow
+    )
     for name in ALGORITHMS
     for check in CHECKS
 ]
 
 
+# Soups' pulls of constant length 3, under the toy's SGD of rate 0.1, throw models to and fro about a kink, which multiplies
+# what was rounded by 1,000; at a tenth of these weights lanes agree as those of others do (docs/algorithms/superior_soups.md).
+MILD = {"superior_soups": "superior_soups(lambda_a=0.3, lambda_d=0.3)"}
+# Far fewer steps than the paper's, which take minutes.
+MILD["fed_dm"] = "fed_dm(per_class=2, real=4, least=4, steps=3, server_epochs=2, server_batch=6)"
+made = functools.cache(lambda name: find(MILD[name]) if name in MILD else ALGORITHMS[name])
+
+
 @pytest.mark.parametrize(("algorithm", "check"), CONTRACT)
 def test_contract(algorithm, check):
-    CHECKS[check](ALGORITHMS[algorithm])
+    CHECKS[check](made(algorithm))
 
 
 def counting(task):
@@ -85,7 +102,7 @@ def test_engine_equals_client_by_client(passes):
     problem, task = tiny_problem(), tiny_task(passes=passes)
     sent = []
     server, memory, _ = run(counting, problem, task=task, sent=sent, lanes=3)
-    message, local, _ = sent[0]
+    message, local = sent[0].message, sent[0].local
     replies = [one_client(problem, local, message, jnp.zeros(()), id, 1) for id in COHORT]
     weights = np.array([SIZES[id] for id in COHORT], np.float64)
     for name in message:

@@ -1,105 +1,96 @@
-"""`experiments/client_count.py`: which cells are measured again, and what the index may take. Nothing is measured here."""
+"""`experiments/client_count.py`: each cell in a process of its own, and what is read from the records."""
 
 from __future__ import annotations
 
-import importlib
-import json
-import sys
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from fedsim import record
+import fedsim
+from fedsim import own
+from fedsim.cli import sweeping
+from fedsim.sweeps.cells import cells
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    monkeypatch.delitem(sys.modules, "client_count", raising=False)
-    return importlib.import_module("client_count")
+FILE = Path(__file__).parents[2] / "experiments" / "client_count.py"
 
 
-def few(script: Any, **changes: Any) -> Any:
-    return script.Options(
-        **{"cohorts": (10,), "populations": (100,), "vit_cohorts": (10,), "seen": (1000,), "turns": 1, **changes}
-    )
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return own.execute(FILE, "experiment")
 
 
-def test_the_committed_file_is_that_of_the_defaults(script: Any) -> None:
-    """Its keys do not say devices and seconds: they were one, and the default."""
-    have = script.read(script.RESULTS / "client_count.json")
-    assert set(have) == set(script.cells(script.Options()))
-    found = script.chosen(script.Options(), have)
-    assert script.tables(found) in (EXPERIMENTS.parent / "docs" / "scale.md").read_text()
-    assert "12.0 B a client" in script.index(found)
-    with pytest.raises(SystemExit, match=r"it has: perceptron / 10 / 10000 / 1 x 4 lanes / 4 s,"):
-        script.chosen(script.Options(lanes=8), have)
+def test_the_cells(script: ModuleType) -> None:
+    """10 to 10,000 clients a round, both models, three turns; and `fedsim sweep` finds the same sweep."""
+    found = cells(script.sweep)
+    assert {(c.varied["model"], c.config.clients_per_round) for c in found} == {
+        (model, m) for model in ("perceptron", "ViT, LoRA") for m in (10, 16, 100, 1000, 10_000)
+    }
+    assert len(found) == 30
+    assert [c.key for c in cells(sweeping.read([str(FILE)])[1])] == [c.key for c in found]
 
 
-def test_other_lanes_and_seconds_are_other_cells(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[str]] = []
+def test_figures_of_a_turn(script: ModuleType) -> None:
+    """Medians over the rounds behind the first, without compiling; bytes, memory and accuracy of the last."""
 
-    def run(command: list[str], **_: Any) -> Any:
-        asked.append(command[2:])
-        return SimpleNamespace(returncode=0, stdout=json.dumps({"seconds": 1.0}))
+    def line(seconds: float, compiling: float = 0.0, **more: Any) -> dict[str, Any]:
+        return {"seconds": seconds, "compile_seconds": compiling, "examples": 100, "lane_occupancy": 0.5,
+                "row_occupancy": 0.9, "validation": None, "most_memory": 7, "bytes_up": 3, "bytes_down": 4, **more}  # fmt: skip
 
-    monkeypatch.setattr(script.subprocess, "run", run)
-    monkeypatch.setattr(record, "machine", lambda: {"git": None})
-    file = tmp_path / "cells.json"
-    script.run(few(script), file)
-    names = list(json.loads(file.read_text())["cells"])
-    common = "1 x 4 lanes / 4 s"
-    assert names == [f"perceptron / 10 / 100 / {common}", f"ViT, LoRA / 10 / 100 / {common}", "memory / 1000 / 1000"]
-    asked.clear()
-    script.run(few(script), file)
-    assert not asked, "every cell is there"
-    script.run(few(script, lanes=8), file)
-    assert [(command[0], command[3]) for command in asked] == [("--lanes=8", "perceptron"), ("--lanes=8", "ViT, LoRA")]
-    asked.clear()
-    have = script.run(few(script, seconds=0.5), file)
-    assert [command[1] for command in asked] == ["--seconds=0.5"] * 2
-    assert len(have) == 7 and len(json.loads(file.read_text())["cells"]) == 7
-    assert len(script.chosen(few(script), have)) == 3
+    lines = [line(9.0, 8.5), line(0.2), line(0.7, 0.3), line(1.0, 0.7, most_memory=8, validation={"accuracy": 0.25})]
+    assert script.of_turn(lines) == pytest.approx(
+        {"seconds": 0.3, "microseconds_row": 3000, "peak_bytes": 8, "lane_occupancy": 0.5, "row_occupancy": 0.9,
+         "accuracy": 0.25, "down": 4, "up": 3, "compiled_later": 0.3}
+    )  # fmt: skip
 
 
-def test_turns_go_round_all_cells_and_their_medians_count(
-    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_table_compares_with_the_smallest_cohort_that_fills_the_lanes(script: ModuleType) -> None:
+    row = {"model": "m", "turns": 1, "seconds": 1.0, "lane_occupancy": 1.0, "row_occupancy": 1.0, "accuracy": 0.5,
+           "down": 1e6, "up": 2e6, "compiled_later": 0.0}  # fmt: skip
+    rows = [
+        row | {"clients_per_round": m, "microseconds_row": us, "peak_bytes": mib * 2**20}
+        for m, us, mib in ((10, 50.0, 90), (16, 40.0, 100), (100, 10.0, 150))
+    ]
+    assert [line.split(" | ")[4:7:2] for line in script.table(rows).splitlines()[2:]] == [
+        ["too few for the lanes", "too few for the lanes"], ["1.000", "1.000"], ["0.250", "1.500"]
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_each_cell_has_a_process_and_is_not_run_again(
+    script: ModuleType,
+    blobs: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
 ) -> None:
-    asked: list[str] = []
-    figures = iter([1.0, 10.0, 100.0, 5.0, 50.0, 500.0, 3.0, 30.0, 300.0])
+    base = fedsim.Config(dataset=str(blobs(tmp_path)), backbone="mlp", peft="full", clients=8, clients_per_round=2,
+                         min_size=2, rounds=2, validation=0.2)  # fmt: skip
+    asked = dataclasses.replace(
+        script.sweep, base=base, grid={"model": {"perceptron": {}}, "clients_per_round": [2, 4]}, repeat=2
+    )
+    keys: list[str] = []
 
-    def run(command: list[str], **_: Any) -> Any:
-        asked.append(command[5])
-        return SimpleNamespace(returncode=0, stdout=json.dumps({"seconds": next(figures)}))
+    def started(options: list[str]) -> int:
+        keys.append(options[-1])
+        script.run_one(asked, tmp_path / "study", options[-1])
+        return 0
 
-    monkeypatch.setattr(script.subprocess, "run", run)
-    monkeypatch.setattr(record, "machine", lambda: {"git": None})
-    file = tmp_path / "cells.json"
-    script.run(few(script), file)
-    script.run(few(script, turns=3), file)  # goes on after the first turn
-    assert asked == ["perceptron", "ViT, LoRA", "memory"] * 3
-    cells = script.read(file)
-    assert [cell["seconds"] for cell in cells.values()] == [[1.0, 5.0, 3.0], [10.0, 50.0, 30.0], [100.0, 500.0, 300.0]]
-    assert [cell["seconds"] for cell in script.chosen(few(script), cells)] == [3.0, 30.0, 300.0]
-    monkeypatch.setattr(record, "machine", lambda: {"git": {"commit": "later"}})
-    figures = iter([2.0] * 12)
-    script.run(few(script, turns=4), file)  # one turn more is asked for, of other code: all four are measured
-    assert [cell["seconds"] for cell in script.read(file).values()] == [[2.0] * 4] * 3
-    single = {cell: {**found, "seconds": 7.0} for cell, found in cells.items()}  # as in a file without turns
-    assert [script.turns_of(found) for found in single.values()] == [1] * 3
-    assert [script.listed(found["seconds"]) for found in single.values()] == [[7.0]] * 3
+    monkeypatch.setattr(script, "started", started)
+    study = script.run(asked, tmp_path / "study")
+    order = [(c.repeat, c.config.clients_per_round) for key in keys for c in cells(asked) if c.key == key]
+    assert order == [(1, 2), (1, 4), (2, 2), (2, 4)], "turn after turn"
+    found = script.rows(study)
+    assert [(r["clients_per_round"], r["turns"]) for r in found] == [(2, 2), (4, 2)]
+    assert found[0]["down"] * 2 == found[1]["down"] and script.draw(found, tmp_path / "a.png").stat().st_size > 5000
+    script.run(asked, tmp_path / "study")
+    assert len(keys) == 4
 
 
-def test_an_index_beyond_its_limit_is_an_error(script: Any) -> None:
-    def of(client: float, store: float) -> list[dict[str, Any]]:
-        rounds = {"form": "perceptron", "population": 100, "index_limit": 64 * 100 + 4 * 900}
-        rounds |= {"index_bytes": client * 100 + 4 * 900}
-        return [rounds, {"form": "memory", "index_bytes_client": store}]
-
-    assert "12.0 B a client" in script.index(of(12, 20)) and "32.0 of 64 B" in script.index(of(12, 20))
-    with pytest.raises(SystemExit, match=r"64\.5 of 64 B; and 4 B an example\. That is more than the limit"):
-        script.index(of(12, 52.5))
+def test_a_process_that_dies_is_named(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "started", lambda options: -9)
+    with pytest.raises(ValueError, match=r"clients_per_round=10.* to end well, not by -9; the same command goes on"):
+        script.run(script.small, tmp_path)

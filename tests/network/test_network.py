@@ -438,7 +438,7 @@ def test_only_an_algorithm_or_average_that_says_so_goes_on_without_a_reply(there
     nobody = settled(present=everybody & there, drops=everybody & there)
     server = lanes.put(jnp.zeros(()))
     for runs_empty in (False, True):
-        made = {"algorithm": algorithm, "average": plain()}
+        made: dict[str, Any] = {"algorithm": algorithm, "average": plain(), "config": Config()}
         made[says] = made[says]._replace(runs_empty=runs_empty)
         cohort = Cohort(lanes, np.array(COHORT), 1, memory, nobody, average=made["average"])
         trainer: Any = SimpleNamespace(**made)

@@ -8,7 +8,7 @@ needs (the extra `reference`; torchvision without its dependencies, as it asks f
     python tests/reference/make_fixtures.py [DIRECTORY of MiniLM: model.safetensors, config.json, tokenizer.json]
 
 Two-layer models with random weights prove each format on every machine. MiniLM itself is not copied: only its pooled
-outputs for a few sentences of our own are kept.
+outputs for a few sentences of our own are kept. Decoders: `make_decoder_fixtures.py`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ from transformers import (
     BertModel,
     Dinov2Config,
     Dinov2Model,
-    LlamaConfig,
-    LlamaForCausalLM,
     RobertaConfig,
     RobertaModel,
     ViTConfig,
@@ -343,36 +341,9 @@ def minilm(directory: Path) -> None:
     )
 
 
-def llama() -> None:
-    """A two-layer LlamaForCausalLM with grouped queries, its output tied to its token embedding."""
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=20,
-        rope_theta=100.0,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        attn_implementation="eager",
-    )
-    ids = padded_ids(6, 12, 40)
-    model = LlamaForCausalLM(config).eval()
-    randomise(model, seed=8)
-    model.generation_config = None  # nothing here generates
-    model.save_pretrained(FIXTURES / "llama", safe_serialization=True)
-    tokens = torch.tensor(ids, dtype=torch.long)
-    with torch.no_grad():
-        out = model(tokens, attention_mask=(tokens != 0).long())
-    np.savez(FIXTURES / "llama" / "expected.npz", ids=ids, logits=out.logits.numpy(), versions=np.array(VERSIONS))
-
-
 if __name__ == "__main__":
     FIXTURES.mkdir(parents=True, exist_ok=True)
     bert()
-    llama()
     roberta()
     vit()
     dinov2()

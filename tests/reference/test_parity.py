@@ -192,6 +192,64 @@ def test_google_augreg(tmp_path: Path, name: str, theirs: str, shape: dict[str, 
     )
 
 
+@pytest.mark.parametrize("name", ["smollm2_135m", "tinyllama_1_1b", "gpt2"])
+def test_hugging_face_decoders(tmp_path: Path, name: str) -> None:
+    """Logits of every token, of as few blocks as keep the time short; the widths, heads and angles are the whole model's."""
+    import dataclasses
+
+    from fedsim.backbones import BACKBONES
+
+    row = BACKBONES[name]
+    c = dataclasses.replace(row.config, depth=4)
+    if name == "gpt2":
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=c.depth))
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=c.vocabulary,
+            hidden_size=c.width,
+            num_hidden_layers=c.depth,
+            num_attention_heads=c.heads,
+            num_key_value_heads=c.kv_heads,
+            intermediate_size=c.hidden,
+            max_position_embeddings=c.positions,
+            rope_theta=c.theta,
+            rms_norm_eps=c.eps,
+            tie_word_embeddings=c.tied,
+        )
+        model = transformers.LlamaForCausalLM(config)
+    shake(model).save_pretrained(tmp_path, max_shard_size="100MB")
+    ids = np.random.default_rng(0).integers(0, c.vocabulary, (2, 96)).astype(np.int32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BACKBONES, name, row._replace(config=c))
+        compare_logits("Hugging Face safetensors", name, tmp_path, model, ids)
+
+
+def test_packaged_smollm2() -> None:
+    """The dequantised file, whole, read by transformers and by ours."""
+    from fedsim.data import assets
+
+    try:
+        folder = assets.path("smollm2_135m")
+    except ValueError as error:
+        pytest.skip(str(error))
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    ids = np.load(Path(__file__).parents[1] / "fixtures" / "backbones" / "smollm2_135m.npz")["ids"]
+    compare_logits("packaged GGUF, dequantised", "smollm2_135m", folder, model, ids)
+
+
+def compare_logits(kind: str, name: str, folder: Path, theirs: Any, ids: np.ndarray) -> None:
+    """Scores of the next tokens, over the largest of them."""
+    model = peft.build(name, 3, peft="full", task="language_model")
+    leaves = load(name, str(folder), peft.published(model))
+    got = np.asarray(jax.jit(model.apply)(leaves, {}, ids))
+    with torch.no_grad():
+        expected = theirs.eval()(torch.tensor(ids, dtype=torch.long)).logits.numpy()
+    difference = float(np.max(np.abs(got - expected))) / max(1.0, float(np.max(np.abs(expected))))
+    print(f"\n| {kind} | {name} | {ids.shape[1]} tokens | {difference:.1e} | {HF} |")
+    assert difference < TOLERANCE
+    assert np.array_equal(got.argmax(-1), expected.argmax(-1))
+
+
 def test_packaged_vit_s14() -> None:
     """The encoder inside the packaged ONNX graph, run by onnxruntime up to its last LayerNorm; it takes 224 px only."""
     from fedsim.data import assets
@@ -253,3 +311,39 @@ def test_peft_round_trip(
     read = export.read_lora(tmp_path / "theirs", model)
     assert set(read) == set(trained)
     assert all(np.array_equal(read[path], trained[path]) for path in read)
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"rslora": True}], ids=["lora", "dora", "rslora"])
+@pytest.mark.parametrize("fixture", ["llama", "llama_untied", "gpt2"])
+def test_peft_reads_loras_of_decoders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fixture: str, options: dict[str, bool]
+) -> None:
+    """Our LoRA of a language model in the real `peft`, on transformers' own model for next tokens: the same logits."""
+    from fedsim.backbones import BACKBONES, decoder_row
+    from fedsim.backbones.decoder import DecoderConfig
+    from peft import PeftModel
+
+    folder = Path(__file__).parents[1] / "fixtures" / "backbones" / fixture
+    gpt2 = fixture == "gpt2"
+    llama = DecoderConfig("llama", 40, 16, 2, 4, 2, 24, positions=20, theta=100.0, tied=fixture == "llama")
+    config = DecoderConfig("gpt2", 40, 16, 2, 4, 4, 64, positions=20) if gpt2 else llama
+    monkeypatch.setitem(BACKBONES, "small", decoder_row(config, ("gpt2" if gpt2 else "llama",)))
+    targets = ("mlp/*",) if gpt2 else ("query", "value", "mlp/*")
+    model = peft.build(
+        "small", 3, peft="lora", task="language_model", rank=2, lora_alpha=6.0, targets=targets, **options
+    )
+    trained, frozen = peft.start(model, str(folder), 0)
+    rng = np.random.default_rng(0)
+    trained = {p: v + rng.normal(size=v.shape).astype(np.float32) * np.float32(0.2) for p, v in trained.items()}
+    export.export_lora(tmp_path, model, trained, frozen, base=str(folder))
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    theirs = PeftModel.from_pretrained(base, tmp_path).eval()
+    ids = np.load(folder / "expected.npz")["ids"]
+    tokens = torch.tensor(ids, dtype=torch.long)
+    with torch.no_grad():
+        logits = theirs(tokens, attention_mask=(tokens != 0).long()).logits.numpy()
+    real = ids != 0
+    difference = float(np.max(np.abs(np.asarray(model.apply(trained, frozen, ids)) - logits)[real]))
+    size = max(1.0, float(np.max(np.abs(logits[real]))))
+    print(f"\n| peft LoRA {options or ''} | {fixture} | {difference / size:.1e} |")
+    assert difference / size < TOLERANCE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,13 @@ import pytest
 
 import fedsim
 from fedsim import peft, wire
+from fedsim.algorithms.fed_avg import fed_avg
 from fedsim.backbones.load import random
 from fedsim.config import Config, Speed
 from fedsim.core import Client
 from fedsim.engine import host
 from fedsim.simulation import build, needs, tasks, trainers
+from fedsim.testing.toys import tiny_task
 from fedsim.training import features, optimizers
 
 
@@ -284,3 +287,77 @@ def test_an_idle_accelerator_is_mentioned_once(monkeypatch: pytest.MonkeyPatch) 
     assert len(caught) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     host.warn_idle_accelerator()
+
+
+EVERYBODY = {"backbone": "mlp", "clients": 8, "clients_per_round": 8, "codec_down": "topk(0.1)"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"clients_per_round": 7}, r"clients_per_round=7 to be clients=8 with .* Give clients_per_round=8, or choose"),
+        ({"availability": "bernoulli(p=0.8)"}, r"availability='bernoulli\(p=0.8\)' to be 'always'"),
+        ({"dropout": 0.1}, "dropout=0.1 to be 0"),
+        ({"deadline": 5.0, "latency": "20"}, "deadline=5.0 to be None"),
+        (
+            {"dp": "central", "noise_multiplier": 1.0, "delta": 1e-3},
+            "sampling='poisson' to be 'fixed' .* Give sampling=fixed",
+        ),
+        ({"groups": ("a(backbone='mlp', share=1.0)",)}, "groups=.* to be empty"),
+    ],
+)
+def test_whatever_lets_a_client_miss_a_message_of_changes_is_refused(changes: dict[str, Any], words: str) -> None:
+    """Before data are read, and where rounds are priced; a codec of values takes all of it."""
+    config = Config(**{**EVERYBODY, **changes})
+    with pytest.raises(ValueError, match=rf"{words}.*a codec that acts on values: bfloat16, quantise\(8\), eden\(4\)"):
+        build.check(config)
+    build.check_everybody(config.replace(codec_down="eden(4)"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"latency": "20"},
+        {"dp": "central", "noise_multiplier": 1.0, "delta": 1e-3, "sampling": "fixed"},
+        {"codec_down": "powersgd(2)+quantise(8)", "codec_up": "topk(0.1)"},
+    ],
+)
+def test_messages_of_changes_are_taken_where_everybody_is_there(changes: dict[str, Any]) -> None:
+    build.check_everybody(Config(**{**EVERYBODY, **changes}))
+
+
+def test_over_selection_invites_more_than_there_are() -> None:
+    """So that it needs no word of its own where every client is in every round."""
+    with pytest.raises(ValueError, match=r"over_selection=1.3 to invite at most clients=8"):
+        Config(**EVERYBODY, over_selection=1.3)
+
+
+def test_an_algorithm_that_selects_by_itself_is_refused_with_messages_of_changes() -> None:
+    config, task = Config(**EVERYBODY), tiny_task()
+    build.refuse_missing(config, fed_avg(task))
+    own = fed_avg(task)._replace(select=lambda rng, server, population: np.arange(8))
+    with pytest.raises(
+        ValueError, match=r"algorithm='fed_avg' not to select clients by itself with codec_down='topk\(0.1\)'"
+    ):
+        build.refuse_missing(config, own)
+    build.refuse_missing(config.replace(codec_down="eden(4)"), own)
+
+
+def test_a_codec_of_messages_that_errs_by_more_than_it_is_given_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"codec_down='randomk\(0.1\)' to err by less than what it is given"):
+        build.check(Config(**{**EVERYBODY, "codec_down": "randomk(0.1)"}))
+
+
+def test_error_feedback_of_clients_that_never_come_back_is_refused() -> None:
+    rare = Config(backbone="mlp", clients=100, clients_per_round=10, rounds=10, codec_up="topk(0.1)+quantise(8)")
+    with pytest.raises(
+        ValueError, match=r"rounds=10 x clients_per_round=10 > clients=100 for codec_up='topk\(0.1\)\+quan"
+    ):
+        build.check_feedback(rare)
+    for config in (
+        rare.replace(rounds=11),
+        rare.replace(codec_up="topk(0.1, feedback=False)"),
+        rare.replace(codec_up="nf4"),
+    ):
+        build.check_feedback(config)

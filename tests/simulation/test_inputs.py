@@ -347,3 +347,29 @@ def test_many_files_are_hashed_once_and_by_name(tmp_path: Path) -> None:
     assert files_sha256({"a": files["b"], "b": files["a"], "c": files["c"]}) != first, "names count"
     (tmp_path / "a").write_text("x")
     assert files_sha256(files) != first
+
+
+def test_a_graphs_file_is_known_by_hash_and_found_again(
+    tmp_path: Path, blobs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peers on the edges of a file: an edited one is refused on resuming, a moved one found."""
+    blobs(tmp_path, rows=90)
+    edges = tmp_path / "edges.txt"
+    edges.write_text("0 1\n1 2\n2 0\n")
+    monkeypatch.chdir(tmp_path)
+    config = Config(
+        dataset="blobs.npz", backbone="mlp", algorithm="dfed_alt(graph='edges.txt', personal_rate=0.5)", peft="lora", rank=2,
+        targets=("layers/*",), rounds=2, clients=3, clients_per_round=3, min_size=1, steps=1, local_test=0.2,
+    )  # fmt: skip
+    run = fedsim.run(config, SPEED, out="run", quiet=True)
+    assert run.about["files"]["graph"] == {"path": str(edges), "sha256": inputs.file_sha256(edges)}
+    assert run.rounds[0]["peers"]["transmissions"] == 3
+    assert 0 < run.rounds[0]["metrics"]["spectral_gap"] < 1 and run.rounds[0]["metrics"]["consensus_distance"] > 0
+    cut_back(tmp_path / "run")
+    edges.write_text("0 1\n1 2\n2 0\n0 2\n")
+    with pytest.raises(ValueError, match=r"of .*edges\.txt, the graph of .*run, to be"):
+        fedsim.run(resume=tmp_path / "run", quiet=True)
+    edges.write_text("0 1\n1 2\n2 0\n")
+    monkeypatch.chdir("/")
+    again = fedsim.run(resume=tmp_path / "run", quiet=True)
+    assert all((again.parameters[path] == leaf).all() for path, leaf in run.parameters.items())

@@ -14,6 +14,7 @@ import pytest
 import fedsim
 from fedsim import record
 from fedsim.config import Config, Speed
+from fedsim.core import Batch
 from fedsim.report import tables
 from fedsim.simulation import build, trainers
 
@@ -68,6 +69,22 @@ def test_perplexity_falls_and_is_told_everywhere(whole: fedsim.Run) -> None:
     assert list(whole.table()["validation_perplexity"]) == seen
 
 
+def test_padding_without_a_token_is_no_part_of_a_loss(config: Config) -> None:
+    """GPT-2's padding is -1: it is not asked for, and nothing of a text is taken for it."""
+    gpt2 = config.replace(backbone="gpt2_tiny", tokens=24)
+    problem = build.problem(gpt2, SPEED)
+    ids = problem.dataset.x[:20]
+    assert ids.min() == -1 and (ids == 0).sum() == len(ids), "0 is [CLS], at the beginning of each text"
+    task = trainers.trainer(problem, build.phases(gpt2)[0]).task
+    logits = np.random.default_rng(0).normal(size=(*ids.shape, 512)).astype(np.float32)
+    found, metrics = task.criterion(logits, Batch(ids, np.zeros(20, np.int32), np.ones(20, np.float32), None, 0, True))
+    now = ids[:, 1:]
+    said = np.take_along_axis(logits[:, :-1], np.maximum(now, 0)[..., None], 2)[..., 0]
+    losses = np.log(np.exp(logits[:, :-1]).sum(-1)) - said
+    assert metrics["weight"] == (now >= 0).sum()
+    assert found == pytest.approx(losses[now >= 0].mean(), rel=1e-4)
+
+
 def test_each_client_has_scores_by_name(whole: fedsim.Run) -> None:
     rows, summary = whole.clients(), (whole.summary or {})["final"]["clients"]
     assert len(rows) == 6 and set(rows[0]) == {"client", "train", "test", "loss", "accuracy", "perplexity"}
@@ -109,6 +126,7 @@ def test_other_scores_may_judge(config: Config, tmp_path: Path) -> None:
     assert (run.directory / "accuracy_rounds.png").exists() and "accuracy" in (run.summary or {})["best"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_bits(whole: fedsim.Run, tmp_path: Path) -> None:
     stopped = tmp_path / "stopped"
     shutil.copytree(whole.directory, stopped)
@@ -130,6 +148,7 @@ def test_a_resumed_run_has_the_same_bits(whole: fedsim.Run, tmp_path: Path) -> N
     assert (stopped / name).read_bytes() == (whole.directory / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared_by_perplexity(config: Config, whole: fedsim.Run, tmp_path: Path, capsys: Any) -> None:
     """LoRA in the upper block trains from kept features, which hold the ids that its loss needs."""
     lora = config.replace(peft="lora", rank=2, targets=("blocks/1/*",), rounds=2, lr=0.02)
@@ -202,3 +221,18 @@ def test_a_loss_may_be_about_some_tokens_alone(config: Config, tmp_path: Path, k
     losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, now[..., None], 2)[..., 0]
     assert (run.summary or {})["final"]["test"]["loss"] == pytest.approx(losses[now > 0].mean(), rel=1e-4)
     assert plain.parameters.keys() == run.parameters.keys() and plain.rounds[0]["loss"] != run.rounds[0]["loss"]
+
+
+def test_pairs_are_learned_by_their_answers(config: Config, tmp_path: Path) -> None:
+    """What a prompt is cannot be known, what its completion is can be learned: only the latter is scored."""
+    rng = np.random.default_rng(0)
+    rows = [{"prompt": f"{rng.integers(10**6)} ", "completion": "so be it"} for _ in range(120)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    talks = config.replace(dataset=str(file), turns="plain", rounds=3, partition="iid")
+    problem = build.problem(talks, SPEED)
+    run = fedsim.run(talks, SPEED, out=tmp_path / "run", quiet=True, problem=problem)
+    assert (run.summary or {})["final"]["test"]["perplexity"] < 1.5
+    x = build.problem(talks.replace(loss_on="all"), SPEED).dataset.x
+    np.testing.assert_array_equal(x["loss"], x["ids"] > 0)
+    assert problem.dataset.x["loss"].sum() < 0.7 * x["loss"].sum()

@@ -81,9 +81,9 @@ def ran(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, 
     """A finished run, and the memory of its clients as it was at the end: rows by client, and their ids."""
     seen: list[Any] = []
 
-    def noted(*args: Any) -> None:
+    def noted(*args: Any, **options: Any) -> None:
         seen.append(next(a for a in args if hasattr(a, "memory")).memory.state())
-        finish(*args)
+        finish(*args, **options)
 
     finish = simulate.finish
     with pytest.MonkeyPatch.context() as patch:

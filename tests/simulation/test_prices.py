@@ -13,12 +13,12 @@ import pytest
 
 import fedsim
 import serves
-from fedsim import algorithms, own, wire
+from fedsim import algorithms, wire
 from fedsim.algorithms.fed_avg import fed_avg
 from fedsim.config import Config, Speed
 from fedsim.core import Algorithm, Client, Task
 from fedsim.engine.pricing import Sends, Setting, Unknown, sends
-from fedsim.folds import plain
+from fedsim.folds import plain, uniform
 from fedsim.simulation import build, prices
 from fedsim.testing.toys import COHORT, SIZES, run, suited, tiny_lora_task, tiny_problem, tiny_task
 from fedsim.training.local import fit
@@ -75,8 +75,14 @@ def same(found: Sends, sent: tuple[dict[str, int], dict[str, int]]) -> None:
         "flex_lora(ranks=[2, 1, 1])",
         "fed_ex_lora",
         "fed_sa_lora",
-        "FILE/experiments/scaffold.py:scaffold",
-        "FILE/tests/algorithms/toys.py:fed_res",
+        "scaffold",
+        "fed_dyn",
+        "local_only",
+        "ditto",
+        "fed_rep",
+        "fed_res",
+        "fed_res(scheme='avg_ii')",
+        "fed_res(scheme='naive')",
     ],
 )
 def test_a_round_costs_what_it_sends(algorithm: str) -> None:
@@ -88,7 +94,7 @@ def test_a_round_costs_what_it_sends(algorithm: str) -> None:
 
 
 def test_scaffold_sends_twice_what_fed_avg_sends_both_ways() -> None:
-    once, twice = priced(fed_avg, tiny_task()), priced(named("FILE/experiments/scaffold.py:scaffold"), tiny_task())
+    once, twice = priced(fed_avg, tiny_task()), priced(named("scaffold"), tiny_task(weight=uniform))
     assert twice.total_up.tolist() == (2 * once.total_up).tolist() == [2 * 84] * len(COHORT)
     assert twice.total_down.tolist() == twice.total_up.tolist()
 
@@ -99,18 +105,16 @@ def test_clients_of_different_ranks_have_prices_of_their_own() -> None:
     assert found.total_up.tolist() == found.total_down.tolist() == (84 + 4 * 12 * ranks).tolist()
 
 
-@pytest.mark.parametrize("graph", ["ring", "complete", "alone"])
+@pytest.mark.parametrize("graph", ["ring", "full", "exponential"])
 def test_gossip_costs_every_transmission(graph: str) -> None:
-    toys = ROOT / "tests" / "algorithms" / "toys.py"
-    gossip, hears = own.find(toys, "dfed_alt", "algorithm"), own.find(toys, graph, "algorithm")
-    make: Make = lambda task: gossip(task, graph=hears)  # noqa: E731 - one expression, named
+    make = named(f"dfed_alt(graph='{graph}', personal=('bias',))")
     found = priced(make, tiny_task(), EVERYBODY)
     same(found, real(make, tiny_task(), EVERYBODY))
-    each = {"ring": 2, "complete": len(SIZES) - 1, "alone": 0}[graph]
+    each = {"ring": 2, "full": len(SIZES) - 1, "exponential": 4}[graph]
     assert found.total_up.tolist() == [72 * each] * len(SIZES)
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "quantise(3)"])
+@pytest.mark.parametrize("name", ["bfloat16", "quantise(3)", "nf4(16)"])
 def test_codecs_of_messages_and_replies(name: str) -> None:
     codecs: dict[str, Any] = {"up": wire.codec(name), "down": wire.codec(name)}
     same(priced(fed_avg, tiny_task(), **codecs), real(fed_avg, tiny_task(), **codecs))
@@ -125,8 +129,62 @@ def test_a_codec_that_chooses_by_value_has_a_bound_by_its_share(name: str) -> No
     _, up = real(fed_avg, tiny_task(), up=codec)
     assert found.bounded == {"down": [], "up": ["bias", "kernel"]}
     rounding = 2 if name.endswith("(3)") else 0  # a leaf ends at a whole byte
-    assert 0 <= found.total_up.sum() - sum(up.values()) <= rounding * len(COHORT)
+    scales = 8 if "quantise" in name else 0  # of a leaf of which a client sends nothing
+    assert 0 <= found.total_up.sum() - sum(up.values()) <= (rounding + scales) * len(COHORT)
     assert all(found.up[leaf].sum() >= nbytes for leaf, nbytes in up.items())
+
+
+@pytest.mark.parametrize("name", ["topk(0.3)", "topk(0.5)+quantise(8)", "randomk(0.4, feedback=True)"])
+def test_a_message_of_changes_has_a_bound_where_its_price_follows_from_values(name: str) -> None:
+    """Of the second round, in which the first difference travels."""
+    down = wire.codec(name)
+    found, (sent, _) = (
+        priced(fed_avg, tiny_task(), EVERYBODY, down=down),
+        real(fed_avg, tiny_task(), EVERYBODY, down=down),
+    )
+    assert found.bounded == {"down": ["bias", "kernel"], "up": []}
+    assert 0 <= found.total_down.sum() - sum(sent.values()) <= 8 * len(EVERYBODY)
+    assert all(found.down[leaf].sum() >= nbytes for leaf, nbytes in sent.items())
+    assert found.total_down.sum() < 84 * len(EVERYBODY)
+
+
+@pytest.mark.parametrize("name", ["powersgd(1)", "powersgd(1)+quantise(8)", "sign", "low_rank(1)"])
+@pytest.mark.parametrize("algorithm", ["fed_avg", "flora", "fed_res", "scaffold"])
+def test_a_message_of_changes_has_an_exact_price_where_values_do_not_matter(name: str, algorithm: str) -> None:
+    make, down = named(algorithm), wire.codec(name)
+    task = suited(make)
+    same(priced(make, task, EVERYBODY, down=down), real(make, task, EVERYBODY, down=down))
+
+
+def test_a_message_of_changes_to_some_clients_has_no_price() -> None:
+    with pytest.raises(ValueError, match="Expected every client in every exchange for a codec_down"):
+        priced(fed_avg, tiny_task(), down=wire.codec("topk(0.3)"))
+
+
+@pytest.mark.parametrize("name", ["eden(2)", "powersgd(1)", "sketch(1)+quantise(8)", "qsgd(4, 5)"])
+def test_codecs_of_changes_have_exact_prices_where_values_do_not_matter(name: str) -> None:
+    codec = wire.codec(name)
+    found, (_, up) = priced(fed_avg, tiny_task(), up=codec), real(fed_avg, tiny_task(), up=codec)
+    assert found.total_up.sum() == sum(up.values()) and not found.bounded["up"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nnadq(0.01)",
+        "topk(0.5)+nnadq(0.01)",
+        "randomk(0.3)",
+        "topk(0.5)+eden(2)",
+        "topk(0.9)+nf4(1)",
+        "blocks(0.5, 4)+rotate+nf4",
+    ],
+)
+def test_codecs_whose_prices_follow_from_values_have_bounds(name: str) -> None:
+    codec = wire.codec(name)
+    found, (_, up) = priced(fed_avg, tiny_task(), up=codec), real(fed_avg, tiny_task(), up=codec)
+    assert found.bounded["up"]
+    assert all(found.up[leaf].sum() >= nbytes for leaf, nbytes in up.items())
+    assert found.total_up.sum() >= sum(up.values())
 
 
 def masked(entries: Callable[[Any, Client, Any], Any], axis: int | None = None) -> Make:
@@ -163,6 +221,19 @@ def test_masks_of_a_clients_own_are_exact_and_those_of_values_are_bounds() -> No
         assert found.bounded == {"down": [], "up": ["kernel"]}
         assert found.up["kernel"].tolist() == [72] * len(COHORT)
         assert real(by_value, tiny_task())[1]["kernel"] < 72 * len(COHORT)
+
+
+@pytest.mark.parametrize("name", ["fed_pcl", "fed_dm(per_class=2, real=4, least=1, steps=1, server_epochs=0)"])
+def test_what_classes_send_is_bounded_by_clients_that_have_all(name: str) -> None:
+    """FedDM's batches have rows of their own number, which is not the run's."""
+    make = named(name)
+    task = suited(make)
+    found, (down, up) = priced(make, task, (7, 2, 0)), real(make, task, (7, 2, 0))
+    for claimed, sent in ((found.down, down), (found.up, up)):
+        assert {path: int(each.sum()) >= sent[path] for path, each in claimed.items()} == dict.fromkeys(sent, True)
+    whole = 3 * 3 * 4 * (4 if name == "fed_pcl" else 2 * 6)  # three classes of each of three clients
+    path = "prototypes" if name == "fed_pcl" else "x"
+    assert found.up[path].sum() == whole and up[path] == whole * 8 // 9  # the smallest lacks one
 
 
 def test_what_pruning_leaves_is_a_bound() -> None:

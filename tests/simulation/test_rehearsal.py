@@ -136,6 +136,20 @@ def test_a_codec_that_keeps_something_can_be_rehearsed(config: Config, tmp_path:
     assert found.down.together == run.rounds[1]["bytes_down"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("codec", "certainty"), [("powersgd(2)", "exact"), ("topk(0.1)", "at most")])
+def test_a_message_of_changes_can_be_rehearsed(config: Config, tmp_path: Path, codec: str, certainty: str) -> None:
+    """Each phase's second round, in which the first change travels."""
+    changes = config.replace(codec_down=codec, rounds=4, head_rounds=2)
+    found, run = dry_run(changes, SPEED), fedsim.run(changes, SPEED, out=tmp_path / "run", quiet=True)
+    down = [line["bytes_down"] for line in run.rounds]
+    assert down[2] > 2 * down[3], "the first message of a phase travels whole"
+    for phase, (whole, change) in zip(found, (down[:2], down[2:]), strict=True):
+        assert phase.down.certainty == certainty or phase.down.together == change
+        assert change <= phase.down.together <= change + 8 * 16
+        assert whole + change <= phase.down.over(2) <= whole + change + 8 * 16, "all rounds, the whole message counted"
+
+
 # --- several architectures
 
 
@@ -145,6 +159,7 @@ GROUPS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "certainty"),
     [
@@ -158,7 +173,9 @@ def test_a_round_of_groups_sends_what_the_dry_run_says(
 ) -> None:
     """Bytes by leaf and in all, the set-up of those who are met, and FLOPs, of rounds of two groups and a server's own model."""
     toys = Path(__file__).parents[1] / "algorithms" / "toys.py"
-    several = config.replace(algorithm=f"{toys}:by_group", groups=GROUPS, head_rounds=0, clients_per_round=4, **changes)
+    several = config.replace(
+        algorithm=f"{toys}:by_group", groups=GROUPS, head_rounds=0, clients_per_round=4, rounds=3, **changes
+    )
     run = fedsim.run(several, SPEED, out=tmp_path / "run", quiet=True)
     (found,) = dry_run(several, SPEED)
     said = capsys.readouterr().out

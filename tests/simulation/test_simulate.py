@@ -397,6 +397,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 def test_a_run_uses_all_six_core_dependencies(tmp_path: Path, environment: dict[str, str]) -> None:
     """One `fedsim run` from a prepared TFDS set; each library is called by fedsim's own functions, not only imported."""
     options = f"--dataset tfds:fedsim_quadrants --data-dir {FIXTURES} --backbone mlp --peft bias --clients 8"

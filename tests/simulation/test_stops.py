@@ -96,6 +96,7 @@ def test_in_the_final_evaluation_no_round_is_lost(place: Place, alone: record.Ru
     assert rounds_run(place) == before, "no round was done again"
 
 
+@pytest.mark.slow
 def test_while_pictures_are_drawn_the_numbers_are_there(place: Place, alone: record.Run) -> None:
     assert place.run(*OPTIONS, "--out", "run", hooks=(signal_at(DRAWING, signal.SIGTERM),)) == (143, END)
     assert record.load(place.folder / "run").summary is not None

@@ -75,6 +75,23 @@ def test_features_equal_those_of_padded_texts(name: str, pool: str, cuts: tuple[
     assert trained
 
 
+def test_kept_ids_are_padding_where_a_text_has_ended() -> None:
+    """A decoder's ids go along, beside what a loss is about; where no token is padding, zero would be one."""
+    model = peft.build("gpt2_tiny", 3, peft="last_k", task="language_model")
+    _, frozen = peft.start(model, "random", 0)
+    ids, of = texts(100)
+    ids = np.where(np.arange(ids.shape[1]) < of[:, None], ids, -1).astype(np.int32)
+    x = {"ids": ids, "loss": (ids >= 0).astype(np.float32)}
+    found = lengths.measure(x, -1, 4)
+    assert len({length for _, length in lengths.batches(np.arange(100), 64, found)}) > 1, "in several lengths"
+    kept = features.run_stages(model, frozen, x, 0, model.cut, found)
+    for name, leaf in x.items():
+        np.testing.assert_array_equal(kept[name], leaf[:, : found.longest])
+    whole = np.asarray(jax.jit(model.prefix)(frozen, x)["x"])[:, : found.longest]
+    real = ids[:, : found.longest] >= 0
+    np.testing.assert_allclose(kept["x"][real], whole[real], atol=1e-5)
+
+
 def test_only_axes_of_tokens_are_cut() -> None:
     """Features (B, 32) have as many columns as the texts have tokens."""
     ids, _ = texts(tokens=32)

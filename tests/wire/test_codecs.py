@@ -42,6 +42,18 @@ def test_price_is_the_packed_length_and_the_value_comes_back_bit_for_bit(name, r
         np.testing.assert_array_equal(back[leaf], np.asarray(sent.value), err_msg=leaf)
 
 
+@pytest.mark.parametrize("name", ["none", "float16", "quantise(8)"])
+def test_each_leaf_comes_back_in_its_own_place_whatever_the_order_of_names(name):
+    leaf = jax.random.normal(KEY, (4, 3))
+    codec = wire.codec(name)
+    before = dict(reversed(wire.changes(wire.coded({"params": leaf, "control": -leaf})).items()))
+    assert list(before) == ["params", "control"]
+    after = encode_static(codec, before) if codec else before
+    back = wire.unpack(wire.pack(after, codec), before, codec)
+    for name, sent in after.items():
+        np.testing.assert_array_equal(back[name], np.asarray(sent.value), err_msg=name)
+
+
 def encode_static(codec, coded):
     """The same without jit, so that bits are numbers."""
     return codec.encode(coded, KEY, KEY, codec.init(KEY, {n: s.value for n, s in coded.items()}))[0]
@@ -116,7 +128,7 @@ def test_ranks_of_a_broadcast_message_are_a_price_for_each_client():
 def test_own_parts_are_coded_client_by_client():
     tree = wire.PerClient(wire.coded({"w": wire.kept(jnp.arange(12.0).reshape(3, 4), jnp.array([4, 2, 0]), axis=0)}))
     out = wire.depart(wire.codec("quantise(8)"), tree, KEY)
-    assert wire.message_bytes(out, 3)["w"].tolist() == [12, 10, 8]
+    assert wire.message_bytes(out, 3)["w"].tolist() == [12, 10, 0]  # of nothing not even scales
 
 
 @pytest.mark.parametrize(
@@ -155,3 +167,23 @@ def test_the_options_name_the_codecs_that_there_are():
     from fedsim.config.checks import CODECS
 
     assert sorted(CODECS) == sorted(wire.CODECS)
+
+
+def test_a_codec_that_the_method_brings_acts_in_the_runs_place() -> None:
+    own, leaf = wire.codec("quantise(4)"), jnp.arange(12.0)
+    for other in (None, wire.codec("topk(0.1)")):  # which keeps what it leaves out: of the other part alone
+        state = () if other is None else other.init(KEY, {"b": leaf})
+        reply, kept = wire.arrive({"a": wire.coded(leaf, by=own), "b": wire.coded(leaf)}, other, KEY, KEY, state)
+        assert wire.price(reply)["a"] == 6 + 8
+        np.testing.assert_array_equal(reply["a"].value, wire.arrive(wire.coded(leaf), own, KEY, KEY)[0].value)
+        alone, _ = wire.arrive({"b": wire.coded(leaf)}, other, KEY, KEY, state)
+        assert wire.price(reply)["b"] == wire.price(alone)["b"] <= 48
+        assert set(kept) == (set() if other is None else {"b"})
+    assert wire.brings({"a": wire.coded(leaf, by=own)}) and not wire.is_coded({"a": wire.coded(leaf, by=own)})
+    assert not wire.brings(wire.coded(leaf)) and wire.is_coded(wire.PerClient(wire.coded(leaf)))
+
+
+@pytest.mark.parametrize("name", ["topk(0.1)", "sign(feedback=True)", "powersgd(1)"])
+def test_a_method_cannot_bring_a_codec_that_leaves_out_or_remembers(name: str) -> None:
+    with pytest.raises(ValueError, match="to keep nothing and to leave nothing out"):
+        wire.coded(jnp.ones(3), by=wire.codec(name))

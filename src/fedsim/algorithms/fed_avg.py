@@ -8,15 +8,15 @@ w is the weighted mean of the clients' parameters. FedPEFT (arXiv 2210.01708) is
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from fedsim.core import Algorithm, Cohort, Metrics, Params, Task, Tree
-from fedsim.training.local import Penalty, fit, proximal
+from fedsim.core import Algorithm, Cohort, Local, Metrics, Params, Task, Tree
+from fedsim.training.local import Penalty, fit, proximal, stepped
 from fedsim.wire import coded
 
 
@@ -34,7 +34,11 @@ def fed_avg(task: Task, penalty: Penalty | None = None) -> Algorithm:
             f"Expected penalty={penalty!r} to be a function (params, message, memory) -> scalar, which only Python can "
             "give; take fed_prox(mu=0.1), or write a constructor in a file of your own."
         )
-    local = fit(task.loss, task.optimizer, task.lr, task.passes, penalty=penalty)
+    return averaging(task, fit(task.loss, task.optimizer, task.lr, task.passes, penalty=penalty))
+
+
+def averaging(task: Task, local: Local) -> Algorithm:
+    """FedAvg of what clients do: `local` gets the server's parameters, and replies with their change."""
 
     def init(key: Array, held: Tree) -> Server:
         params = task.init(key)
@@ -46,17 +50,12 @@ def fed_avg(task: Task, penalty: Penalty | None = None) -> Algorithm:
         change, info = cohort.exchange(coded(server.params, change=False), local)
         return update(server, change, info.weight), info.metrics
 
-    def predict(held: Tree, server: Server, memory: Tree, x: Tree) -> Array:
-        return task.logits(held, server.params, x)
-
-    return Algorithm(init, round, predict)
+    return Algorithm(init, round, lambda held, server, memory, x: task.logits(held, server.params, x))
 
 
 def descend(optimizer: optax.GradientTransformation, server: Server, change: Params, weight: Array) -> Server:
     """One step of the server's optimizer along the mean change; a total weight of zero changes nothing, momentum included."""
-    with jax.numpy_dtype_promotion("standard"):
-        updates, state = optimizer.update(jax.tree.map(jnp.negative, change), server.optimizer, server.params)
-        params: Any = optax.apply_updates(server.params, updates)
+    params, state = stepped(optimizer, jax.tree.map(jnp.negative, change), server.optimizer, server.params)
     return jax.tree.map(lambda n, o: jnp.where(weight > 0, n, o), Server(params, state), server)
 
 

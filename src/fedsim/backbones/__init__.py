@@ -16,6 +16,7 @@ from flax import nnx
 from fedsim.backbones.bert import Bert, BertConfig
 from fedsim.backbones.cnn import Cnn, CnnConfig
 from fedsim.backbones.decoder import Decoder, DecoderConfig
+from fedsim.backbones.fused import Encoder, Fused, agreed, is_fused, parse
 from fedsim.backbones.images import IMAGENET_PIXELS
 from fedsim.backbones.layers import Shape, Stage
 from fedsim.backbones.mlp import Mlp, MlpConfig
@@ -49,6 +50,9 @@ class Row(NamedTuple):
     formats: tuple[str, ...] = ()
     """Published layouts of its checkpoints: keys of `formats.FORMATS`."""
 
+    encoders: tuple[Encoder, ...] = ()
+    """Those that it fuses, whose weights are its own."""
+
     def make(self, classes: int, input_shape: Shape | None, rngs: nnx.Rngs) -> Module:
         """The module with its head."""
         return self.architecture(self.config, classes, input_shape, rngs=rngs)
@@ -59,9 +63,43 @@ def bert_row(config: BertConfig, asset: str | None = None, formats: tuple[str, .
     return Row("text", Bert, config, pad=config.pad, tokens=config.tokens, asset=asset, formats=formats)
 
 
-def decoder_row(config: DecoderConfig, formats: tuple[str, ...] = ()) -> Row:
+def decoder_row(config: DecoderConfig, formats: tuple[str, ...] = (), asset: str | None = None) -> Row:
     """The row of a decoder, a language model or a classifier as the task asks."""
-    return Row("text", Decoder, config, pad=config.pad, tokens=config.tokens, formats=formats)
+    return Row("text", Decoder, config, pad=config.pad, tokens=config.tokens, asset=asset, formats=formats)
+
+
+def llama_row(
+    width: int,
+    depth: int,
+    heads: int,
+    kv_heads: int,
+    hidden: int,
+    *,
+    vocabulary: int = 32_000,
+    positions: int = 4096,
+    theta: float = 10_000.0,
+    tied: bool = False,
+    asset: str | None = None,
+) -> Row:
+    """The row of a published model in Llama's layout; the defaults are Llama 2's."""
+    config = DecoderConfig(
+        "llama", vocabulary, width, depth, heads, kv_heads, hidden, positions, theta, pad=-1, tied=tied
+    )
+    return decoder_row(config, ("llama", "llama_bare"), asset)
+
+
+def smollm2_row(
+    width: int, depth: int, heads: int, kv_heads: int, hidden: int, theta: float = 100_000.0, asset: str | None = None
+) -> Row:
+    """The row of a SmolLM2 (Allal et al. 2025, arXiv 2502.02737)."""
+    sizes = {"vocabulary": 49_152, "positions": 8192}
+    return llama_row(width, depth, heads, kv_heads, hidden, **sizes, theta=theta, tied=True, asset=asset)
+
+
+def gpt2_row(width: int, depth: int, heads: int) -> Row:
+    """The row of a GPT-2."""
+    config = DecoderConfig("gpt2", 50_257, width, depth, heads, heads, 4 * width, 1024, pad=-1)
+    return decoder_row(config, ("gpt2",))
 
 
 def vit_row(width: int, depth: int, heads: int, patch: int) -> Row:
@@ -106,6 +144,17 @@ BACKBONES: dict[str, Row] = {
     "resnet50_gn": convolutional_row(Resnet, dataclasses.replace(RESNET50, norm="group")),
     "shufflenet_v2_x0_5": convolutional_row(Shufflenet, ShufflenetConfig()),
     "shufflenet_v2_x0_5_gn": convolutional_row(Shufflenet, ShufflenetConfig(norm="group")),
+    "smollm2_135m": smollm2_row(576, 30, 9, 3, 1536, asset="smollm2_135m"),
+    "smollm2_360m": smollm2_row(960, 32, 15, 5, 2560),
+    "smollm2_1_7b": smollm2_row(2048, 24, 32, 32, 8192, theta=130_000.0),
+    "tinyllama_1_1b": llama_row(2048, 22, 32, 4, 5632, positions=2048),
+    "llama2_7b": llama_row(4096, 32, 32, 32, 11_008),
+    "llama2_13b": llama_row(5120, 40, 40, 40, 13_824),
+    "llama3_8b": llama_row(4096, 32, 32, 8, 14_336, vocabulary=128_256, positions=8192, theta=500_000.0),
+    "gpt2": gpt2_row(768, 12, 12),
+    "gpt2_medium": gpt2_row(1024, 24, 16),
+    "gpt2_large": gpt2_row(1280, 36, 20),
+    "gpt2_xl": gpt2_row(1600, 48, 25),
     "cnn": Row("image", Cnn, CnnConfig()),
     "mlp": Row("array", Mlp, MlpConfig()),
     "linear": Row("array", Mlp, MlpConfig(hidden=())),  # what frozen features are compared with
@@ -114,6 +163,7 @@ BACKBONES: dict[str, Row] = {
     "bert_tiny": bert_row(TINY),
     "roberta_tiny": bert_row(dataclasses.replace(TINY, positions=130, offset=2, types=1, pad=1), formats=("roberta",)),
     "decoder_tiny": decoder_row(DecoderConfig()),
+    "gpt2_tiny": decoder_row(DecoderConfig("gpt2", kv_heads=4, hidden=256, pad=-1)),
 }
 
 
@@ -133,7 +183,7 @@ def backbone(
     """
     if task == "language_model":
         require_decoder(name)
-    if ":" not in name:
+    if is_fused(name) or ":" not in name:
         return row(name, pool=pool, image_size=image_size, interpolation=interpolation, task=task)
     other = None if interpolation == "bilinear" else interpolation
     for option, value in (("pool", pool), ("image_size", image_size), ("interpolation", other)):
@@ -164,6 +214,8 @@ def row(
     Raises:
         ValueError: as `backbone`.
     """
+    if is_fused(name):
+        return fused_row(name, pool, image_size, interpolation)
     one_of(tuple(BACKBONES), backbone=name)
     row = BACKBONES[name]
     if task == "language_model":
@@ -190,3 +242,24 @@ def row(
         )
         row = row._replace(config=resized)
     return row
+
+
+def fused_row(name: str, pool: str | None, image_size: int | None, interpolation: str) -> Row:
+    """The row of `"fused('vit_s14', 'vit_s14 mean', width=256)"`; images are resized for all encoders alike.
+
+    Raises:
+        ValueError: no such call, an encoder that is none, encoders that do not read the same.
+    """
+    if pool is not None:
+        raise ValueError(
+            f"Expected pool={pool!r} to be unset for backbone={name!r}, each of whose encoders has its own; give "
+            f"fused('NAME {pool}', ...)."
+        )
+    named, width, weights = parse(name)
+    encoders = tuple(
+        Encoder(one, row(one, pool=pooled, image_size=image_size, interpolation=interpolation), given)
+        for (one, pooled), given in zip(named, weights, strict=True)
+    )
+    kind, config, tokens, asset = agreed(name, encoders)
+    config = dataclasses.replace(config, width=width)
+    return Row(kind, Fused, config, config.pad, tokens, asset, encoders=encoders)

@@ -46,7 +46,7 @@ def attend(
 def plain(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None, *, causal: bool = False
 ) -> jax.Array:
-    """As `attend`; the scores are materialised."""
+    """As `attend`; the scores are materialised, so that the mask may be (B, Q, K), another one for each query."""
     size, _, heads, depth = query.shape
 
     def split(y: jax.Array) -> jax.Array:
@@ -55,7 +55,7 @@ def plain(
 
     query, key, value = split(query), split(key), split(value)
     scores = wide(jnp.einsum("nqd,nkd->nqk", query, key))
-    seen = None if mask is None else jnp.repeat(mask, heads, axis=0)[:, None, :]
+    seen = None if mask is None else jnp.repeat(mask if mask.ndim == 3 else mask[:, None, :], heads, axis=0)
     if causal:
         past = jnp.tril(jnp.ones(scores.shape[1:], bool), scores.shape[2] - scores.shape[1])
         seen = past if seen is None else seen & past

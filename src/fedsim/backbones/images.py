@@ -50,6 +50,13 @@ def prepare(x: jax.Array, pixels: Pixels, dtype: Any = jnp.float32) -> jax.Array
     return x.astype(dtype)
 
 
+def normalised(x: jax.Array, pixels: Pixels) -> jax.Array:
+    """Intensities (B, H, W) or (B, H, W, C), bytes over 255, as the float32 (B, H, W, channels) that a backbone reads alike."""
+    x = x[..., None] if x.ndim == 3 else x
+    x = jnp.repeat(x, len(pixels.mean), axis=-1) if x.shape[-1] == 1 else x
+    return (x - np.asarray(pixels.mean, np.float32)) / np.asarray(pixels.std, np.float32)
+
+
 def prepared_shape(shape: Shape, pixels: Pixels) -> Shape:
     """(H', W', channels) of one example of that shape after `prepare`.
 

@@ -18,9 +18,10 @@ import numpy as np
 
 from fedsim.backbones import Backbone, Row, backbone
 from fedsim.backbones import row as table_row
-from fedsim.backbones.formats import FORMATS, Format, Place
+from fedsim.backbones.formats import FORMATS
 from fedsim.backbones.json_files import read_object
 from fedsim.backbones.layers import initial
+from fedsim.backbones.layouts import Format, Place
 from fedsim.backbones.sources import FLOATS, Source, hub, is_hub_name, open_source
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
@@ -67,8 +68,23 @@ def load(name: str, weights: Weights, shapes: Shapes, seed: int = 0) -> dict[str
         return {path: value for path, value in own.values().items() if path in shapes}
     if weights is not None and os.fspath(weights) == "random":
         return random(shapes, seed)
+    if own.encoders:
+        return fused(own, shapes, seed)
     found = find(name, weights, shapes)
+    refuse_untied(found, table_row(name))
     return {path: _read(found.source, place, shapes[path].shape) for path, place in found.places.items()}
+
+
+def refuse_untied(found: Match, row: Row) -> None:
+    """Raises `ValueError` for a leaf that would be left behind as a copy of another, and is none."""
+    for theirs, path in found.layout.tied(row.config).items():
+        for name in {front + theirs for front in found.before} & found.source.shapes.keys():
+            place = found.places[path]
+            if not np.array_equal(found.source.read(name), found.source.read(place.name)):
+                raise ValueError(
+                    f"Expected {name!r} of weights={str(found.source.file)!r} to be a copy of {place.name!r}, as in all models of "
+                    "this backbone; it has other values: choose a backbone whose output is a matrix of its own."
+                )
 
 
 def stored_shapes(name: str, weights: Weights, shapes: Shapes) -> dict[str, jax.ShapeDtypeStruct]:
@@ -80,14 +96,54 @@ def stored_shapes(name: str, weights: Weights, shapes: Shapes) -> dict[str, jax.
     Raises:
         ValueError: as `load`.
     """
-    if isinstance(backbone(name), Backbone):
+    own = backbone(name)
+    if isinstance(own, Backbone):
         refuse_weights(name, weights)
+    elif own.encoders:
+        found = {
+            p: s for e in divided(own, shapes) for p, s in e.under(stored_shapes(e.name, e.weights, e.shapes)).items()
+        }
+        return {**shapes, **found}
     elif weights is not None and os.fspath(weights) != "random":
         found = find(name, weights, shapes, fetch=False)
         if POSITION in shapes:
             grid = found.source.shapes[found.places[POSITION].name][1:]  # without the axis of one example
             return {**shapes, POSITION: jax.ShapeDtypeStruct(grid, shapes[POSITION].dtype)}
     return dict(shapes)
+
+
+class Part(NamedTuple):
+    """An encoder of a fused backbone, by the names that its leaves would have alone."""
+
+    name: str
+    weights: str | None
+    """"random" where it has no published checkpoint and none is given."""
+    front: str
+    shapes: dict[str, jax.ShapeDtypeStruct]
+
+    def under(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """Leaves of the encoder by their names in the fused backbone."""
+        return {self.front + path: leaf for path, leaf in leaves.items()}
+
+
+def divided(row: Row, shapes: Shapes) -> list[Part]:
+    """The encoders of a fused backbone with their leaves."""
+    parts = []
+    for number, encoder in enumerate(row.encoders):
+        front = f"encoders/{number}/"
+        own = {path.removeprefix(front): leaf for path, leaf in shapes.items() if path.startswith(front)}
+        unpublished = encoder.weights is None and not encoder.row.formats
+        parts.append(Part(encoder.name, "random" if unpublished else encoder.weights, front, own))
+    return parts
+
+
+def fused(row: Row, shapes: Shapes, seed: int) -> dict[str, np.ndarray]:
+    """Every leaf of a fused backbone: its encoders' from their checkpoints, the others at random."""
+    values = random(shapes, seed)  # two random encoders of one name differ, as their paths do
+    for part in divided(row, shapes):
+        if part.weights != "random":
+            values |= part.under(load(part.name, part.weights, part.shapes, seed))
+    return values
 
 
 def refuse_weights(name: str, weights: Weights) -> None:
@@ -140,7 +196,7 @@ def locate(name: str, weights: Weights, *, fetch: bool = True) -> Path:
     return hub(weights, fetch=fetch) if is_hub_name(weights) else Path(weights).expanduser()
 
 
-def check_config(file: Path, expected: Mapping[str, Any]) -> None:
+def check_config(file: Path, layout: Format, config: Any) -> None:
     """Compares `config.json` beside the weights, where there is one, with the backbone.
 
     Raises:
@@ -150,7 +206,8 @@ def check_config(file: Path, expected: Mapping[str, Any]) -> None:
     if not beside.is_file():
         return
     remedy = "take the one that came with the weights, or remove it"
-    said = read_object(beside, remedy)
+    expected = layout.config(config)
+    said = layout.said(read_object(beside, remedy), str(beside), config)
     if expected and not expected.keys() & said.keys():
         raise ValueError(f"Expected {beside} to say model_type and more of a model, as the hub's do; {remedy}.")
     both = [(name, said[name], value) for name, value in expected.items() if name in said]
@@ -192,7 +249,7 @@ def match(source: Source, row: Row, shapes: Shapes) -> Match:
         fronts, key=lambda k: sum(k[1] + k[2] + place.name in spellings[k[0]] for place in wanted[k[0]].values())
     )
     layout, named = FORMATS[name], spellings[name]
-    check_config(source.file, layout.config(row.config))
+    check_config(source.file, layout, row.config)
     places = {path: place._replace(name=wrapper + prefix + place.name) for path, place in wanted[name].items()}
     found = Match(source, layout, ("", wrapper, wrapper + prefix), places)
     _compare(found, named, row, shapes)
@@ -262,14 +319,13 @@ def check_finite(source: Source, name: str, leaf: np.ndarray) -> None:
 
 def _stored_shape(place: Place, shape: tuple[int, ...], config: Any) -> tuple[int, ...]:
     theirs = place.layout.shape(shape, config)
-    return (theirs[0] * place.parts, *theirs[1:])
+    return tuple(n * place.parts if axis == place.axis else n for axis, n in enumerate(theirs))
 
 
 def _read(source: Source, place: Place, shape: tuple[int, ...]) -> np.ndarray:
     """The leaf in our layout, float32 and contiguous."""
     stored = source.read(place.name)
-    rows = stored.shape[0] // place.parts
-    part = stored[place.part * rows : (place.part + 1) * rows]
+    part = np.split(stored, place.parts, axis=place.axis)[place.part]
     shape = (-1, *shape[1:])  # positions may be of another grid
     with np.errstate(over="ignore"):  # of float64: refused below
         leaf = np.ascontiguousarray(place.layout.ours(part, shape), dtype=np.float32)

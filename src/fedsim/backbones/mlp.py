@@ -46,7 +46,8 @@ class Mlp(nnx.Module):
         x = x if self.pixels is None else prepare(x, self.pixels)
         x = x.reshape(x.shape[0], -1)
         x = x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x.astype(jnp.float32)
-        return x.astype((*self.layers, self.head)[0].kernel.dtype)
+        first = (*self.layers, self.head)[0]
+        return x.astype(first.kernel.dtype) if isinstance(first, Linear) else x  # no head: features as they are
 
     def layer(self, i: int, x: jax.Array) -> jax.Array:
         """Hidden layer `i` with its ReLU; the first one reads the input."""

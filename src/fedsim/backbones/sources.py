@@ -306,7 +306,7 @@ def hub(name: str, *, fetch: bool = True) -> Path:
             "pip install 'fedsim-jax[hub]'."
         ) from None
     try:
-        wanted = ["*.json", "model.safetensors", "model-*-of-*.safetensors", "*.npz", "*.txt"]
+        wanted = ["*.json", "model.safetensors", "model-*-of-*.safetensors", "*.npz", "*.txt", "*.jinja"]
         return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=not fetch))
     except Exception as error:  # its own classes, those of its HTTP client, OSError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

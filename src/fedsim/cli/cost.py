@@ -143,8 +143,8 @@ def cost(config: Config, classes: int, *, input_shape: tuple[int, ...] | None = 
         head_rounds=sum(rounds[:-1]),
         round_bytes_up=sent.up.together,
         round_bytes_down=sent.down.together,
-        run_bytes_up=sum(n * one.up.together for n, one in zip(rounds, priced, strict=True)),
-        run_bytes_down=sum(n * one.down.together for n, one in zip(rounds, priced, strict=True)),
+        run_bytes_up=sum(one.up.over(n) for n, one in zip(rounds, priced, strict=True)),
+        run_bytes_down=sum(one.down.over(n) for n, one in zip(rounds, priced, strict=True)),
         run_setup_bytes=sum(priced[0].setup[name] * count for name, count in met.items()),
         groups=config.groups,
     )

@@ -18,7 +18,7 @@ from fedsim.data.partition import holders
 from fedsim.engine import plan
 from fedsim.engine.host import tune_host
 from fedsim.peft import flops
-from fedsim.simulation import build, needs, prices, trainers
+from fedsim.simulation import build, needs, prices, private, trainers
 from fedsim.simulation.build import Phase, Problem
 from fedsim.simulation.rehearsal import Rehearsal, rehearse
 from fedsim.training.features import use_cache
@@ -49,6 +49,7 @@ class PhaseEstimate(NamedTuple):
     prefix_flops: float  # of one example through the cached stages, once; 0 without a cache
     cached: bool
     memory: dict[str, int]  # bytes by part, of each device
+    privacy: str = ""  # noise multiplier and epsilon; empty without
 
 
 def dry_run(config: Config, speed: Speed, start: str = "") -> list[PhaseEstimate]:
@@ -100,7 +101,7 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
     shape, dtype = trainers.example(problem)
     members = sum(map(len, cohorts[0].values()))
     up, down = sent(problem, phase, models, rehearsed, members)
-    seen = sum(p.examples for p in plans[0])
+    seen, spent = sum(p.examples for p in plans[0]), private.spending(config, algorithm.releases)
     return PhaseEstimate(
         phase=phase,
         trained=_count(model.trained),
@@ -120,6 +121,7 @@ def estimate(problem: Problem, phase: Phase) -> PhaseEstimate:
         forward=flops.forward_flops(plain, shape, dtype, start=plain.cut if cached else 0),
         prefix_flops=flops.forward_flops(plain, shape, dtype, stop=plain.cut) if cached else 0.0,
         cached=cached,
+        privacy=private.promise(spent, problem.config) if spent else "",
         memory={
             "backbone and examples": rehearsed.need.there,
             f"{lanes_of(rehearsed.lanes)} with activations, batches, parameters and optimizers": int(
@@ -199,7 +201,7 @@ def print_estimate(problem: Problem, found: list[PhaseEstimate], flops_per_secon
         rows = rounds * e.examples / max(e.row_occupancy, 1e-9)
         looked = evaluations * len(problem.dataset.validation) + len(problem.dataset.test) * (e is found[-1])
         seconds = (rows * e.flops + looked * e.forward) / flops_per_second
-        nbytes = rounds * (e.up.together + e.down.together)
+        nbytes = e.up.over(rounds) + e.down.over(rounds)
         total_bytes, total_seconds = total_bytes + nbytes, total_seconds + seconds
         print(f"\nrounds {e.phase.first} to {e.phase.last}: {' and '.join(said(e.phase.config))}")
         whose = f" of {scored(config)!r}" if config.groups else ""
@@ -226,6 +228,8 @@ def print_estimate(problem: Problem, found: list[PhaseEstimate], flops_per_secon
         f"{flops_per_second / 1e9:.0f} GFLOP/s that a matrix product reaches here now; compiling comes on top. "
         "Nothing was trained."
     )
+    if found[-1].privacy:
+        print("\n".join([found[-1].privacy, *private.doubts(config, len(problem.partition.rows))]))
 
 
 def said(config: Config) -> list[str]:

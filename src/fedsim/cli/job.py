@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,12 @@ def run_job(
         raise ValueError(
             "Expected --centralized or --baselines, not both; --baselines has a centralised run of its own."
         )
+    if config.dp != "none" and (central or baselines):
+        option = "centralized" if central else "baselines"
+        raise ValueError(
+            f"Expected dp={config.dp!r} without --{option}: each comparison would spend a budget of its own on the same clients; "
+            "run them apart."
+        )
     build.check(config, speed)
     processes.by_first(lambda: record.refuse_used(out))
     needs.fetch_in_turn(config)
@@ -98,7 +105,8 @@ def run_job(
         problem = owned_by(problem, config)
     if start and not quiet and processes.is_first():
         print(start, flush=True)
-    has_head = config.task == "classification"  # the outputs of a language model are its token embedding's
+    # The outputs of a language model are its token embedding's; under privacy a comparison would cost as much again.
+    has_head = config.task == "classification" and config.dp == "none"
     names = [HEAD] * (head and has_head and config.peft != "head") + [*BASELINES] * baselines
     done = simulate.run(config, speed, out=out, quiet=quiet, problem=problem, about={COMPARISONS: names})
     _compared(done, config, problem, speed, names, quiet)
@@ -107,7 +115,9 @@ def run_job(
 
 def _compared(done: record.Run, config: Config, problem: Any, speed: Speed, names: Sequence[str], quiet: bool) -> None:
     """Makes the runs that a finished one is compared with, or what is missing of them, and prints the closing table."""
-    configs = {HEAD: head_config(config), **baseline_configs(config, len(problem.partition.rows))}
+    configs: dict[str, Config] = {}
+    if names:  # else its options may fit no other run, as those of example-level privacy do not
+        configs = {HEAD: head_config(config), **baseline_configs(config, len(problem.partition.rows))}
     rows: list[report.Row] = []
     try:
         for name in names:
@@ -161,7 +171,7 @@ def resume_job(directory: Path, *, quiet: bool = False, trust_code: bool = False
     def planned() -> list[str]:
         """What the run's record says; for one made without this command, the head and what is there."""
         there = [name for name in BASELINES if (directory / "baselines" / name / record.SUMMARY).is_file()]
-        has_head = stopped.config.task == "classification" and stopped.config.peft != "head"
+        has_head = stopped.config.task == "classification" and stopped.config.peft != "head" and config.dp == "none"
         return stopped.about.get(COMPARISONS, [HEAD] * has_head + there)
 
     known = (HEAD, *BASELINES)
@@ -221,7 +231,7 @@ def listing(what: str | None) -> None:
     Raises:
         ValueError: an unknown kind of name.
     """
-    from fedsim import backbones, data, peft
+    from fedsim import backbones, data, peft, wire
     from fedsim.algorithms import ALGORITHMS
     from fedsim.data import assets
 
@@ -230,11 +240,20 @@ def listing(what: str | None) -> None:
         "backbones": {name: f"{row.kind}" for name, row in backbones.BACKBONES.items()},
         "peft": dict.fromkeys(peft.KINDS, ""),
         "data": {name: assets.ASSETS[name].what for name in data.PACKAGED} | data.FORMS,
+        "codecs": {called(name, make): (make.__doc__ or "").splitlines()[0] for name, make in wire.CODECS.items()},
     }
     if what is not None and what not in tables:
         raise ValueError(f"Expected fedsim list {what!r} to be one of {', '.join(tables)}{nearest(what, tables)}.")
     for title, names in tables.items():
         if what in (None, title):
             print(f"{title}:", file=sys.stdout)
+            width = max(20, *map(len, names))
             for name, about in names.items():
-                print(f"  {name:20} {about}".rstrip())
+                print(f"  {name:{width}} {about}".rstrip())
+
+
+def called(name: str, make: Callable[..., Any]) -> str:
+    """A call with its arguments and their defaults."""
+    options = inspect.signature(make).parameters.values()
+    shown = [o.name if o.default is o.empty else f"{o.name}={o.default}" for o in options]
+    return f"{name}({', '.join(shown)})" if shown else name

@@ -1,4 +1,4 @@
-"""The command line: run, profile, cost, compare, check, data, list. Options, and JAX, come in where needed."""
+"""The command line: run, sweep, profile, cost, privacy, compare, check, data, list. Options, and JAX, come in where needed."""
 
 from __future__ import annotations
 
@@ -96,11 +96,31 @@ def cost(argv: Sequence[str]) -> int:
     return 0
 
 
+def sweep(argv: Sequence[str]) -> int:
+    """Run many runs: a file, or options with several values; resumable to the last cell."""
+    from fedsim.cli import sweeping
+
+    return sweeping.sweep(argv)
+
+
+def privacy(argv: Sequence[str]) -> int:
+    """Print the noise that an epsilon needs, or the epsilon of a noise; needs no data."""
+    from fedsim.cli import privacy as accounts
+
+    return accounts.privacy(argv)
+
+
 def compare(argv: Sequence[str]) -> int:
-    """Print what differs between two or more runs, config first, then results."""
+    """Print what differs between two or more runs, config first, then results; or the results of a sweep."""
     from fedsim.cli.options import CompareOptions, parse_alone
 
-    runs = parse_alone(CompareOptions, argv, "fedsim compare").runs
+    options = parse_alone(CompareOptions, argv, "fedsim compare")
+    runs = options.runs
+    if len(runs) == 1 and (runs[0] / "sweep.json").is_file():
+        from fedsim.cli.sweeping import compare_cells
+
+        compare_cells(runs[0], options.target)
+        return 0
     if len(runs) < 2:
         raise ValueError(
             f"Expected fedsim compare with two or more folders of runs, not {len(runs)}; give them one behind the other."
@@ -187,7 +207,7 @@ def data_show(argv: Sequence[str]) -> int:
 
 
 def list_(argv: Sequence[str]) -> int:
-    """List the names that options take: backbones, peft, algorithms, data."""
+    """List the names that options take: backbones, peft, algorithms, data, codecs."""
     if argv and argv[0] in ("--help", "-h"):
         print(f"usage: fedsim list [{' | '.join(KINDS)}]\n\n{list_.__doc__}")
         return 0
@@ -201,7 +221,7 @@ def list_(argv: Sequence[str]) -> int:
     return 0
 
 
-KINDS = ("algorithms", "backbones", "peft", "data")  # of `fedsim list`
+KINDS = ("algorithms", "backbones", "peft", "data", "codecs")  # of `fedsim list`
 ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {
     "fetch": data_fetch,
     "list": data_list,
@@ -210,8 +230,10 @@ ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": run,
+    "sweep": sweep,
     "profile": profile,
     "cost": cost,
+    "privacy": privacy,
     "compare": compare,
     "check": check,
     "data": data,

@@ -18,20 +18,22 @@ from fedsim import own
 from fedsim.cli import help
 from fedsim.cli.forms import arities, check_form, values_of
 from fedsim.config import (
+    GROUPS,
     RATES,
     Config,
     Data,
     Evaluation,
     Model,
     Network,
+    Privacy,
     Speed,
     Training,
     at_most,
-    idle,
     idle_alone,
     main_job,
     positive,
     refuse_idle,
+    refuse_idle_everywhere,
 )
 
 MOST_CLASSES, MOST_SIDE = 10**7, 2**16  # that `fedsim cost` prices
@@ -46,6 +48,7 @@ class Options:
     training: Training = field(default_factory=Training)
     network: Network = field(default_factory=Network)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    privacy: Privacy = field(default_factory=Privacy)
     speed: Speed = field(default_factory=Speed)
     preset: Literal["main_job", "plain"] | None = None
     """What the other options change: the main job, or plain FedAvg, which are `fedsim.main_job()` and `fedsim.Config()`
@@ -53,8 +56,11 @@ class Options:
 
     def config(self) -> Config:
         """The flat config; raises `ValueError` for impossible options."""
-        groups = (self.data, self.model, self.training, self.network, self.evaluation)
-        return Config(**{f.name: getattr(g, f.name) for g in groups for f in dataclasses.fields(g)})
+        return Config(**{f.name: getattr(g, f.name) for g in self.of_config() for f in dataclasses.fields(g)})
+
+    def of_config(self) -> list[Any]:
+        """The groups of `Config`."""
+        return [getattr(self, name_of(part)) for part in GROUPS]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +173,8 @@ class CostOptions(Model):
     """Whose messages are priced, as for `fedsim run`: a name, options as a call, or a file of your own."""
     groups: tuple[str, ...] = Config.groups
     """Several architectures at once, as for `fedsim run`; a row is of all of them."""
+    weighting: Literal["examples", "uniform"] = Config.weighting
+    """Weight of a client in the mean, which some algorithms need to be uniform."""
     codec_up: str = Config.codec_up
     """What clients' messages are cast to on the wire, as for `fedsim run`."""
     codec_down: str = Config.codec_down
@@ -204,22 +212,18 @@ class CostOptions(Model):
         base = {f.name: getattr(start.config, f.name) for f in dataclasses.fields(cls) if hasattr(start.config, f.name)}
         default = cls(**base | {"backbone": (start.config.backbone,), "peft": (start.config.peft,)})
         options = help.read(cls, argv, "fedsim cost", default)
-        rows = [list(idle(config, start.config)) for config in options.configs()]
-        if (
-            rows
-            and all(rows)
-            and (nowhere := [s for s in rows[0] if all(s.split()[1] == r[0].split()[1] for r in rows)])
-        ):
-            raise ValueError(nowhere[0])
+        refuse_idle_everywhere(options.configs(), start.config)
         return options
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """Print what differs between two or more runs, config first, then results."""
+    """Print what differs between two or more runs, config first, then results; or what a sweep has found, over its seeds."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN ...")]
-    """Folders of runs, two or more."""
+    """Folders of runs, two or more; or one of a sweep."""
+    target: float | None = None
+    """Of a sweep: the score on validation to which bytes are counted (default: one that all settings reach)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,5 +366,9 @@ def grouped(kind: type[Any], config: Config, speed: Speed) -> Any:
     def group(part: type[Any]) -> Any:
         return part(**{f.name: getattr(config, f.name) for f in dataclasses.fields(part)})
 
-    groups = {"data": Data, "model": Model, "training": Training, "network": Network, "evaluation": Evaluation}
-    return kind(**{name: group(part) for name, part in groups.items()}, speed=speed)
+    return kind(**{name_of(part): group(part) for part in GROUPS}, speed=speed)
+
+
+def name_of(part: type[Any]) -> str:
+    """The name of a group of `Config` among the options."""
+    return part.__name__.lower()

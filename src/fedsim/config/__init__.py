@@ -13,7 +13,7 @@ from fedsim.config.checks import PARTITIONS, SIZE_LAWS, check_model, check_netwo
 from fedsim.config.fields import take_call
 from fedsim.config.groups import answering, groups_of, scored
 from fedsim.config.limits import at_most, plan_fits
-from fedsim.config.meaning import OF_PEFT, idle, idle_alone, refuse_idle
+from fedsim.config.meaning import OF_PEFT, idle_alone, refuse_idle, refuse_idle_everywhere
 from fedsim.config.options import (
     GROUPS,
     MAIN_JOB,
@@ -24,6 +24,7 @@ from fedsim.config.options import (
     Evaluation,
     Model,
     Network,
+    Privacy,
     Speed,
     Training,
     differences,

@@ -9,6 +9,7 @@ from fedsim.config.calls import parse_call
 from fedsim.config.fields import gate
 from fedsim.config.groups import check_groups
 from fedsim.config.limits import in_range, plan_fits
+from fedsim.config.privacy import check_beside, check_privacy
 from fedsim.config.scores import check_scores
 from fedsim.config.words import nearest, one_of, shown
 
@@ -65,6 +66,8 @@ def check(config: Config) -> None:
     if not 0 <= c.local_test < 1:
         raise ValueError(f"Expected 0 <= local_test={c.local_test} < 1; it is the share held out, e.g. 0.2.")
     check_network(c)
+    check_privacy(c)
+    check_beside(c)
     plan_fits(invited(c), c.steps or c.epochs, c.batch_size, "steps" if c.steps else "epochs")
     for name in ("codec_up", "codec_down"):
         check_codec(getattr(c, name), name)
@@ -90,7 +93,10 @@ def check_shares(c: Config) -> None:
         )
 
 
-CODECS = ("bfloat16", "float16", "quantise", "topk")  # that `wire.codecs` has
+CODECS = (  # that `wire.codecs` has
+    "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "quantise", "qsgd", "nf4", "nnadq", "terngrad", "sign", "topk", "randomk",
+    "blocks", "rotate", "drive", "eden", "powersgd", "low_rank", "sketch",
+)  # fmt: skip
 
 
 def check_codec(text: str, option: str) -> None:

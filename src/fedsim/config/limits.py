@@ -40,6 +40,10 @@ POSITIVE: dict[str, float] = {
     "eval_every": COUNT,
     "eval_clients": 10**8,
     "patience": COUNT,
+    "epsilon": 100,  # beyond it nothing is promised
+    "noise_multiplier": 1e6,
+    "clip_norm": 1e30,
+    "bands": 10**4,
     # of Speed
     "lanes": 2**16,
     "devices": 2**12,

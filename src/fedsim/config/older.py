@@ -12,6 +12,20 @@ ADDED: dict[str, Any] = {
     "groups": (),
     "public_share": 0.0,
     "server_share": 0.0,
+    "dp": "none",
+    "epsilon": None,
+    "delta": None,
+    "noise_multiplier": None,
+    "clip_norm": 1.0,
+    "clip_quantile": None,
+    "per_layer": False,
+    "bands": 1,
+    "sampling": "poisson",
+    "relation": None,
+    "accountant": None,
+    "turns": "template",
+    "loss_on": "answers",
+    "too_long": "cut",
 }  # options since then -> what a run without them did
 
 

@@ -18,6 +18,7 @@ from fedsim.config import older
 from fedsim.config.checks import PartitionLaw, check
 from fedsim.config.fields import gate
 from fedsim.config.limits import in_range
+from fedsim.config.privacy import Accountant, Mechanism, Relation, Sampling
 from fedsim.config.words import require_known
 
 
@@ -46,6 +47,12 @@ class Data:
     they stay as they are, and must be of one size)."""
     tokens: int = 32
     """Length to which texts are cut or padded, special tokens included."""
+    turns: Literal["template", "plain"] = "template"
+    """How conversations are written: by the model's chat template, or prompt and completion one after the other."""
+    loss_on: Literal["answers", "all"] = "answers"
+    """Tokens of conversations that a language model learns: those of answers, or all."""
+    too_long: Literal["cut", "refuse"] = "cut"
+    """What becomes of conversations with more than `tokens` tokens."""
     validation: float = 0.1
     """Share of the training examples held out for every choice (where the set has no validation split)."""
     examples: int | None = None
@@ -157,12 +164,13 @@ class Training:
     server_lr_schedule: str = "constant_schedule(1.0)"
     """optax schedule over rounds; multiplies server_lr."""
     weighting: Literal["examples", "uniform"] = "examples"
-    """Weight of a client in the mean."""
+    """Weight of a client in the mean; under dp every client counts alike."""
     codec_up: str = "none"
-    """How clients' messages are coded on the wire: `bfloat16`, `float16`, `"quantise(8)"`, `"topk(0.01)"`, several with + between
-    them (docs/own_algorithm.md)."""
+    """How clients' messages are coded on the wire: `bfloat16`, `"qsgd(4)"`, `"topk(0.01)"`, several with + between them;
+    `fedsim list codecs` names them (docs/codecs.md)."""
     codec_down: str = "none"
-    """How the server's messages are coded, by codecs that act on values: bfloat16, float16, `"quantise(8)"`."""
+    """How the server's messages are coded: values by `bfloat16`, `"quantise(8)"`, `"eden(4)"`; where every client is in every
+    round, what has changed since the message before by `"topk(0.1)"` and others that act on changes (docs/codecs.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +239,39 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Data, Model, Training, Network, Evaluation):
+class Privacy:
+    """Differential privacy, simulated (docs/privacy.md): what of one client, or one example, the trained model can tell."""
+
+    dp: Mechanism = "none"
+    """Where what is clipped gets its noise: `central`, on the sum of changes at the server; `local`, on each client's change;
+    `example`, on the gradients of each local step (DP-SGD). Every client then counts alike."""
+    epsilon: float | None = None
+    """The budget of the whole run: it gives the noise multiplier, or with one given ends the run before it is overspent
+    (default: none)."""
+    delta: float | None = None
+    """The delta of (epsilon, delta), below one over the number of clients or examples (default: none, needed with dp)."""
+    noise_multiplier: float | None = None
+    """Standard deviation of the noise over clip_norm (default: the least that keeps epsilon)."""
+    clip_norm: float = 1.0
+    """Norm to which each change, or each example's gradient, is cut down."""
+    clip_quantile: float | None = None
+    """Under dp=central the share of changes that the norm leaves uncut: from clip_norm on it follows a noisy count of
+    them, paid from the same budget (default: the norm is fixed)."""
+    per_layer: bool = False
+    """Cut each of K leaves to clip_norm / sqrt(K) instead of all together."""
+    bands: int = 1
+    """Under dp=central b cohorts that come round in order, and noise that is correlated over b rounds, which takes part of it away
+    again (DP-FTRL by banded matrix factorisation; 1: noise of its own in every round)."""
+    sampling: Sampling = "poisson"
+    """How clients come into a round: each by itself with chance clients_per_round / clients, or a fixed number of them."""
+    relation: Relation | None = None
+    """What neighbouring data sets differ by (default: by dp and sampling)."""
+    accountant: Accountant | None = None
+    """Privacy loss distributions, or Renyi differential privacy (default: by the sampling)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Data, Model, Training, Network, Evaluation, Privacy):
     """What is simulated. Two runs with equal `Config` and `Speed` on the same machine give the same bits."""
 
     def __post_init__(self) -> None:
@@ -248,7 +288,7 @@ class Config(Data, Model, Training, Network, Evaluation):
 
     def hash(self) -> str:
         """First 12 hex digits of the SHA-256 of the canonical JSON of all options (`older.hashed`)."""
-        text = json.dumps(older.hashed(dataclasses.asdict(self)), sort_keys=True)
+        text = json.dumps(older.hashed(vars(self)), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -290,7 +330,7 @@ class Speed:
             raise ValueError(f"Expected keep_checkpoints={self.keep_checkpoints} >= 0; 0 keeps none after the end.")
 
 
-GROUPS: tuple[type, ...] = (Data, Model, Training, Network, Evaluation)
+GROUPS: tuple[type, ...] = (Data, Model, Training, Network, Evaluation, Privacy)
 
 RELIABLE: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Network)}  # all are there, nothing takes time
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,25 @@ def require_given(options: Data, given: Source | None) -> None:
     if options.dataset != "arrays" and given is not None:
         raise ValueError(
             f"Expected dataset='arrays' beside data=..., got {options.dataset!r}; set it, or leave out data."
+        )
+
+
+def require_there(options: Data) -> None:
+    """Raises `ValueError` for a set that is neither known nor a file or folder that exists. Nothing is read."""
+    name, file = options.dataset, Path(os.path.expanduser(options.dataset))
+    if name in PACKAGED or name == "arrays" or name.startswith(("tfds:", "hf:")):
+        return
+    if file.suffix.lower() in (*TABLES, ".npz"):
+        from fedsim.data.tables import existing
+
+        existing(file)
+    elif not file.is_dir():
+        beside = (
+            [str(file.parent / p.name) for p in file.parent.iterdir() if p.is_dir()] if file.parent.is_dir() else []
+        )
+        raise ValueError(
+            f"Expected dataset={name!r} to be one of {', '.join(PACKAGED)}, tfds:NAME, hf:NAME, arrays, a folder of images by "
+            f"class, or a file that ends in {', '.join((*TABLES, '.npz'))}{nearest(name, (*PACKAGED, 'arrays', *beside))}."
         )
 
 
@@ -97,26 +117,21 @@ def _read(options: Data, given: Source | None) -> Source:
         source = read_arrays(file, columns)
     else:
         _refuse_columns(options, columns)
-        source = given if given is not None else _without_columns(name, file, side, options.accept_licence)
+        source = given if given is not None else _without_columns(options, file, side)
     if side is not None:
         source = _resized(source, side)
     return source
 
 
-def _without_columns(name: str, file: Path, side: int | None, accepted: str | None) -> Source:
+def _without_columns(options: Data, file: Path, side: int | None) -> Source:
     """A packaged set, or a folder of images."""
-    if name in PACKAGED:
-        assets.require_accepted([name], accepted)
-        return _packaged(name)
-    if file.is_dir():
-        from fedsim.data.folder import read_folder
+    if options.dataset in PACKAGED:
+        assets.require_accepted([options.dataset], options.accept_licence)
+        return _packaged(options.dataset)
+    require_there(options)
+    from fedsim.data.folder import read_folder
 
-        return read_folder(file, side)
-    beside = [str(file.parent / p.name) for p in file.parent.iterdir() if p.is_dir()] if file.parent.is_dir() else []
-    raise ValueError(
-        f"Expected dataset={name!r} to be one of {', '.join(PACKAGED)}, tfds:NAME, hf:NAME, arrays, a folder of images by "
-        f"class, or a file that ends in {', '.join((*TABLES, '.npz'))}{nearest(name, (*PACKAGED, 'arrays', *beside))}."
-    )
+    return read_folder(file, side)
 
 
 def _refuse_columns(options: Data, columns: Columns) -> None:
@@ -147,6 +162,7 @@ def load(
     vocabulary: int | None = None,
     learn: tuple[int, int] | None = None,
     taught: bool = True,
+    outside: int | None = None,
 ) -> Dataset:
     """The config's data set, tokenised and with distinct train, validation and test rows.
 
@@ -161,11 +177,17 @@ def load(
         learn: where the backbone brings no tokenizer, one is trained on the training texts: its tokens at most, and the id
             of padding (`text.trained_tokenizer`).
         taught: labels are what is learned; else they only say who owns what.
+        outside: what stands for padding where no token of the tokenizer's does (`text.tokenize`).
 
     Raises:
         ValueError: as `read`; texts without a tokenizer; token ids beyond the vocabulary; splits that would be empty.
     """
     source = read(options, given)
+    if source.turns is not None and taught:
+        raise ValueError(
+            f"Expected task='language_model' for the conversations of {source.name}, which have no classes to learn; give --task "
+            "language_model, or name a column of texts by text_column."
+        )
     train, validation, test = divide(
         source.splits, validation=options.validation, examples=options.examples, seed=options.seed
     )
@@ -184,15 +206,20 @@ def load(
 
         tokenizer = trained_tokenizer([source.x[row] for row in train.tolist()], *learn)
         trained = tokenizer.to_str()
-        x = tokenize(source.x, tokenizer, options.tokens)
+        if source.turns is None:
+            x = tokenize(source.x, tokenizer, options.tokens, outside)
+        else:
+            x = _conversations(source, tokenizer, options, backbone, learn[1])
+    elif source.turns is not None and tokenizer_file is not None:
+        x = _conversations(source, tokenizer_file, options, backbone, -1 if outside is None else outside)
     else:
-        x = _arrays(source, tokenizer_file, options, backbone)
+        x = _arrays(source, tokenizer_file, options, backbone, outside)
     # Rows that nobody uses (`examples`) are left out, so that no cached feature is computed for them.
     used = np.sort(np.concatenate([train, validation, test]))
     train, validation, test = (np.searchsorted(used, rows) for rows in (train, validation, test))
     dataset = Dataset(
         source.name,
-        x if len(used) == len(x) else x[used],  # no second copy of a large set
+        _of(x, used) if len(used) < len(source.x) else x,  # no second copy of a large set
         source.y[used],
         train,
         validation,
@@ -207,6 +234,34 @@ def load(
     return dataset
 
 
+def _of(x: Any, rows: np.ndarray) -> Any:
+    return {name: leaf[rows] for name, leaf in x.items()} if isinstance(x, dict) else x[rows]
+
+
+def _conversations(
+    source: Source, tokenizer: Any, options: Data, backbone: str | None, pad: int
+) -> dict[str, np.ndarray]:
+    """Conversations as a language model reads them; see `chat.tokenized`.
+
+    Args:
+        tokenizer: itself, or its file, beside which the model's chat template lies.
+    """
+    from fedsim.data import chat
+    from fedsim.data.text import opened
+
+    file = tokenizer if isinstance(tokenizer, Path) else None
+    return chat.tokenized(
+        source.turns or (),
+        opened(file) if file is not None else tokenizer,
+        options.tokens,
+        pad,
+        chat.opened(chat.marks(file), f"backbone={backbone!r}", options.turns),
+        answers=options.loss_on == "answers",
+        marked=options.turns == "plain",
+        refuse_long=options.too_long == "refuse",
+    )
+
+
 def _packaged(name: str) -> Source:
     from fedsim.data import images, text
 
@@ -214,7 +269,9 @@ def _packaged(name: str) -> Source:
     return {**readers, "20newsgroups": text.newsgroups}[name]()
 
 
-def _arrays(source: Source, tokenizer_file: Path | None, options: Data, backbone: str | None) -> np.ndarray:
+def _arrays(
+    source: Source, tokenizer_file: Path | None, options: Data, backbone: str | None, outside: int | None
+) -> np.ndarray:
     """The inputs as arrays; only packaged texts leave their tokens in the cache, users' own never do."""
     if isinstance(source.x, np.ndarray):
         return source.x
@@ -226,5 +283,5 @@ def _arrays(source: Source, tokenizer_file: Path | None, options: Data, backbone
     from fedsim.data.text import cached_tokens, tokenize
 
     if source.key is None:
-        return tokenize(source.x, tokenizer_file, options.tokens)
-    return cached_tokens(source.x, tokenizer_file, options.tokens, source.key)
+        return tokenize(source.x, tokenizer_file, options.tokens, outside)
+    return cached_tokens(source.x, tokenizer_file, options.tokens, source.key, outside)

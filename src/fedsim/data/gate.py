@@ -185,11 +185,12 @@ def require_vocabulary(dataset: Dataset, vocabulary: int | None) -> None:
     """Raises `ValueError` for token ids that a backbone of so many tokens has not; None: unknown, or it takes any."""
     if vocabulary is None or dataset.kind != "text":
         return
-    outside = np.flatnonzero((dataset.x >= vocabulary).any(axis=1))
+    ids = dataset.x["ids"] if isinstance(dataset.x, dict) else dataset.x
+    outside = np.flatnonzero((ids >= vocabulary).any(axis=1))
     if len(outside):
         row = int(outside[0])
         raise ValueError(
-            f"Expected token ids below {vocabulary}, the vocabulary of the backbone, got {dataset.x[row].max()} in row {row} "
+            f"Expected token ids below {vocabulary}, the vocabulary of the backbone, got {ids[row].max()} in row {row} "
             f"of {dataset.name} ({len(outside)} such rows); choose the backbone that the ids, or the tokenizer, are of."
         )
 
@@ -204,7 +205,7 @@ def check(source: Source) -> None:
     rows, classes = len(source.y), len(source.classes)
     if len(source.x) != rows:
         raise ValueError(f"Expected as many inputs as labels in {source.name}, got {len(source.x)} and {rows}.")
-    if not 2 <= classes <= MOST_CLASSES:
+    if not (1 if source.turns else 2) <= classes <= MOST_CLASSES:
         told = list(source.classes) if classes < 2 else f"{classes:,}"
         raise ValueError(
             f"Expected at least 2 classes in {source.name}, and at most {MOST_CLASSES:,}, got {told}; check the labels."

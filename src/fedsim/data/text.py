@@ -72,15 +72,17 @@ def trained_tokenizer(texts: Sequence[str], vocabulary: int, pad: int) -> Tokeni
     the order of a hash table. Every script can be written, as the first 256 tokens are bytes.
 
     Args:
-        pad: the id of `[PAD]`, 0 to 2.
+        pad: the id of `[PAD]`, 0 to 2; below 0 there is no such token.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     special = ["[CLS]", "[SEP]"]
-    special.insert(pad, "[PAD]")
+    if pad >= 0:
+        special.insert(pad, "[PAD]")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.BertProcessing(
         ("[SEP]", special.index("[SEP]")), ("[CLS]", special.index("[CLS]"))
     )
@@ -94,22 +96,31 @@ def trained_tokenizer(texts: Sequence[str], vocabulary: int, pad: int) -> Tokeni
     return tokenizer
 
 
-def tokenize(texts: Sequence[str], tokenizer_file: Path | Tokenizer, tokens: int) -> np.ndarray:
+def tokenize(
+    texts: Sequence[str], tokenizer_file: Path | Tokenizer, tokens: int, outside: int | None = None
+) -> np.ndarray:
     """Token ids (N, tokens) int32 of each text, special tokens included, cut or padded on the right.
 
     The tokenizer's own truncation and padding settings are replaced; its padding token is kept.
+
+    Args:
+        outside: what stands where padding is in place of the tokenizer's token: a number below 0, for models whose texts may
+            hold every token.
 
     Raises:
         ValueError: no readable tokenizer, no padding token, a length without room for a single word, or a text that is too
             long or no Unicode.
     """
-    tokenizer = _opened(tokenizer_file) if isinstance(tokenizer_file, Path) else tokenizer_file
+    tokenizer = opened(tokenizer_file) if isinstance(tokenizer_file, Path) else tokenizer_file
     special = tokenizer.num_special_tokens_to_add(is_pair=False)
     if tokens <= special:
         raise ValueError(
             f"Expected tokens={tokens} > {special}, the special tokens that this tokenizer adds; raise it."
         )
-    pad_id, pad_token = _padding(tokenizer.padding, tokenizer.token_to_id, tokenizer_file)
+    if outside is None:
+        pad_id, pad_token = _padding(tokenizer.padding, tokenizer.token_to_id, tokenizer_file)
+    else:
+        pad_id, pad_token = 0, tokenizer.id_to_token(0)
     tokenizer.enable_truncation(tokens)
     tokenizer.enable_padding(length=tokens, pad_id=pad_id, pad_token=pad_token)
     require_memory(4 * tokens * len(texts), f"tokens={tokens} of {len(texts):,} texts", "lower tokens")
@@ -124,12 +135,20 @@ def tokenize(texts: Sequence[str], tokenizer_file: Path | Tokenizer, tokens: int
         encodings = tokenizer.encode_batch_fast(short)
         for i, encoding in enumerate(encodings):
             whole = len(short[i]) == len(chunk[i]) or encoding.attention_mask[-1] == 1
-            out[start + i] = (encoding if whole else tokenizer.encode(chunk[i])).ids
+            encoding = encoding if whole else tokenizer.encode(chunk[i])
+            out[start + i] = encoding.ids
+            if outside is not None:
+                out[start + i, np.asarray(encoding.attention_mask) == 0] = outside
         start += len(short)
     return out
 
 
-def _opened(file: Path) -> Tokenizer:
+def opened(file: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json.
+
+    Raises:
+        ValueError: it is none.
+    """
     from tokenizers import Tokenizer
 
     try:
@@ -164,9 +183,12 @@ def _cutter(tokenizer: Tokenizer, tokens: int) -> Callable[[str], str]:
     return cut
 
 
-def cached_tokens(texts: Sequence[str], tokenizer_file: Path, tokens: int, key: str) -> np.ndarray:
-    """`tokenize`, kept in the cache under a hash of the texts' `key`, the tokenizer's bytes and the length."""
-    inputs: Iterable[bytes] = (key.encode(), tokenizer_file.read_bytes(), str(tokens).encode(), b"1")
+def cached_tokens(
+    texts: Sequence[str], tokenizer_file: Path, tokens: int, key: str, outside: int | None = None
+) -> np.ndarray:
+    """`tokenize`, kept in the cache under a hash of the texts' `key`, the tokenizer's bytes, the length and the padding."""
+    form = b"1" if outside is None else b"1 %d" % outside
+    inputs: Iterable[bytes] = (key.encode(), tokenizer_file.read_bytes(), str(tokens).encode(), form)
     name = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in inputs)).hexdigest()[:24]
     file = assets.cache_dir() / "tokens" / f"{name}.npz"
     try:
@@ -176,7 +198,7 @@ def cached_tokens(texts: Sequence[str], tokenizer_file: Path, tokens: int, key: 
             return ids
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         pass  # not there yet, or damaged: made again below
-    ids = tokenize(texts, tokenizer_file, tokens)
+    ids = tokenize(texts, tokenizer_file, tokens, outside)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=".tokens-", dir=file.parent)

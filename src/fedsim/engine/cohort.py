@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from fedsim.engine import peers, processes, traffic
 from fedsim.engine import plan as planning
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.device_memory import all_fit
+from fedsim.engine.downlink import copy_name, refuse_missing
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Lanes, Request
 from fedsim.engine.messages import Outbox
@@ -40,6 +42,7 @@ class Cohort:
         average: the run's fold, and `averaging` its state.
         releases: exchanges that the average may fold where it is no plain mean; `Algorithm.releases`.
         stores: where codecs keep their state beside it; default: `memory`.
+        copies: what all clients hold of earlier messages, where the codec of messages sends changes of it; by `copy_name`.
     """
 
     groups: Mapping[str, Cohort] = {}
@@ -57,6 +60,7 @@ class Cohort:
         averaging: Tree = (),
         releases: int = 1,
         stores: Memory | None = None,
+        copies: Mapping[str, wire.Copy] | None = None,
     ) -> None:
         self.engine, self.round, self.memory, self.lr = engine, round, memory, lr
         self.average, self.averaging, self.releases = average, averaging, releases
@@ -79,7 +83,7 @@ class Cohort:
             self.last[self.places] = met[real]
         self.done: list[Exchanged] = []
         self.read: set[str] = set()  # options whose examples of the server the algorithm has read
-        self.stores = stores or memory
+        self.stores, self.copies = stores or memory, dict(copies or {})
         self.outbox, self.coded_up, self.averages = Outbox(), False, 0
         self._rows: tuple[np.ndarray, Tree] | None = None  # members by slot, and their memory on the devices
 
@@ -129,9 +133,10 @@ class Cohort:
         turn = sum(one.stream == local.passes.stream for one in self.done)
         # Half a millisecond of the host, which only a codec has a use for.
         key = engine.root
-        if engine.down is not None:
+        if engine.down is not None or wire.brings(message):
             key = key_for(engine.root, named("down", engine.name(local)), self.round, turn)
-        decoded, down = self.outbox.sent(message, engine.depart, key, members)
+        depart = partial(self._depart, copy_name(engine.name(local), turn), link is not None)
+        decoded, down = self.outbox.sent(message, depart, key, members)
         averages = reduce is None
         if averages:
             reduce, args = self.average.reduce, self.average.args(self.averaging, members)
@@ -180,6 +185,15 @@ class Cohort:
         )
         self.reports = outcome.reports
         return result, info
+
+    def _depart(self, name: str, linked: bool, nodes: list[Tree], key: Array) -> list[Tree]:
+        """A message, node by node, as its receivers decode it; the copy of that name is renewed where the codec acts on changes."""
+        downlink = self.engine.downlink
+        if downlink.changes is None or not wire.is_coded(nodes):
+            return downlink.depart(nodes, key)
+        refuse_missing(len(self.places) == self.population and bool(self.reports.all()), linked)
+        sent, self.copies[name] = downlink.renewed(nodes, key, self.copies.get(name))
+        return sent
 
     def _plan(self, programs: Programs, local: Local, outcome: network.Outcome, turn: int) -> planning.Plan:
         """Who runs where, at which step, on which rows."""

@@ -17,7 +17,7 @@ from jax import Array
 from jax.extend import core
 
 from fedsim.core import Local, Tree
-from fedsim.engine.replies import beginning, split_message
+from fedsim.engine.replies import beginning, of_rows, split_message
 
 # Examples in the batch of a model that is traced: a prime that divides no size of one, so that an array has the
 # examples' axis, merged with others or not, exactly where its size is a multiple.
@@ -40,11 +40,7 @@ def of_local(local: Local, init_memory: Any, message: Tree, held: Tree, x: Tree,
     size, by_step = local.passes.batch_size, local.passes.rows is not None
 
     def traced(rows: int) -> core.Jaxpr:
-        def many(leaf: Any) -> Any:
-            return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
-
-        seen = batch._replace(**{name: jax.tree.map(many, getattr(batch, name)) for name in ("x", "y", "mask")})
-        return jax.make_jaxpr(local.step)(held, msg, carry, seen).jaxpr
+        return jax.make_jaxpr(local.step)(held, msg, carry, of_rows(batch, rows)).jaxpr
 
     if by_step:
         return all_products(traced(size))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsim import network
+from fedsim import network, wire
 from fedsim.core import Tree
 from fedsim.engine import processes
 from fedsim.engine.cohort import Cohort
@@ -63,6 +63,11 @@ class GroupedCohort:
     def averaging(self) -> Tree:
         """The state of the run's average, by group."""
         return {name: cohort.averaging for name, cohort in self.groups.items()}
+
+    @property
+    def copies(self) -> dict[str, wire.Copy]:
+        """As `Cohort.copies`: none, as not every client gets a group's message."""
+        return {}
 
     @property
     def conditions(self) -> network.Conditions:

@@ -77,6 +77,11 @@ def divide_cpu(devices: int | None) -> bool:
     return True
 
 
+def keep_to_cpu() -> None:
+    """Has JAX leave accelerators, and their memory, to other processes; nothing is done where it has started already."""
+    jax.config.update("jax_platforms", "cpu")
+
+
 def zeros(shape: Sequence[int], dtype: Any) -> np.ndarray:
     """Zeros from an address that XLA takes as it is: a CPU's devices then share this memory instead of copying it."""
     size = math.prod(shape) * np.dtype(dtype).itemsize

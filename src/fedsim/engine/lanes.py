@@ -26,6 +26,7 @@ from fedsim import wire
 from fedsim.core import Local, Reduce, Tree
 from fedsim.engine import flops, packing, processes
 from fedsim.engine.device_memory import Need, device_memory, exhausted, free_memory, refuse_too_large
+from fedsim.engine.downlink import Downlink
 from fedsim.engine.host import aligned
 from fedsim.engine.lane_count import choose_lanes, own_convolutions
 from fedsim.engine.packing import Labels
@@ -125,7 +126,7 @@ class Lanes:
         self.widths, self.may_refuse = widths, may_refuse
         self.need = Need(0, 0)  # of the programs that were made last
         self.up, self.down, self.group = up, down, group
-        self._depart = jax.jit(lambda message, key: wire.depart(down, message, key))
+        self.downlink = Downlink(down, self.everywhere)
         self._programs: dict[Any, Programs] = {}
         self._replies: dict[Any, Reply] = {}
         self._reply_bytes: dict[Any, int] = {}
@@ -164,12 +165,6 @@ class Lanes:
     def keep(self, tree: Tree) -> Tree:
         """As `put`, for what nobody changes: where it can, a CPU's devices share one copy, the caller's."""
         return self.put(jax.tree.map(aligned, tree) if self.devices[0].platform == "cpu" else tree)
-
-    def depart(self, message: Tree, key: Array) -> Tree:
-        """A message as its receivers decode it; without a codec, and where all entries travel, that is what was given."""
-        if self.down is None and not wire.thins(message):
-            return wire.unmarked(message)
-        return self._depart(message, key)
 
     def split(self, tree: Tree) -> Tree:
         """Gives every device its block of arrays (D, ...)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +21,11 @@ from jax.extend import core
 from fedsim import wire
 from fedsim.core import Average, Batch, Client, Info, Local, Passes, Peers, Reduce, Tree
 from fedsim.engine import peers
+from fedsim.engine.downlink import Downlink, copy_name, refuse_missing
 from fedsim.engine.groups import refused
 from fedsim.engine.keys import key_for
 from fedsim.engine.messages import Outbox
-from fedsim.engine.replies import split_message
+from fedsim.engine.replies import Reply, allow, of_rows, split_message
 from fedsim.randomness import stream
 
 CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
@@ -50,7 +52,9 @@ class Sending(NamedTuple):
 
     down: dict[str, Price]
     up: dict[str, Price]
-    sparse: dict[str, int]  # leaves of which a codec leaves entries out -> bytes of what it leaves in, all together
+    sparse: dict[
+        str, dict[str, int]
+    ]  # by way: leaves of which a codec leaves entries out -> bytes of what it leaves in
     reads: np.ndarray  # (M,), bool: who gets the message
     times: np.ndarray  # (M,), int64: how often each reply travels
 
@@ -97,10 +101,18 @@ class Sketch:
     Args:
         memory: (M, ...) what the clients keep.
         last: (M,) the round before this one in which each was there, 0 for never.
+        copies: what all clients hold of the messages before.
     """
 
     def __init__(
-        self, given: Unknown, setting: Setting, round: int, memory: Tree, averaging: Tree, last: np.ndarray
+        self,
+        given: Unknown,
+        setting: Setting,
+        round: int,
+        memory: Tree,
+        averaging: Tree,
+        last: np.ndarray,
+        copies: Mapping[str, wire.Copy] = MappingProxyType({}),
     ) -> None:
         self.given, self.setting, self.round = given, setting, round
         self.memory, self.averaging, self.last = memory, averaging, last
@@ -110,6 +122,7 @@ class Sketch:
         self.guessed = False
         self.unknowns: dict[Any, Array] = {}  # by shape and dtype
         self.outbox, self.turns = Outbox(wire.part_bytes), Counter[str]()
+        self.downlink, self.copies = Downlink(setting.down), dict(copies)
 
     @property
     def public(self) -> Tree:
@@ -150,17 +163,20 @@ class Sketch:
         """As of a cohort: a result of the right shapes. What is sent is noted in `done`."""
         members, turn = len(self.ids), self.turns[local.passes.stream]
         self.turns[local.passes.stream] += 1
-        decoded, down = self._sent(message, key_for(self.given.key, f"down {local.passes.stream}", self.round, turn))
+        key = key_for(self.given.key, f"down {local.passes.stream}", self.round, turn)
+        if self.downlink.changes is not None and wire.is_coded(message):
+            refuse_missing(members == self.population and bool(self.reports.all()), link is not None)
+        decoded, down, less = self._sent(message, key, copy_name(local.passes.stream, turn))
         average, averages = self.setting.average, reduce is None
         if reduce is None:
             reduce, args = average.reduce, average.args(self.averaging, members)
-        values, weights, up, sparse = self._replies(local, decoded, reduce, turn)
+        values, weights, up, sparse = self._replies(local, decoded, reduce, turn, averages, link is not None)
         times = self.reports.astype(np.int64)
         if link is not None:
             times = peers.edges(link.graph, self.ids).hearers(self.reports)
             values = jax.tree.map(self.unknown, values)  # mixed
             self.memory = jax.vmap(link.into)(self.memory, values, self._clients(local.passes))
-        self.done.append(Sending(down, up, sparse, self.reports, times))
+        self.done.append(Sending(down, up, {"down": less, "up": sparse}, self.reports, times))
         total = reduce.zero(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), values), members)
         total = reduce.add(total, values, weights, jnp.arange(members), args)
         result: Any = reduce.done(total, args, key_for(self.given.key, "reduce", self.round, turn))
@@ -180,19 +196,31 @@ class Sketch:
             self.unknowns[kind] = jnp.broadcast_to(some, leaf.shape)
         return self.unknowns[kind]
 
-    def _sent(self, message: Tree, key: Array) -> tuple[Tree, dict[str, Price]]:
-        """The message as its receivers decode it, and what it costs each."""
-        members, news = len(self.ids), wire.news(message)
+    def _sent(self, message: Tree, key: Array, name: str) -> tuple[Tree, dict[str, Price], dict[str, int]]:
+        """The message as its receivers decode it, what it costs each, and `Sending.sparse` of it.
 
-        def depart(message: Tree, key: Array) -> Tree:
-            return wire.depart(self.setting.down, message, key)
+        Args:
+            name: of the copy that all hold of it, where what has changed is sent.
+        """
+        members, news, codec = len(self.ids), wire.news(message), self.downlink.changes
+        differs = codec is not None and wire.is_coded(news)
+
+        def depart(message: Any, key: Array) -> Any:
+            if not differs:
+                return wire.depart(self.downlink.values, message, key)
+            sent, self.copies[name] = self.downlink.renewed(message, key, self.copies.get(name))
+            return sent
 
         decoded, exact = self.outbox.sent(message, depart, key, members)
         if not any(isinstance(each, jax.core.Tracer) for each in exact.values()):
-            return decoded, {name: Price(each) for name, each in exact.items()}
-        bounds = [wire.part_bytes(depart(wire.whole(news), key), members)]
-        bounds.append(wire.part_bytes(wire.unwrap(wire.unmarked(news)), members))
-        return decoded, {name: Price(each, tuple((b[name],) for b in bounds)) for name, each in exact.items()}
+            return decoded, {name: Price(each) for name, each in exact.items()}, {}
+        plain = wire.part_bytes(wire.unwrap(wire.unmarked(news)), members)
+        if not differs:
+            whole = wire.part_bytes(depart(wire.whole(news), key), members)
+            return decoded, {name: Price(each, ((whole[name],), (plain[name],))) for name, each in exact.items()}, {}
+        most = wire.most(wire.as_changes(news), codec, key, key)
+        bounds = {each: ((most.entries[each], side), (most.entries[each],)) for each, side in most.side.items()}
+        return decoded, {n: Price(each, bounds.get(n, ((plain[n],),))) for n, each in exact.items()}, most.sparse
 
     def _clients(self, passes: Passes) -> Client:
         """The members, (M,) each."""
@@ -206,22 +234,25 @@ class Sketch:
         return Client(ids, n, self.memory, keys, round, lr, steps)
 
     def _replies(
-        self, local: Local, message: Tree, reduce: Reduce, turn: int
+        self, local: Local, message: Tree, reduce: Reduce, turn: int, averages: bool, linked: bool
     ) -> tuple[Tree, Array, dict[str, Price], dict[str, int]]:
         """Replies (M, ...) as the server decodes them, their weights (M,), their prices, and `Sending.sparse`."""
         shared, own, (treedef, apart) = split_message(message)
         held, root, codec = self.given.held, self.given.key, self.setting.up
         common = key_for(root, "codec", self.round, turn)
         noted: list[wire.Most] = []
+        batch = of_rows(self.setting.batch, local.passes.batch_size)
 
         def one(own: list[Any], client: Client) -> Any:
             nodes = [o if differs else s for s, o, differs in zip(shared, own, apart, strict=True)]
             msg = treedef.unflatten(nodes)
-            carry = jax.tree.map(self.unknown, jax.eval_shape(local.start, held, msg, client, self.setting.batch))
-            marked, memory, _ = local.finish(held, msg, carry, client)
+            carry = jax.tree.map(self.unknown, jax.eval_shape(local.start, held, msg, client, batch))
+            marked, memory, final = local.finish(held, msg, carry, client)
             changes = {name: sent.value for name, sent in wire.changes(marked).items()}
             state = codec.init(root, changes) if codec and changes else ()
             reply, _ = wire.arrive(marked, codec, client.key, common, state)
+            said = Reply(reply, changes, wire.unmarked_leaves(marked), wire.is_coded(marked), {}, list(final))
+            allow(self.setting.average, None if averages else reduce, said, linked=linked)
             most = wire.most(marked, codec, client.key, common, state)
             noted.append(most)
             values = wire.unwrap(reply)
@@ -312,18 +343,18 @@ def added_up(done: Sequence[Sending], guessed: bool, members: int) -> Sends:
     nothing = np.zeros(members, np.int64)
     found: dict[str, dict[str, np.ndarray]] = {"down": {}, "up": {}}
     bounded: dict[str, list[str]] = {"down": [], "up": []}
-    saved = nothing
+    saved = {"down": nothing, "up": nothing}
     for one in done:
         for way, prices, times in (("down", one.down, one.reads), ("up", one.up, one.times)):
             for name, price in prices.items():
                 found[way][name] = found[way].get(name, nothing) + known_bytes(price) * times
                 bounded[way] += [name] if price.exact is None else []
-        at_most = {name: price.bounds[0] for name, price in one.up.items() if price.exact is None}
-        thinned = [parts[0] for name, parts in at_most.items() if name in one.sparse]
-        if thinned:
-            saved = saved + max(sum(thinned) - max(one.sparse.values()), 0) * one.times
-    down, up = (sum(found[way].values(), nothing) for way in ("down", "up"))
-    return Sends(found["down"], found["up"], down, up - saved, bounded, guessed)
+            at_most = {name: price.bounds[0] for name, price in prices.items() if price.exact is None}
+            thinned = [parts[0] for name, parts in at_most.items() if name in one.sparse[way]]
+            if thinned:
+                saved[way] = saved[way] + max(sum(thinned) - max(one.sparse[way].values()), 0) * times
+    down, up = (sum(found[way].values(), nothing) - saved[way] for way in ("down", "up"))
+    return Sends(found["down"], found["up"], down, up, bounded, guessed)
 
 
 def known_bytes(price: Price) -> np.ndarray:

@@ -163,16 +163,25 @@ def allow(average: Average, own: Reduce | None, reply: Reply, *, linked: bool) -
     if linked or own is not None:
         what = "replies that go from peer to peer" if own is None or linked else f"the fold {_name(own)}"
         raise ValueError(
-            f"Expected average={average.name!r} to fold all replies, but this algorithm brings {what}; choose mean, or an "
-            "algorithm that leaves the fold to the run."
+            f"Expected average={average.name!r} to fold all replies, but this algorithm brings {what}; choose dp=none, or "
+            "an algorithm that leaves the fold to the run."
         )
     if reply.others:
         raise ValueError(
             f"Expected every part of a reply to be a change for average={average.name!r}, but {reply.others[0]!r} is not marked "
-            "by wire.coded(..., change=True); mark it, or choose mean."
+            "by wire.coded(..., change=True); mark it, or choose dp=none."
         )
     return 1
 
 
 def _name(fold: Reduce) -> str:
     return fold.done.__qualname__.partition(".")[0]
+
+
+def of_rows(batch: Batch, rows: int) -> Batch:
+    """A batch's shapes with another number of rows."""
+
+    def sized(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+
+    return batch._replace(x=jax.tree.map(sized, batch.x), y=sized(batch.y), mask=sized(batch.mask))

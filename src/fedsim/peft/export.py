@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from fedsim.backbones import Row, row
-from fedsim.backbones.formats import FORMATS, Format
+from fedsim.backbones.formats import FORMATS
+from fedsim.backbones.layouts import Format
 from fedsim.backbones.load import Weights, check_finite, check_kinds, find
 from fedsim.backbones.own import kernel_of
 from fedsim.backbones.sources import open_source
@@ -31,7 +32,7 @@ from fedsim.peft.split import Model, published
 Arrays = Mapping[str, Any]
 Folder = str | os.PathLike[str]
 
-HUGGING_FACE = ("bert", "roberta", "vit", "dinov2")
+HUGGING_FACE = ("bert", "roberta", "vit", "dinov2", "llama", "gpt2")
 HEAD = "head.safetensors"
 ADAPTER = "adapter_model.safetensors"
 BESIDE = (
@@ -133,13 +134,13 @@ def export_backbone(folder: Folder, model: Model, trained: Arrays, frozen: Array
         _refuse_over(folder, ["model.npz", "model.safetensors", HEAD, *BESIDE], source.file)
     for path, place in places.items():
         leaf = place.layout.theirs(values[path], row.config)
-        rows = leaf.shape[0]
         if place.parts == 1:
             stored[place.name] = leaf
         else:
-            whole = stored.get(place.name, np.zeros((rows * place.parts, *leaf.shape[1:])))
+            whole = stored.get(place.name)
+            whole = np.concatenate([np.zeros_like(leaf)] * place.parts, place.axis) if whole is None else whole
             whole = stored[place.name] = whole.astype(np.float32, copy=False)  # whatever the checkpoint's type was
-            whole[place.part * rows : (place.part + 1) * rows] = leaf
+            np.split(whole, place.parts, place.axis)[place.part][...] = leaf
     file = folder / ("model.npz" if archive else "model.safetensors")
     with _writing(folder):
         for copied in beside:
@@ -148,7 +149,7 @@ def export_backbone(folder: Folder, model: Model, trained: Arrays, frozen: Array
             np.savez(file, **stored)
         else:
             _save(stored, file)
-        _save({"kernel": values["head/kernel"], "bias": values["head/bias"]}, folder / HEAD)
+        _save_head(values, folder)
     return file
 
 
@@ -164,8 +165,8 @@ def export_lora(
     """Writes the trained LoRA as Hugging Face `peft` saves one; returns its file.
 
     Where transformers' model for classification computes what ours does (BERT's pooler, ViT's class token) the names
-    are that model's, and the head goes along as its classifier; else the names are those of the bare backbone, and the
-    head is head.safetensors.
+    are that model's, and the head goes along as its classifier; a language model's are those of its model for next tokens;
+    else the names are those of the bare backbone, and the head is head.safetensors.
 
     Args:
         base: name or path of the checkpoint, for adapter_config.json.
@@ -200,6 +201,12 @@ def export_lora(
             _refuse_over(folder, [ADAPTER, CONFIG, HEAD], Path(weights).expanduser())
     leaves = {path: np.asarray(leaf, np.float32) for path, leaf in {**frozen, **trained}.items()}
     prefix, classifier = _task(layout, row)
+    causal = model.options.task == "language_model"
+    if parts := [layer for layer in layers if layout.place(f"{layer}/kernel", row.config).parts > 1]:
+        raise ValueError(
+            f"Expected LoRA on layers that others have apart, not on {parts[0]}, which is a part of one of theirs: export the "
+            "merged backbone, or train LoRA on others (targets=mlp/*)."
+        )
     arrays: dict[str, np.ndarray] = {}
     names = [prefix + layout.place(f"{layer}/kernel", row.config).name.removesuffix(".weight") for layer in layers]
     for published_part, otherwise in layout.renamed if transformers == 5 and row.kind == "image" else ():
@@ -224,12 +231,12 @@ def export_lora(
         "fan_in_fan_out": False,
         "target_modules": names,
         "modules_to_save": [classifier] if classifier else None,
-        "task_type": "SEQ_CLS" if classifier and row.kind == "text" else None,
+        "task_type": "CAUSAL_LM" if causal else "SEQ_CLS" if classifier and row.kind == "text" else None,
         "inference_mode": True,
     }
     with _writing(folder):
         if not classifier:
-            _save({"kernel": leaves["head/kernel"], "bias": leaves["head/bias"]}, folder / HEAD)
+            _save_head(leaves, folder)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         _save(arrays, folder / ADAPTER)
     return folder / ADAPTER
@@ -310,7 +317,9 @@ def _hugging_face(model: Model) -> Format:
 
 
 def _task(layout: Format, row: Row) -> tuple[str, str]:
-    """Prefix and head of transformers' model for classification where it computes what ours does, or two times ""."""
+    """Prefix and head of transformers' model for the task where it computes what ours does; a prefix alone, or two times ""."""
+    if getattr(row.config, "language_model", False):
+        return layout.causal, ""
     if layout.task is None or row.config.pool != layout.task[2]:
         return "", ""
     return layout.task[:2]
@@ -339,6 +348,12 @@ def _writing(folder: Path) -> Iterator[None]:
         raise ValueError(
             f"Expected folder={str(folder)!r} to be one that can be written ({error}); give another folder, or make room there."
         ) from error
+
+
+def _save_head(leaves: Arrays, folder: Path) -> None:
+    """Writes our head beside the rest; a language model has none."""
+    if "head/kernel" in leaves:
+        _save({"kernel": leaves["head/kernel"], "bias": leaves["head/bias"]}, folder / HEAD)
 
 
 def _save(arrays: Mapping[str, np.ndarray], file: Path) -> None:

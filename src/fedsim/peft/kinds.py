@@ -65,7 +65,7 @@ def _last(leaf: Leaf, options: Options) -> bool:
 
 
 def attach_lora(module: Any, options: Options) -> None:
-    """Gives LoRA factors to every linear layer outside the head whose path ends in one of the target patterns.
+    """Gives LoRA factors to every linear layer below the outputs whose path ends in one of the target patterns.
 
     Raises:
         ValueError: a pattern matches nothing, or the rank is above that of a matched matrix.
@@ -73,7 +73,7 @@ def attach_lora(module: Any, options: Options) -> None:
     layers = {
         "/".join(map(str, path)): layer
         for path, layer in nnx.iter_graph(module)
-        if isinstance(layer, Linear) and path[0] != "head"
+        if isinstance(layer, Linear) and path[0] not in ("head", "lm_head")
     }
     for path in choose_targets({path: layer.kernel.shape for path, layer in layers.items()}, options):
         if layers[path].lora_a is None:  # "lora+ffa_lora" comes here twice
@@ -129,16 +129,12 @@ def attach_adapter(module: Any, options: Options) -> None:
 
 
 def attach_prompt(module: Any, options: Options) -> None:
-    """Tokens of its own for every block, or for the first one, from where they go on to the last.
-
-    Raises:
-        ValueError: tokens of this backbone do not look at those behind them, where a prompt stands.
-    """
+    """Tokens of its own for every block, or for the first one, from where they go on to the last."""
     width = _every(module, Projections, "prompt")[0].query.kernel.shape[0]
-    if not hasattr(module.blocks[0], "prompt"):
+    if not hasattr(module, "blocks"):
         raise ValueError(
-            "Expected peft='prompt' to meet tokens that look at those behind them, where a prompt stands; those of a decoder "
-            "do not: take prefix, lora, ia3 or adapter."
+            "Expected peft='prompt' to meet the blocks of one transformer, and not several encoders; take last_k, which trains what "
+            "fuses them, or lora."
         )
     shallow = options.prompt_depth == "shallow"
     for block in list(module.blocks)[: 1 if shallow else None]:

@@ -129,8 +129,8 @@ def from_config(config: Options, classes: int, input_shape: Shape | None = None,
     fresh = {path: leaf for path, leaf in shapes.items() if is_fresh(path)}
     if not trained:
         raise ValueError(
-            f"Expected peft={options.peft!r} of backbone={options.backbone!r} to have a head to train; its outputs are those of "
-            "its token embedding: take lora, last_k, full, ... (and head_rounds=0)."
+            f"Expected peft={options.peft!r} of backbone={options.backbone!r} to have a head to train; a language model brings "
+            "its outputs, frozen, from its checkpoint: take lora, last_k, full, ... (and head_rounds=0)."
         )
     cut = min(stage_of[path] for path in trained)
 

@@ -50,7 +50,7 @@ def run_round(now: Current) -> tuple[Cohort, float, float]:
     """The phase's first round once more: the cohort, seconds until the host has nothing left to do, and then waits."""
     trainer, round = now.trainer, now.phase.first
     engine, algorithm = trainer.engine, trainer.algorithm
-    population = Population(engine.population, invited(trainer.config))
+    population = Population(engine.population, invited(trainer.config), round=round)
     ids = algorithm.select(stream(trainer.config.seed, f"sample {round}"), now.server, population)
     key = jax.block_until_ready(key_for(engine.root, "server", round))
     start = time.perf_counter()

@@ -35,10 +35,13 @@ Round = Mapping[str, Any]  # one line of rounds.jsonl, as docs/record.md says
 def flat(line: Round) -> dict[str, Any]:
     """A round's line without its bytes per leaf, and with `validation_*`, `simulated_*` instead of the nested objects."""
     kept = {
-        k: v for k, v in line.items() if k not in (*LEAVES, "validation", "validation_clients", "simulated", "peers")
+        k: v
+        for k, v in line.items()
+        if k not in (*LEAVES, "validation", "validation_clients", "simulated", "peers", "privacy")
     }
     seen = line["validation"] or {}
     kept |= {f"peers_{k}": v for k, v in (line.get("peers") or {}).items()}
+    kept |= {f"privacy_{k}": v for k, v in (line.get("privacy") or {}).items()}
     kept |= {f"simulated_{k}": v for k, v in (line.get("simulated") or {}).items()}
     return kept | {f"validation_{k}": seen.get(k, math.nan) for k in {"loss": None, **seen}}
 

@@ -17,6 +17,7 @@ def quiet_orbax() -> None:
     logger = logging.getLogger("absl")
     if not any(isinstance(f, _NotOrbax) for f in logger.filters):
         logger.addFilter(_NotOrbax())
+        logging.getLogger("asyncio").addFilter(_not_forgotten)
     if not isinstance(sys.unraisablehook, _NotLate):
         sys.unraisablehook = _NotLate(sys.unraisablehook)
 
@@ -24,6 +25,14 @@ def quiet_orbax() -> None:
 class _NotOrbax(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _not_forgotten(record: logging.LogRecord) -> bool:
+    """Of several writes that fail, Orbax raises the first one's error; asyncio tells the others' when their tasks are thrown away."""
+    return (
+        "exception was never retrieved" not in record.getMessage()
+        or f"{os.sep}orbax{os.sep}" not in record.getMessage()
+    )
 
 
 class _NotLate:

@@ -28,6 +28,8 @@ SIMULATED = {
     **dict.fromkeys(("seconds", "total_seconds"), MAYBE),
 }
 
+PRIVACY = {"epsilon": MAYBE, "delta": float, **dict.fromkeys(("unit?", "relation?", "accountant?", "sampling?"), str)}
+
 FILE = {"path?": str, "sha256?": str}
 ABOUT: Shape = {
     "schema": int,
@@ -67,6 +69,7 @@ LINE: Shape = {
     "bitwise?": bool,
     "server_seconds?": float,
     "server_flops?": float,
+    "privacy?": (None, PRIVACY),
 }
 
 TESTED = {
@@ -101,6 +104,7 @@ SUMMARY_SHAPE: Shape = {
     **dict.fromkeys(("clients", "examples", "nonfinite"), int),
     "simulated?": (None, dict),
     **dict.fromkeys(("seconds", "seconds_in_rounds", "compile_seconds"), float),
+    "privacy?": (None, PRIVACY),
     "identity?": str,
     "sha256?": {str: str},
 }

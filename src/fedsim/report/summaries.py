@@ -20,6 +20,7 @@ def summary(
     seconds: float,
     stopped: str,
     metric: str = USUAL,
+    privacy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """How a run ended, and what full fine-tuning would have sent in the same rounds to and from the same clients.
 
@@ -31,8 +32,9 @@ def summary(
             would be given once besides, is 0 if left out: there the first message brings the backbone.
         parameters: numbers of `trained` and `frozen` parameters.
         seconds: wall time of the whole run, loading and compiling included.
-        stopped: why it ended: "rounds", "target", "patience" or "interrupted".
+        stopped: why it ended: "rounds", "target", "patience", "epsilon" or "interrupted".
         metric: the score that judges the run.
+        privacy: what it has spent, and what that is of; None without privacy.
     """
     sent = totals(_sum(lines, "bytes_up"), _sum(lines, "bytes_down"), _sum(lines, "setup_bytes"))
     whole = totals(
@@ -60,6 +62,7 @@ def summary(
             "examples": _sum(lines, "examples"),
             "nonfinite": _sum(lines, "nonfinite"),
             "simulated": simulated(lines),
+            "privacy": None if privacy is None else dict(privacy),
             "seconds": seconds,
             "seconds_in_rounds": _sum(lines, "seconds"),
             "compile_seconds": _sum(lines, "compile_seconds"),

@@ -177,6 +177,8 @@ def said_of(result: Mapping[str, Any], *, is_full: bool, without: Sequence[str])
         took = "" if seen["seconds"] is None else f" Simulated time: {duration(seen['seconds'])}."
         lost = ", ".join(f"{seen[name]} {name}" for name in ("unavailable", "dropped", "late", "surplus"))
         said.append(f"Clients: {lost}; {seen['empty_rounds']} rounds without a reply.{took}")
+    if (spent := result.get("privacy")) is not None:
+        said.append(of_privacy(spent))
     if result["nonfinite"]:
         said.append(f"{result['nonfinite']} replies were left out because they were not finite.")
     for split in ("validation", "test"):
@@ -184,6 +186,18 @@ def said_of(result: Mapping[str, Any], *, is_full: bool, without: Sequence[str])
         if has_diverged(final):
             said.append(f"The final model's outputs are not finite on the {split} set, so it has no scores there.")
     return [line for line in said if line]
+
+
+def of_privacy(spent: Mapping[str, Any]) -> str:
+    """What was spent, with all that it is of."""
+    other = {"pld": "rdp", "rdp": "pld"}[spent["accountant"]]
+    beside = "" if spent.get(f"epsilon_{other}") is None else f" ({spent[f'epsilon_{other}']:.4g} by {other.upper()})"
+    at = f"epsilon {spent['epsilon']:.4g} at delta {spent['delta']:g} by {spent['accountant'].upper()}{beside}"
+    return (
+        f"Privacy, dp={spent['dp']}: {at}, of one {spent['unit']}; neighbours {spent['relation'].replace('_', ' ')}, sampling "
+        f"{spent['sampling']}, noise multiplier {spent['noise_multiplier']:.4g}. Simulated noise. Counts, bytes, times and training "
+        "scores are not private."
+    )
 
 
 def of_clients(kind: str, found: Mapping[str, Any], metric: str = USUAL) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from fedsim.simulation import personal, trainers
 from fedsim.simulation.build import Phase, Problem
 from fedsim.simulation.rounds import Cost
 from fedsim.simulation.trainers import Trainer
+from fedsim.wire import Copy
 
 
 class Current(NamedTuple):
@@ -27,6 +29,9 @@ class Current(NamedTuple):
     memory: Memory
     cost: Cost
     averaging: Any = ()  # state of the run's average, which goes where the server goes
+    copies: Mapping[
+        str, Copy
+    ] = {}  # what all clients hold of messages, where `codec_down` sends changes of it; by exchange
     answering: personal.Answering | None = None  # where clients' own models are validated
 
     def validate(self) -> personal.Answers:
@@ -61,7 +66,7 @@ def prepare(
     state = trainer.average.init()
     averaging = dict.fromkeys(trainer.groups, state) if trainer.groups else state
     answering = personal.Answering(problem, trainer) if trainer.algorithm.answers == "client" else None
-    return Current(phase, trainer, server, memory, cost, engine.put(averaging), answering)
+    return Current(phase, trainer, server, memory, cost, engine.put(averaging), answering=answering)
 
 
 def peak(trainer: Trainer, speed: Speed) -> float | None:

@@ -12,7 +12,7 @@ from fedsim.config import Config, metric_of
 from fedsim.data.show import draw as draw_partition
 from fedsim.engine import processes
 from fedsim.report import plots, summaries
-from fedsim.simulation import build, memories, personal
+from fedsim.simulation import build, memories, personal, private
 from fedsim.simulation.build import Problem
 from fedsim.simulation.current import Current
 from fedsim.simulation.rounds import Standing
@@ -28,6 +28,8 @@ def finish(
     now: Current,
     seconds: Callable[[], float],
     note: Callable[[str], None],
+    *,
+    pictures: bool = True,
 ) -> None:
     """Scores the final model and writes what a finished run leaves behind.
 
@@ -36,6 +38,7 @@ def finish(
         stand: after the last round.
         seconds: the run's wall time so far, earlier processes included.
         note: says what could not be drawn, and why, a line each: a picture never ends a run.
+        pictures: draw them.
     """
     trainer = now.trainer
     validation = lines[-1]["validation"] or now.validate().scores
@@ -57,18 +60,21 @@ def finish(
         seconds=seconds(),
         stopped=stand.stopped,
         metric=metric_of(config),
+        privacy=private.summary(trainer.privacy, stand.round),
     )
     trained, rows = now.parameters(), None if clients is None else with_curves(clients.rows(), lines)
 
     def written() -> list[str]:
         record.finish(directory, summary, trained, rows, memories.table_of(now.memory, trainer.members))
-        pictures: dict[str, Callable[[], object]] = {
+        if not pictures:
+            return []
+        drawings: dict[str, Callable[[], object]] = {
             metric_of(config): lambda: plots.save([record.load(directory)], directory),
             "partition": lambda: draw_partition(
                 config, problem.dataset, problem.partition, directory / "partition.png"
             ),
         }
-        return [said for name, draw in pictures.items() if (said := undrawn(name, draw))]
+        return [said for name, draw in drawings.items() if (said := undrawn(name, draw))]
 
     for said in processes.by_first(written):
         note(said)

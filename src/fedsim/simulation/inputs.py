@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsim.backbones import load, sources
+from fedsim.backbones import Row, backbone, load, sources
+from fedsim.backbones.fused import is_fused
 from fedsim.backbones.own import file_of
 from fedsim.config import Config, answering, groups_of, parse_call
 from fedsim.data import PACKAGED, TABLES, hashes
+from fedsim.data.chat import template_file
 from fedsim.digests import file_sha256, shown
 from fedsim.engine.host import went
 from fedsim.record.files import decode, read_bytes
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 HUB = "hf:"  # before a name of the Hugging Face hub, or a folder as its library writes one
 CODE = ("algorithm", "backbone")  # options that may name a Python file, `file.py:name`
 LISTS = ("availability", "device_table", "download", "upload", "latency", "compute")  # that may name a .csv
+GRAPH = "graph"  # an algorithm's option that may name a file of edges
 TRUST = "say so by --trust-code, in Python trust_code=True"
 PACKAGE = Path(__file__).parents[1]
 
@@ -33,9 +36,28 @@ PACKAGE = Path(__file__).parents[1]
 Known = dict[str, dict[str, str]]
 
 
-def models(config: Config) -> dict[str, Config]:
-    """The models that a run reads, by what the names of their options begin with: one under "", or "GROUP." of each group."""
+def architectures(config: Config) -> dict[str, Config]:
+    """The models that a run has, by what the names of their options begin with: one under "", or "GROUP." of each group."""
     return {f"{group.name}.": group.config for group in groups_of(config)} or {"": config}
+
+
+def models(config: Config) -> dict[str, Config]:
+    """The models that a run reads: as it has them, and of one that fuses encoders each of these, "encoder_0." and so on."""
+    return encoders(architectures(config))
+
+
+def encoders(models: dict[str, Config]) -> dict[str, Config]:
+    """Models with fused ones divided into their encoders, each with the weights that it reads."""
+    found = {}
+    for at, model in models.items():
+        row = backbone(model.backbone) if is_fused(model.backbone) else None
+        if not isinstance(row, Row):
+            found[at] = model
+            continue
+        for number, encoder in enumerate(row.encoders):
+            given = "random" if needs.weights(model) == "random" else encoder.weights
+            found[f"{at}encoder_{number}."] = model.replace(backbone=encoder.name, weights=given)
+    return found
 
 
 def codes(config: Config) -> dict[str, str]:
@@ -67,6 +89,8 @@ def files(config: Config) -> Known:
             found[f"{at}weights"] = {"sha256": checkpoint_sha256(file)}
     if (file := tokenizer(config)) is not None:
         found["tokenizer"] = {"sha256": file_sha256(file)}
+    if (file := template(config)) is not None:
+        found["chat_template"] = {"sha256": file_sha256(file)}
     for argument in map(Path, sys.argv):  # what described the run; nothing is read from it again
         if argument.suffix == ".py" and argument.is_file() and PACKAGE not in argument.resolve().parents:
             found["experiment"] = {"path": str(argument.resolve()), "sha256": file_sha256(argument)}
@@ -81,6 +105,8 @@ def named(config: Config) -> dict[str, Path]:
         text = getattr(config, option)
         if text is not None and (option == "device_table" or text.lower().endswith(".csv")):
             found[option] = Path(text)
+    if (edges := graph(config)) is not None:
+        found[GRAPH] = edges
     data = Path(config.dataset.removeprefix(HUB)).expanduser()
     is_file = data.suffix.lower() in (*TABLES, ".npz") and not config.dataset.startswith(HUB)
     if config.dataset not in (*PACKAGED, "arrays") and (is_file or data.is_dir()):
@@ -92,6 +118,12 @@ def named(config: Config) -> dict[str, Path]:
         if given not in (None, "random") and not sources.is_hub_name(given):
             found[f"{at}weights"] = Path(given).expanduser()
     return found
+
+
+def graph(config: Config) -> Path | None:
+    """The file of edges that peers' algorithm reads, `dfed_salt(graph='edges.txt')`; None where it names no file."""
+    text = parse_call(config.algorithm, "algorithm")[2].get(GRAPH)
+    return Path(text).expanduser() if isinstance(text, str) and Path(text).suffix else None
 
 
 def weights(config: Config) -> Path | None:
@@ -109,6 +141,12 @@ def tokenizer(config: Config) -> Path | None:
         if config.dataset == "arrays":
             return None
         raise
+
+
+def template(config: Config) -> Path | None:
+    """The file of the chat template by which a language model's conversations are written; None where there is none."""
+    file = tokenizer(config) if config.task == "language_model" and config.turns == "template" else None
+    return None if file is None else template_file(file)
 
 
 def digest_of(option: str, path: Path, config: Config) -> str | None:
@@ -163,7 +201,8 @@ def located(run: Run, *, resumed: bool = False) -> Config:
     """
     config = placed(run, resumed=resumed)
     asked = [(f"{at}weights", weights, model) for at, model in asked_for(config, resumed=resumed).items()]
-    for option, read, of in (*asked, ("tokenizer", tokenizer, config)):  # packaged, of the hub, or beside the weights
+    beside = (("tokenizer", tokenizer, config), ("chat_template", template, config))
+    for option, read, of in (*asked, *beside):  # packaged, of the hub, or beside the weights
         expected = run.about.get("files", {}).get(option, {}).get("sha256")
         if expected is not None and (now := read(of)) is not None:
             found = checkpoint_sha256(now)
@@ -179,7 +218,8 @@ def located(run: Run, *, resumed: bool = False) -> Config:
 
 def asked_for(config: Config, *, resumed: bool) -> dict[str, Config]:
     """Of the models those that a resumed run needs, all of them, or a run that answers: of several groups one."""
-    return {at: model for at, model in models(config).items() if resumed or model == answering(config)}
+    asked = {at: model for at, model in architectures(config).items() if resumed or model == answering(config)}
+    return encoders(asked)
 
 
 def placed(run: Run, *, resumed: bool = False) -> Config:
@@ -194,7 +234,7 @@ def placed(run: Run, *, resumed: bool = False) -> Config:
     paths = named(config)
     if "path" in known.get("dataset", {}):  # a folder is known as one only where the typed path leads to it
         paths.setdefault("dataset", Path(config.dataset.removeprefix(HUB)).expanduser())
-    needed = {*codes(config), *(f"{at}weights" for at in asked_for(config, resumed=resumed))}
+    needed = {*codes(config), GRAPH, *(f"{at}weights" for at in asked_for(config, resumed=resumed))}
     for option, typed in paths.items():
         if "path" in known.get(option, {}) and (resumed or option in needed):
             path = find(run, option, typed, known[option], resumed=resumed)
@@ -206,6 +246,9 @@ def placed(run: Run, *, resumed: bool = False) -> Config:
 def moved(config: Config, option: str, path: Path) -> Config:
     """The config with another path in an option, the run's own or "GROUP.option"."""
     at, _, name = option.rpartition(".")
+    if option == GRAPH:
+        called, _, options = parse_call(config.algorithm, "algorithm")
+        return config.replace(algorithm=call(called, {**options, GRAPH: str(path)}))
     if not at:
         return config.replace(**{name: retyped(getattr(config, name), name, path)})
     texts = []
@@ -214,8 +257,13 @@ def moved(config: Config, option: str, path: Path) -> Config:
         if group == at:
             typed = options.get(name, getattr(config, name))
             options[name] = retyped(typed, name, path)
-        texts.append(f"{group}({', '.join(f'{key}={value!r}' for key, value in options.items())})")
+        texts.append(call(group, options))
     return config.replace(groups=tuple(texts))
+
+
+def call(name: str, options: dict[str, Any]) -> str:
+    """The text of a call."""
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in options.items())})"
 
 
 def find(run: Run, option: str, typed: Path, known: dict[str, str], *, resumed: bool) -> Path:

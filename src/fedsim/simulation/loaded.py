@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 from fedsim import record
 from fedsim.config import one_of
@@ -26,6 +27,68 @@ class Run(record.Run):
         from fedsim.simulation.predict import predict  # JAX and the backbones, for those who ask
 
         return predict(self, inputs)
+
+    @overload
+    def generate(
+        self,
+        texts: str,
+        *,
+        tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        chat: bool = False,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self, texts: Sequence[str], *, tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+        chat: bool = False,
+    ) -> list[str]: ...  # fmt: skip
+
+    def generate(
+        self, texts: str | Sequence[str], *, tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+        chat: bool = False,
+    ) -> str | list[str]:  # fmt: skip
+        """What the run's final language model says behind a text, or behind each of several.
+
+        Args:
+            tokens: at most so many; a mark of the end ends it before.
+            temperature: 0 for the likeliest token each time; above it tokens are drawn, and the odds are sharper below 1.
+            top_p: draw among the fewest likeliest tokens that have this share of the odds together.
+            seed: of the draws.
+            chat: a text is a user's turn, written by the model's chat template, and what follows is the answer.
+
+        Raises:
+            ValueError: the run is not over, or no language model; a text without a token, or that does not fit into the model's
+                context with what is to follow; no chat template.
+        """
+        from fedsim.simulation.generate import generate
+
+        alone = isinstance(texts, str)
+        said = generate(
+            self, [texts] if isinstance(texts, str) else list(texts), tokens=tokens, temperature=temperature, top_p=top_p,
+            seed=seed, chat=chat,
+        )  # fmt: skip
+        return said[0] if alone else said
+
+    def choose(
+        self, text: str, answers: Sequence[str], *, by: Literal["sum", "mean"] = "sum", chat: bool = False
+    ) -> str:
+        """The answer that the run's final language model holds likeliest behind a text: multiple choice by likelihood.
+
+        Args:
+            by: log-likelihoods of an answer's tokens are summed, or their mean is taken, by which a long one is not put back.
+            chat: the text is a user's turn, and the answers are the assistant's.
+
+        Raises:
+            ValueError: as `generate`, or there are fewer than two answers.
+        """
+        from fedsim.simulation.choose import likelihoods
+
+        one_of(("sum", "mean"), by=by)
+        found = likelihoods(self, text, answers, chat=chat)
+        return answers[max(range(len(answers)), key=lambda at: getattr(found[at], by))]
 
     def plots(self, folder: str | PathLike[str] | None = None) -> list[Path]:
         """Draws the run's pictures into a folder (default: its own) and gives their files.

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from fedsim import data
-from fedsim.backbones import Backbone, backbone, load
+from fedsim.backbones import Backbone, Row, backbone, load
 from fedsim.config import Config, groups_of
 from fedsim.data import assets
 from fedsim.engine import processes
@@ -18,10 +18,26 @@ def weights(config: Config) -> str | None:
     Raises:
         ValueError: weights for a user's own backbone.
     """
-    if isinstance(backbone(config.backbone), Backbone):
+    row = backbone(config.backbone)
+    if isinstance(row, Backbone):
         load.refuse_weights(config.backbone, config.weights)
         return None
-    return "random" if config.weights is None and not backbone(config.backbone).formats else config.weights
+    if row.encoders:
+        if config.weights not in (None, "random"):
+            raise ValueError(
+                f"Expected weights={config.weights!r} to be unset or 'random' for backbone={config.backbone!r}; give each encoder "
+                "its own: fused('resnet18', 'resnet50', weights=('a.safetensors', 'b.safetensors'))."
+            )
+        published = any(encoder.row.formats for encoder in row.encoders)
+        return config.weights if published else "random"
+    return "random" if config.weights is None and not row.formats else config.weights
+
+
+def packaged(row: Row) -> dict[str, str | None]:
+    """Backbones whose packaged weights a run without other weights reads, and where they lie; None for nowhere."""
+    if not row.encoders:
+        return {"": row.asset}
+    return {e.name: e.row.asset for e in row.encoders if e.weights is None and e.row.formats}
 
 
 def tokenizer(config: Config, folder: Path | None = None) -> Path | None:
@@ -92,6 +108,13 @@ def vocabulary(config: Config) -> int | None:
     return row.config.vocabulary
 
 
+def outside(config: Config) -> int | None:
+    """What stands for padding where the config's backbone has no token for it (below 0); None where it has, or is a user's own."""
+    row = backbone(config.backbone)
+    pad = None if isinstance(row, Backbone) else row.pad
+    return pad if pad is not None and pad < 0 else None
+
+
 def needed_assets(config: Config) -> tuple[str, ...]:
     """Packaged assets that the config needs: the data set's, and the backbone's where no other weights are given."""
     if config.groups:
@@ -99,7 +122,9 @@ def needed_assets(config: Config) -> tuple[str, ...]:
     row = backbone(config.backbone)
     reads_text = row.kind == "text" and not config.dataset.lower().endswith(".npz")  # and needs the tokenizer, then
     own = weights(config) is not None and (config.weights != "random" or not reads_text)
-    return (*data.needed(config), *(() if own or row.asset is None else (row.asset,)))
+    tokenizer = [row.asset] if reads_text and isinstance(row, Row) and row.encoders else []
+    read = [] if own else [row.asset] if isinstance(row, Backbone) else [*tokenizer, *packaged(row).values()]
+    return tuple(dict.fromkeys((*data.needed(config), *(name for name in read if name is not None))))
 
 
 def fetch_missing(config: Config) -> None:

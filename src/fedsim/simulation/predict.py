@@ -56,7 +56,7 @@ def predict(run: Run, inputs: Any) -> list[str]:
 
         if isinstance(inputs, str) or not all(isinstance(text, str) for text in inputs):
             raise ValueError("Expected inputs to be a list of texts, as the run's backbone reads text; wrap it in [].")
-        x = tokenize(list(inputs), file, config.tokens)
+        x = tokenize(list(inputs), file, config.tokens, needs.outside(config))
     else:
         x = np.asarray(inputs)
         if x.shape[1:] != tuple(run.about["input_shape"]):

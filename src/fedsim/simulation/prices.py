@@ -14,7 +14,7 @@ from fedsim.config import Config, groups_of, scored
 from fedsim.core import Algorithm, Batch, Population, Tree, draw
 from fedsim.engine.keys import key_for
 from fedsim.engine.pricing import GroupedSketch, Sends, Setting, Sketch, Unknown, sends
-from fedsim.simulation import build, groups, tasks
+from fedsim.simulation import build, groups, private, tasks
 from fedsim.simulation.build import Phase
 from fedsim.training.server import watched
 from fedsim.units import exact_size
@@ -32,6 +32,11 @@ class Each(NamedTuple):
     certainty: (
         str  # "exact"; "at most" where prices depend on values; "about" where they may follow from a run's numbers
     )
+    first: int = 0  # bytes more in a phase's first round, whose message travels whole before its changes do
+
+    def over(self, rounds: int) -> int:
+        """Bytes of so many rounds of a phase."""
+        return rounds * self.together + self.first
 
     def words(self) -> str:
         """For people: one client's bytes, and how they differ."""
@@ -64,7 +69,8 @@ def of_phase(
 ) -> Prices:
     """What the phase's first cohort sends when it meets for the second time.
 
-    In a first round there may be less to tell; who has missed some may be told more.
+    In a first round there may be less to tell; who has missed some may be told more. Where messages are changes of what all
+    clients hold, that round is looked at too, as its messages are whole.
 
     Args:
         model: of several architectures each group's by name.
@@ -79,6 +85,7 @@ def of_phase(
     own = np.full(config.clients, size) if sizes is None else np.asarray(sizes)
     algorithm = made(phase, model, {})
     build.refuse_groups(config, algorithm)
+    build.refuse_missing(config, algorithm)
     chosen = cohorts(config, algorithm, phase.first, len(own))
     settings = {
         name: Setting(
@@ -86,8 +93,8 @@ def of_phase(
             sizes=np.where(ids >= 0, own[ids], 0),
             population=len(own),
             batch=batch_of(example, size),
-            average=tasks.average(config),
-            up=wire.codec(config.codec_up, "codec_up"),
+            average=tasks.average(config, algorithm.releases),
+            up=private.up(config, algorithm.releases),
             down=wire.codec(config.codec_down, "codec_down"),
             seed=config.seed,
             public=held[0],
@@ -104,7 +111,8 @@ def of_phase(
         found = sends(
             lambda given: second_round(given, made(phase, model, given.start), settings, phase.first), unknown
         )
-        once = {name: jax.eval_shape(algorithm.setup, frozen[name] if name else frozen) for name in settings}
+        once = {name: jax.eval_shape(lambda held, start: made(phase, model, start).setup(held),
+                                     frozen[name] if name else frozen, trained) for name in settings}  # fmt: skip
     except jax.errors.JAXTypeError as error:
         raise ValueError(
             f"Expected algorithm={config.algorithm!r} to be priced by shapes, but its round reads values that only a run has "
@@ -116,6 +124,11 @@ def of_phase(
         each(total, ids, "at most" if certainty == "exact" and found.bounded[way] else certainty)
         for way, total in (("up", found.total_up), ("down", found.total_down))
     )
+    if wire.of_changes(wire.codec(config.codec_down)) is not None:
+        begun = sends(
+            lambda given: rounds_of(given, made(phase, model, given.start), settings, phase.first, 1), unknown
+        )
+        down = down._replace(first=int(begun.total_down.sum()) - down.together)
     return Prices(chosen, up, down, found, {name: sum(wire.price(given).values()) for name, given in once.items()})
 
 
@@ -146,18 +159,25 @@ def made(phase: Phase, model: Models, start: dict[str, Any]) -> Algorithm:
             for group in groups_of(config)
         }
         whole = sides[scored(config)]
-    return algorithms.find(config.algorithm)(whole._replace(groups=sides))
+    return private.guarded(config, algorithms.find(config.algorithm)(whole._replace(groups=sides)))
 
 
 def second_round(given: Unknown, algorithm: Algorithm, settings: dict[str, Setting], first: int) -> dict[str, Sketch]:
     """The cohort after its second round, of which `first` is the first; by group, "" where there is one architecture."""
+    return rounds_of(given, algorithm, settings, first, 2)
+
+
+def rounds_of(
+    given: Unknown, algorithm: Algorithm, settings: dict[str, Setting], first: int, count: int
+) -> dict[str, Sketch]:
+    """As `second_round`, after so many rounds."""
     server = algorithm.init(key_for(given.key, "init"), given.held)
     sketches = {
         name: joining(given._replace(held=given.held[name]) if name else given, algorithm, one, first)
         for name, one in settings.items()
     }
     with watched(trains=False):
-        for round in (first, first + 1):
+        for round in range(first, first + count):
             if round > first:
                 sketches = {name: again(one, round) for name, one in sketches.items()}
             stand_in: Any = sketches.get("") or GroupedSketch(given.held, round, sketches)  # of a cohort
@@ -176,7 +196,7 @@ def joining(given: Unknown, algorithm: Algorithm, setting: Setting, round: int) 
 def again(sketch: Sketch, round: int) -> Sketch:
     """The same cohort, in its next round."""
     last = np.where(sketch.present, sketch.round, 0)
-    return Sketch(sketch.given, sketch.setting, round, sketch.memory, sketch.averaging, last)
+    return Sketch(sketch.given, sketch.setting, round, sketch.memory, sketch.averaging, last, sketch.copies)
 
 
 def cohorts(config: Config, algorithm: Algorithm, round: int, clients: int) -> dict[str, np.ndarray]:
@@ -199,7 +219,7 @@ def selected(
         share: of the clients of a round that are this group's.
     """
     asked = groups.asked(config.clients_per_round, share)
-    population = Population(len(members), min(asked, len(members)))
+    population = Population(len(members), min(asked, len(members)), round=round)
     try:
         places = np.asarray(algorithm.select(groups.chance(config.seed, round, group), None, population), np.int64)
     except (AttributeError, TypeError):

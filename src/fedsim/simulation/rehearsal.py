@@ -73,6 +73,7 @@ def rehearse(problem: Problem, phase: Phase, ids: np.ndarray | dict[str, np.ndar
     asked = {name: answer_ones(engines[name]) for name in given}
     server = engine.put(algorithm.init(key_for(engine.root, "init"), engine.held))
     averaging = {name: engine.put(trainer.average.init()) for name in given}
+    copies: dict[str, Any] = dict.fromkeys(given)
     memories = {name: Memory(algorithm.memory, engines[name].held) for name in given}
     met = np.zeros(engine.population, np.int32)
     for round in (phase.first, phase.first + 1):
@@ -82,6 +83,7 @@ def rehearse(problem: Problem, phase: Phase, ids: np.ndarray | dict[str, np.ndar
             name: Cohort(
                 engines[name], given[name], round, memories[name], met=met, lr=trainer.lr(round),
                 average=trainer.average, averaging=averaging[name], releases=algorithm.releases,
+                copies=copies[name],
             )
             for name in given
         }  # fmt: skip
@@ -90,6 +92,7 @@ def rehearse(problem: Problem, phase: Phase, ids: np.ndarray | dict[str, np.ndar
             server, _ = algorithm.round(key_for(engine.root, "server", round), engine.held, server, cohort)
         cohort.settle()
         averaging = {name: one.averaging for name, one in cohorts.items()}
+        copies = {name: one.copies for name, one in cohorts.items()}
         for each in given.values():
             met[each] = round
     members = {name: len(one.places) for name, one in cohorts.items()}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from fedsim import network, record, stops
+from fedsim import network, record, stops, wire
 from fedsim.backbones.own import file_of, identity
 from fedsim.config import Config, Speed, groups_of
 from fedsim.engine import processes
@@ -23,6 +24,7 @@ from fedsim.simulation.build import Problem
 from fedsim.simulation.current import Current
 from fedsim.simulation.rounds import Standing
 from fedsim.simulation.trainers import Trainer
+from fedsim.wire import copies
 
 
 def restore_memory(memory: Memory, table: Table) -> None:
@@ -96,6 +98,7 @@ def shapes(now: Current, extra: dict[str, Any]) -> dict[str, Any]:
         "memory": memory.shapes(extra["memory_count"]),
         "met": np.zeros(now.trainer.engine.population, np.int32),
         **where_any("averaging", now.averaging),
+        **where_any("copies", copy_shapes(now.trainer, extra.get("copies", {}))),
         **where_any("beside", {name: memory.beside[name].shapes(one["count"]) for name, one in described.items()}),
     }
 
@@ -103,6 +106,29 @@ def shapes(now: Current, extra: dict[str, Any]) -> dict[str, Any]:
 def where_any(name: str, tree: Any) -> dict[str, Any]:
     """An entry of a checkpoint, where it holds anything: runs that need none are as those of before it was there."""
     return {name: tree} if jax.tree.leaves(tree) else {}
+
+
+def described(held: Mapping[str, wire.Copy]) -> dict[str, Any]:
+    """Shapes and dtypes of the copies that all clients hold, by exchange and leaf; JSON."""
+    return {
+        name: {leaf: [list(each.shape), each.dtype.name] for leaf, each in copy.values.items()}
+        for name, copy in held.items()
+    }
+
+
+def copy_shapes(trainer: Trainer, known: Mapping[str, Any]) -> dict[str, wire.Copy]:
+    """The copies that a checkpoint describes, as shapes; what the codec keeps beside follows from them."""
+    codec, root = trainer.engine.downlink.changes, trainer.engine.root
+    if codec is None:
+        return {}
+    return {
+        name: jax.eval_shape(
+            partial(copies.first, codec),
+            {leaf: jax.ShapeDtypeStruct(shape, dtype) for leaf, (shape, dtype) in leaves.items()},
+            root,
+        )
+        for name, leaves in known.items()
+    }
 
 
 def sealed(memory: Memory) -> tuple[Table, dict[str, Table]]:
@@ -122,6 +148,7 @@ def checkpoint(
         "memory": table,
         "met": stand.met,
         **where_any("averaging", now.averaging),
+        **where_any("copies", dict(now.copies)),
         **where_any("beside", beside),
     }
     extra = {
@@ -135,6 +162,7 @@ def checkpoint(
         "elapsed": stand.elapsed,
         "memory_count": memory.count,
         **where_any("beside", memory.described()),
+        **where_any("copies", described(now.copies)),
     }
     return arrays, extra
 
@@ -186,8 +214,9 @@ def restore(
     now = tried["now"]
     engine = now.trainer.engine
     now = now._replace(
-        server=engine.put(arrays["server"]), averaging=engine.put(arrays.get("averaging", now.averaging))
-    )
+        server=engine.put(arrays["server"]), averaging=engine.put(arrays.get("averaging", now.averaging)),
+        copies=engine.put(arrays.get("copies", {})),
+    )  # fmt: skip
     restore_memory(now.memory, arrays["memory"])
     for name, table in arrays.get("beside", {}).items():
         restore_memory(now.memory.beside[name], table)

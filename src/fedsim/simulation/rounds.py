@@ -23,9 +23,7 @@ class Standing(NamedTuple):
     best: float | None = None  # value of the metric on validation so far
     stale: int = 0  # evaluations since then, in this phase
     start: dict[str, Any] | None = None  # scores before round 1
-    stopped: str = (
-        "rounds"  # why the run ends: "rounds", "target", "patience", or "finished" where the algorithm says so
-    )
+    stopped: str = "rounds"  # why the run ends: "rounds", "target", "patience", "epsilon", or "finished" where the algorithm says so
     elapsed: float = 0.0  # seconds that earlier processes took
     bitwise: bool = True  # equal to a run that was never disturbed, bit for bit
 
@@ -146,6 +144,7 @@ def round_line(
     most_memory: int,
     task: str = "classification",
     server_flops: float = 0.0,
+    privacy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The round's line of `rounds.jsonl`; `docs/record.md` has every field.
 
@@ -158,6 +157,7 @@ def round_line(
         most_memory: bytes of the device's memory that were in use at most so far.
         task: of the config.
         server_flops: of the server's own training.
+        privacy: what is spent so far, and what that is of.
     """
     trained = of_training(task, metrics)
     rate = did.flops / took.steady
@@ -192,6 +192,7 @@ def round_line(
         "row_occupancy": did.occupancy[1],
         "simulated": did.simulated if simulates else None,
         "peers": did.peers,
+        "privacy": None if privacy is None else dict(privacy),
         "most_memory": most_memory,
         "bitwise": stand.bitwise,
     }

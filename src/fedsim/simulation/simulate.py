@@ -36,7 +36,7 @@ from fedsim.engine.lanes import Lanes
 from fedsim.record.shared_checkpoints import SharedCheckpoints
 from fedsim.report.progress import Progress
 from fedsim.report.summaries import has_diverged
-from fedsim.simulation import build, groups, inputs, memories, needs, resuming
+from fedsim.simulation import build, groups, inputs, memories, needs, private, resuming
 from fedsim.simulation.beginning import begin
 from fedsim.simulation.build import Problem
 from fedsim.simulation.current import Current, prepare
@@ -59,6 +59,7 @@ def run(
     data: Source | None = None,
     trust_code: bool = False,
     about: Mapping[str, Any] | None = None,
+    pictures: bool = True,
 ) -> Run:
     """Simulates `config` (default: the main job) and gives the finished run as its folder tells it.
 
@@ -70,6 +71,7 @@ def run(
         data: `fedsim.arrays(x, y)` for `dataset="arrays"`; on resuming the same again.
         trust_code: on resuming, the user's Python files may run though they are not where the run had them.
         about: further facts that `config.json` is to keep of a new run.
+        pictures: draw the run's pictures into its folder once it is over.
 
     Raises:
         ValueError: an impossible option, data or weights that cannot be used, a folder that holds another run.
@@ -118,6 +120,8 @@ def run(
             problem = processes.each(lambda: build.problem(found, speed, data))
         problem = problem._replace(speed=speed, config=found)  # a shared one may have been made for another
         if resume is None:
+            for line in private.doubts(config, len(problem.partition.rows)):
+                progress.note(line)
             refuse_lanes(config, speed, problem)
         directory = directory or by_first(lambda: record.folder(out, config))
         by_first(lambda: stack.enter_context(record.lock(directory)))
@@ -130,7 +134,7 @@ def run(
             try:
                 simulate(
                     config, speed, problem, directory, checkpoints, progress, about,
-                    fresh=fresh, reduced=fewer is not None,
+                    fresh=fresh, reduced=fewer is not None, pictures=pictures,
                 )  # fmt: skip
                 break
             except OutOfMemoryError as error:
@@ -157,11 +161,12 @@ def simulate(
     *,
     fresh: bool,
     reduced: bool = False,
+    pictures: bool = True,
 ) -> None:
     """The loop over rounds. Everything random derives from (seed, round), so a resumed run repeats what was lost.
 
     Args:
-        about: of `run`.
+        about, pictures: of `run`.
         fresh: start anew; else go on from the last checkpoint, or from round 0 where there is none.
         reduced: memory ran out, and `speed` has fewer lanes than the checkpoint.
 
@@ -201,7 +206,7 @@ def simulate(
                     now = ready(stand.round, None if now is None else now.parameters())
                     start = stand.start or {"validation": now.validate().scores}
                 stand = stand._replace(start=start, stale=0)  # patience is with this phase
-                progress.message("compiling")
+                announce(progress, config, now.trainer, stand.round)
             phase, trainer = now.phase, now.trainer
             first, compiled = phase is not compiled, phase
             stopping = resuming.compiling(directory) if first else nullcontext()
@@ -212,19 +217,18 @@ def simulate(
             stand = after(stand, did)
             stand.met[cohort.ids[cohort.present]] = stand.round
 
-            now = now._replace(server=server, averaging=averaging)
+            now = now._replace(server=server, averaging=averaging, copies=cohort.copies)
             stand, now, scores, each = looked_at(config, stand, now)
 
             # As the record has it, so that a score that is no number is None here and after a resume alike.
             line = record.plain(round_line(
                 stand, did, times[0]._replace(server=own.seconds), now.cost, phase=phase.name, metrics=metrics, scores=scores,
                 each=each, simulates=not config.reliable, most_memory=most_memory(trainer.engine.own[0]), task=config.task,
-                server_flops=own.flops,
+                server_flops=own.flops, privacy=private.line(trainer.privacy, stand.round, now.averaging, phase.first),
             ))  # fmt: skip
             processes.by_first(functools.partial(record.append, directory, line))
             lines.append(line)
-            tell(progress, line, changes_empty=runs_empty(trainer))
-            tell_unread(progress, config, cohort)
+            tell_all(progress, line, config, trainer, cohort)
 
             asked = processes.any_true(interrupted() is not None)
             ends = stand.stopped != "rounds" or stand.round == phase.last
@@ -243,18 +247,27 @@ def simulate(
             raise ValueError(f"Expected rounds={config.rounds} > 0; raise --rounds.")
         progress.message("reading the test set")
         with stops.at_once(lambda: f"Stopped in the final evaluation, nothing is lost; {stops.way_on(directory)}"):
-            finish(config, problem, directory, lines, stand, now, seconds, progress.note)
+            finish(config, problem, directory, lines, stand, now, seconds, progress.note, pictures=pictures)
         progress.message("done")
+
+
+def announce(progress: Progress, config: Config, trainer: Trainer, round: int) -> None:
+    """Says what is known before a phase's first round, and in the run's first what privacy it has."""
+    if round == 1 and trainer.privacy is not None:
+        progress.note(private.promise(trainer.privacy, config))
+    progress.message("compiling")
 
 
 def looked_at(
     config: Config, stand: Standing, now: Current
 ) -> tuple[Standing, Current, dict[str, float] | None, list[float | None]]:
     """Where the run stands after a look at the server, if this round ends with one: its scores, and those of clients."""
-    algorithm, final = now.trainer.algorithm, now.phase.last == config.rounds
+    algorithm, final, privacy = now.trainer.algorithm, now.phase.last == config.rounds, now.trainer.privacy
+    if privacy is not None and stand.round < config.rounds and privacy.is_spent(stand.round):
+        stand = stand._replace(stopped="epsilon")
     if final and algorithm.finished(now.server):
         stand = stand._replace(stopped="finished")
-    if not is_evaluated(config, stand.round, now.phase.last) and stand.stopped != "finished":
+    if not is_evaluated(config, stand.round, now.phase.last) and stand.stopped == "rounds":
         return stand, now, None, []
     scores, each = now.validate()
     now = now._replace(server=algorithm.observe(now.server, scores))
@@ -284,7 +297,7 @@ def drawn(
     trainer, round, available = now.trainer, stand.round, network.reachable(fleet, stand.round)
     asked, wanted = (groups.asked(n, share) for n in (invited(config), config.clients_per_round))
     there = available if available is None or not group else lambda places: available(members[places])
-    population = Population(len(members), min(asked, len(members)), there)
+    population = Population(len(members), min(asked, len(members)), there, round)
     places = np.asarray(trainer.algorithm.select(groups.chance(config.seed, round, group), now.server, population))
     ids = np.where(places >= 0, members[places], -1) if group else places
     conditions = network.conditions(fleet, ids, round, asked, wanted)
@@ -292,7 +305,7 @@ def drawn(
         engine, ids, round, now.memory.beside[group] if group else now.memory, conditions,
         met=stand.met, lr=trainer.lr(round), average=trainer.average,
         averaging=now.averaging[group] if group else now.averaging,
-        releases=trainer.algorithm.releases, stores=now.memory,
+        releases=trainer.algorithm.releases, stores=now.memory, copies=now.copies,
     )  # fmt: skip
 
 
@@ -321,6 +334,7 @@ def exchange_round(
         return before
     new, metrics = trainer.algorithm.round(key, cohort.engine.held, server, cohort)
     cohort.settle()
+    private.refuse_uncounted(trainer.config, cohort.done)
     if cohort.reports.any() or runs_empty(trainer):
         return new, cohort.averaging, cohort.fetch(metrics)
     return before
@@ -333,6 +347,17 @@ def timed(clock: CompileClock) -> Iterator[list[Times]]:
     yield times
     seconds = time.perf_counter() - tick
     times.append(Times(seconds, min(clock.seconds - compiled, seconds)))
+
+
+def tell_all(
+    progress: Progress, line: record.Round, config: Config, trainer: Trainer, cohort: Cohort | GroupedCohort
+) -> None:
+    """Shows a round, and says what is to be known of it."""
+    tell(progress, line, changes_empty=runs_empty(trainer))
+    tell_unread(progress, config, cohort)
+    if trainer.privacy is not None:
+        for said in private.unusual(trainer.privacy, config, cohort.round, len(cohort.ids)):
+            progress.note(said)
 
 
 def tell(progress: Progress, line: record.Round, *, changes_empty: bool) -> None:

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedsim import backbones, peft
+from fedsim.backbones import images
 from fedsim.config import SMALLER, Config, metric_of
 from fedsim.core import Average, Passes, Task
 from fedsim.evaluation import language
 from fedsim.evaluation.evaluate import classification_criterion, classification_score, loss_of
 from fedsim.folds import by_examples, plain, uniform
+from fedsim.simulation import private
 from fedsim.training import augment
 from fedsim.training.optimizers import optimizer, schedule
 
@@ -32,10 +34,11 @@ def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached
         h = model.run({**held, **params}, x, entry, model.stages - 1)
         return h["x"] if isinstance(h, Mapping) else h
 
+    changed = augment.make(config.augment)
     server_rate = schedule(config.server_lr_schedule, "server_lr_schedule", config.server_lr)
     return Task(
         init=lambda key: {name: jnp.asarray(leaf) for name, leaf in start.items()},
-        loss=loss_of(criterion, apply, augment.make(config.augment)),
+        loss=private.loss(config, loss_of(criterion, apply, changed)),
         logits=lambda held, params, x: apply(params, held, x),
         criterion=criterion,
         score=score,
@@ -53,14 +56,31 @@ def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached
         classes=classes,
         metric=metric_of(config),
         larger=metric_of(config) not in SMALLER,
+        augment=changed,
+        inputs=inputs(config, cached),
     )
 
 
+def inputs(config: Config, cached: bool) -> Callable[[Any], Any] | None:
+    """A task's `inputs`; None where each of several encoders, or a user's own backbone, has a scale of images for itself."""
+    row = backbones.backbone(config.backbone)
+    if cached:  # what frozen stages gave
+        return lambda x: x
+    if isinstance(row, backbones.Backbone) or row.encoders:
+        return None
+    pixels = getattr(row.config, "pixels", None)
+    return (lambda x: x) if pixels is None else lambda x: images.normalised(x, pixels)
+
+
 def weighting(config: Config) -> Callable[[Any, Any], jax.Array]:
-    """Weight of a reply in the run's average."""
-    return by_examples if config.weighting == "examples" else uniform
+    """Weight of a reply in the run's average; under privacy a number of examples would tell."""
+    return by_examples if config.weighting == "examples" and config.dp == "none" else uniform
 
 
-def average(config: Config) -> Average:
-    """The run's fold of replies."""
-    return plain(weighting(config))
+def average(config: Config, releases: int = 1) -> Average:
+    """The run's fold of replies.
+
+    Args:
+        releases: exchanges of a round, which privacy accounts for.
+    """
+    return plain(weighting(config)) if config.dp == "none" else private.average(config, releases)

@@ -18,7 +18,7 @@ from fedsim.engine import processes
 from fedsim.engine.lanes import Lanes
 from fedsim.evaluation.evaluate import Asked, evaluator
 from fedsim.peft import flops, precision
-from fedsim.simulation import groups, tasks
+from fedsim.simulation import groups, private, tasks
 from fedsim.simulation.build import Phase, Problem, split_model
 from fedsim.simulation.needs import weights
 from fedsim.training import lengths
@@ -48,6 +48,7 @@ class Trainer(NamedTuple):
     groups: Mapping[str, Lanes] = {}  # of several architectures each one's engine
     members: Mapping[str, np.ndarray] = {}  # and its clients
     frozen: Mapping[str, Any] = {}  # and the shapes of its frozen part
+    privacy: private.Spending | None = None  # what the run spends
 
 
 def features(problem: Problem, model: peft.Model, frozen: dict[str, np.ndarray]) -> Any:
@@ -107,12 +108,13 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
 
     key = (shared_key(config), speed, phase.first, digest(overlay or {}))
     if problem.trainers is not None and key in problem.trainers:
-        return problem.trainers[key]._replace(lr=lr, config=config)
+        return with_privacy(problem.trainers[key]._replace(lr=lr, config=config))
     sides = {group.name: side(problem, group.config, phase.first, {}) for group in groups_of(config)}
     main = next((s for s in sides.values() if s.config == answering(config)), None) or side(
         problem, config, phase.first, overlay or {}
     )
     algorithm = algorithms.find(config.algorithm)(main.task._replace(groups={n: s.task for n, s in sides.items()}))
+    algorithm = private.guarded(config, algorithm)
     engines = {name: engine(problem, one, algorithm, name) for name, one in sides.items()}
     if engines:  # examples and frozen parts once on each device, whatever the number of groups
         whole = {name: one.held for name, one in engines.items()}
@@ -128,7 +130,7 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
         model=main.model,
         task=main.task,
         algorithm=algorithm,
-        average=tasks.average(config),
+        average=tasks.average(config, algorithm.releases),
         engine=on_all,
         validate=evaluator(on_all, algorithm.predict, dataset.validation, speed.eval_batch, main.texts, asked),
         test=evaluator(on_all, algorithm.predict, dataset.test, speed.eval_batch, main.texts, asked),
@@ -141,7 +143,15 @@ def trainer(problem: Problem, phase: Phase, overlay: dict[str, np.ndarray] | Non
     )
     if problem.trainers is not None:
         problem.trainers[key] = made
-    return made
+    return with_privacy(made)
+
+
+def with_privacy(made: Trainer) -> Trainer:
+    """The trainer with what its run spends, and with the average whose noise follows from its rounds and its cohort."""
+    spending = private.spending(made.config, made.algorithm.releases)
+    if spending is None:
+        return made
+    return made._replace(privacy=spending, average=tasks.average(made.config, made.algorithm.releases))
 
 
 def engine(problem: Problem, side: Side, algorithm: Algorithm, group: str = "", placed: Lanes | None = None) -> Lanes:
@@ -172,7 +182,7 @@ def engine(problem: Problem, side: Side, algorithm: Algorithm, group: str = "", 
         parallel=speed.parallel,
         segment_steps=speed.segment_steps,
         resident=speed.resident,
-        up=wire.codec(config.codec_up, "codec_up"),
+        up=private.up(config, algorithm.releases),
         down=wire.codec(config.codec_down, "codec_down"),
         group=group,
         public=None if group else public,  # of groups all take those of the engine that stands for them
@@ -207,7 +217,9 @@ def written(algorithm: Algorithm, frozen: Mapping[str, Any]) -> set[str]:
 
 def shared_key(config: Config) -> tuple[tuple[str, Any], ...]:
     """The options of a phase that its programs depend on."""
-    return tuple((f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if f.name not in FREE)
+    # Local and example-level noise, which follows from the rounds, is in the programs.
+    free = FREE if config.dp in ("none", "central") else ()
+    return tuple((f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if f.name not in free)
 
 
 def digest(arrays: Mapping[str, np.ndarray]) -> str:

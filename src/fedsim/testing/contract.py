@@ -11,7 +11,7 @@ import copy
 import functools
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,10 +37,12 @@ from fedsim.testing.toys import (
     CLASSES,
     COHORT,
     SIZES,
+    Bench,
     Make,
     Sent,
+    bench,
+    channel,
     coding,
-    engine,
     one_client,
     rounds,
     run,
@@ -50,6 +52,7 @@ from fedsim.testing.toys import (
 
 SECOND = (3, 11, 10, 6, 5, 8)  # another cohort of the same size
 FEW = (7, 2, 9)
+EMPTY = 3  # has no examples
 
 
 class Trial:
@@ -58,19 +61,19 @@ class Trial:
     def __init__(self, make: Make) -> None:
         self.make, self.problem, self.task = make, tiny_problem(), suited(make)
         self.algorithm, self.average = make(self.task), plain(self.task.weight)
-        self.engines: dict[tuple[tuple[str, Any], ...], Lanes] = {}
+        self.benches: dict[tuple[tuple[str, Any], ...], Bench] = {}
 
-    def engine(self, **options: Any) -> Lanes:
-        """An engine with these options, made once."""
+    def bench(self, **options: Any) -> Bench:
+        """Engines with these options, made once."""
         key = tuple(sorted(options.items()))
-        if key not in self.engines:
-            self.engines[key] = engine(self.problem, **options)
-        return self.engines[key]
+        if key not in self.benches:
+            self.benches[key] = bench(self.problem, self.task, **options)
+        return self.benches[key]
 
     def run(self, cohorts: tuple[tuple[int, ...], ...] = (COHORT,), *, state: Any = None, first: int = 1, met: Any = None,
             sent: Any = None, **options: Any) -> tuple[Tree, Memory, list[Cohort]]:  # fmt: skip
         """As `toys.run`, with what was compiled before."""
-        return rounds(self.engine(**options), self.algorithm, self.average, cohorts, state, first, met, sent)
+        return rounds(self.bench(**options), self.algorithm, self.average, cohorts, state, first, met, sent)
 
 
 trial = functools.lru_cache(maxsize=2)(Trial)
@@ -81,10 +84,10 @@ trial = functools.lru_cache(maxsize=2)(Trial)
 def check_structure(make: Make) -> None:
     """Three rounds keep structure, shapes and dtypes of the server's state; after round one nothing compiles."""
     t = trial(make)
-    lanes, algorithm = t.engine(), t.algorithm
+    lanes, algorithm = t.bench().whole, t.algorithm
     server = lanes.put(algorithm.init(key_for(lanes.root, "init"), lanes.held))
     before = jax.tree.map(lambda a: (a.shape, a.dtype), server)
-    memory = Memory(algorithm.memory, lanes.held)
+    memory, averaging = t.bench().memory(algorithm), t.bench().averaging(t.average)
     compiled: list[str] = []
 
     def note(event: str, duration_secs: float, **_: Any) -> None:
@@ -93,7 +96,7 @@ def check_structure(make: Make) -> None:
 
     jax.monitoring.register_event_duration_secs_listener(note)
     for round, ids in enumerate((COHORT, SECOND, (0, 1, 2, 3, 4, 5)), 1):
-        cohort = Cohort(lanes, np.array(ids), round, memory, average=t.average, releases=algorithm.releases)
+        cohort = t.bench().cohort(ids, round, memory, algorithm, averaging, average=t.average)
         server, metrics = algorithm.round(key_for(lanes.root, "server", round), lanes.held, server, cohort)
         cohort.fetch((server, metrics))
         cohort.settle()
@@ -118,24 +121,25 @@ def not_finite(tree: Tree) -> list[str]:
 def check_bytes(make: Make, up: wire.Codec | None = None, down: wire.Codec | None = None) -> None:
     """Bytes up and down equal the length of the really packed messages, of all clients, in Python integers."""
     t = trial(make)
-    problem, sent = t.problem, []
-    _, memory, cohorts = t.run(sent=sent, up=up, down=down)
+    problem, sent = t.problem, list[Sent]()
+    _, _, cohorts = t.run(sent=sent, up=up, down=down)
     claimed = cohorts[0].traffic()
     assert all(type(n) is int for side in claimed for n in side.values()), "bytes must be Python integers"
-    root, outbox, turns, everybody = jax.random.key(0), Outbox(), Counter(), np.ones(len(COHORT), bool)
-    kept = [memory.init(key_for(root, "memory", id), problem.held) for id in COHORT]
+    root, outboxes, turns = jax.random.key(0), defaultdict(Outbox), Counter()
+    kept = {id: t.algorithm.memory(key_for(root, "memory", id), problem.held) for id in COHORT}
     packed_down = packed_up = 0
-    for message, local, link in sent:
-        stream = local.passes.stream
+    for message, local, link, cohort in sent:
+        group, ids = cohort.engine.group, cohort.ids.tolist()
+        stream = channel(group, local)
         turn, key = turns[stream], key_for(root, named("down", stream), 1, turns[stream])
         turns[stream] += 1
-        packed_down += packed_for_all(wire.news(message), down, key)
-        read, _ = outbox.sent(message, partial(wire.depart, down), key, len(COHORT))
-        times = edges(link.graph, np.array(COHORT)).hearers(everybody) if link else everybody
-        for place, id in enumerate(COHORT):
-            own = wire.for_client(read, place)
-            reply, kept[place] = one_client(problem, local, own, kept[place], id, 1, exchange=turn, codec=up)
-            packed_up += int(times[place]) * packed(reply, up, coding(reply, local, up, id, 1, exchange=turn))
+        packed_down += packed_for_all(wire.news(message), down, key, len(ids))
+        read, _ = outboxes[group].sent(message, partial(wire.depart, down), key, len(ids))
+        times = edges(link.graph, cohort.ids).hearers(np.ones(len(ids), bool)) if link else np.ones(len(ids), int)
+        for place, id in enumerate(ids):
+            own, told = wire.for_client(read, place), {"exchange": turn, "group": group}
+            reply, kept[id] = one_client(problem, local, own, kept[id], id, 1, codec=up, **told)
+            packed_up += int(times[place]) * packed(reply, up, coding(reply, local, up, id, 1, **told))
     for way, each, real in zip(("down", "up"), claimed, (packed_down, packed_up), strict=True):
         assert sum(each.values()) == real, f"{way}: {sum(each.values())} bytes claimed, {real} packed"
 
@@ -148,23 +152,36 @@ def check_codecs(make: Make) -> None:
     marks = {"down": any(wire.is_coded(one.message) for one in sent), "up": False}
     for one in sent:
         read = wire.for_client(wire.unmarked(one.message), 0)
-        kept = t.algorithm.memory(key_for(jax.random.key(0), "memory", COHORT[0]), t.problem.held)
-        marks["up"] |= wire.is_coded(one_client(t.problem, one.local, read, kept, COHORT[0], 1)[0])
+        id, group = int(one.cohort.ids[0]), one.cohort.engine.group
+        kept = t.algorithm.memory(key_for(jax.random.key(0), "memory", id), t.problem.held)
+        marks["up"] |= wire.is_coded(one_client(t.problem, one.local, read, kept, id, 1, group=group)[0])
     if any(marks.values()):
         check_bytes(make, **{way: wire.quantise(8) for way, marked in marks.items() if marked})
 
 
 def check_padding(make: Make) -> None:
-    """Padding, and a client without examples, change nothing, whatever stands in the padded rows."""
+    """Padding, and a client without examples, change nothing, whatever stands in the padded rows.
+
+    Where clients are peers, one without examples mixes what it hears and passes it on, which nobody does not.
+    """
     t = trial(make)
-    plain, _, _ = t.run()
-    lanes = copy.copy(t.engine())
+    sent: list[Sent] = []
+    plain, _, _ = t.run(sent=sent)
     other = t.problem.x.copy()
     other[0] = 1e3
-    lanes.x = lanes.keep(other)
-    same(plain, rounds(lanes, t.algorithm, t.average, (COHORT,))[0], "another padding row")
-    nobody, empty = (t.run(((*COHORT[:5], last),))[0] for last in (-1, 3))
-    same(nobody, empty, "a client without examples", rtol=1e-5)
+    whole, groups = t.bench()
+    changed = Bench(with_examples(whole, other), {name: with_examples(lanes, other) for name, lanes in groups.items()})
+    same(plain, rounds(changed, t.algorithm, t.average, (COHORT,))[0], "another padding row")
+    if not any(one.link for one in sent):
+        nobody, empty = (t.run(((*COHORT[:5], last),))[0] for last in (-1, EMPTY))
+        same(nobody, empty, "a client without examples", rtol=1e-5)
+
+
+def with_examples(lanes: Lanes, x: np.ndarray) -> Lanes:
+    """The same engine over other examples."""
+    changed = copy.copy(lanes)
+    changed.x = lanes.keep(x)
+    return changed
 
 
 def check_sizes(make: Make) -> None:
@@ -199,8 +216,9 @@ def check_lanes(make: Make) -> None:
 def check_frozen(make: Make) -> None:
     """The frozen backbone is bit-identical after a round."""
     t = trial(make)
-    _, _, cohorts = t.run()
-    same(t.problem.held, jax.device_get(cohorts[0].engine.held), "the frozen backbone")
+    t.run()
+    for lanes in t.bench().groups.values() or (t.bench().whole,):
+        same(t.problem.held, jax.device_get(lanes.held), "the frozen backbone")
 
 
 def check_resume(make: Make) -> None:
@@ -209,20 +227,26 @@ def check_resume(make: Make) -> None:
     cohorts = (COHORT, (7, 5, 3, 2, 8, 10))
     whole, kept, done = t.run(cohorts)
     server, memory, _ = t.run(cohorts[:1])
+    state = {"server": server, "memory": rows_of(memory)}
     with tempfile.TemporaryDirectory() as folder:
-        rows, ids = memory.state()
         with Checkpoints(Path(folder)) as checkpoints:
-            checkpoints.save(1, {"server": server, "memory": rows, "ids": ids}, {})
+            checkpoints.save(1, state, {})
         with Checkpoints(Path(folder)) as checkpoints:
-            found = checkpoints.restore({"server": server, "memory": rows, "ids": ids}, {})
+            found = checkpoints.restore(state, {})
     assert found is not None
-    fresh = Memory(memory.init, t.problem.held)
-    fresh.scatter(found[1]["ids"], found[1]["memory"])
+    fresh = t.bench().memory(t.algorithm)
+    for name, (rows, ids) in found[1]["memory"].items():
+        (fresh.beside[name] if name else fresh).scatter(ids, rows)
     met = np.isin(np.arange(len(SIZES)), cohorts[0]).astype(np.int32)
     resumed, fresh, more = run(make, t.problem, cohorts[1:], state=(found[1]["server"], fresh), first=2, met=met)
     assert done[1].traffic() == more[0].traffic(), "the bytes of the round after resuming differ"
     same(whole, resumed, "the server's state after resuming")
-    same(kept.state(), fresh.state(), "clients' memory after resuming")
+    same(rows_of(kept), rows_of(fresh), "clients' memory after resuming")
+
+
+def rows_of(memory: Memory) -> dict[str, tuple[Tree, np.ndarray]]:
+    """What clients keep: rows and ids by group, "" where there is one architecture."""
+    return {name: store.state() for name, store in {"": memory, **memory.beside}.items()}
 
 
 def check_memory(make: Make) -> None:
@@ -230,16 +254,18 @@ def check_memory(make: Make) -> None:
     t = trial(make)
     _, memory, _ = t.run(((0, 1, 2), (4, 5, 6)))
     _, once, _ = t.run(((0, 1, 2),))
-    (rows, ids), (first, first_ids) = memory.state(), once.state()
-    places = [list(ids).index(i) for i in first_ids]
-    same(jax.tree.map(lambda r: r[places], rows), first, "memory of absent clients")
+    after = rows_of(memory)
+    for name, (first, first_ids) in rows_of(once).items():
+        rows, ids = after[name]
+        take = partial(np.take, indices=[list(ids).index(i) for i in first_ids], axis=0)
+        same(jax.tree.map(take, rows), first, "memory of absent clients")
 
 
 def check_average(make: Make) -> None:
     """Under an average that is no plain mean the algorithm runs and stays finite, or is refused by name."""
     t = trial(make)
     try:
-        server, _, _ = rounds(t.engine(), t.algorithm, clipped(), (COHORT, SECOND))
+        server, _, _ = rounds(t.bench(), t.algorithm, clipped(), (COHORT, SECOND))
     except ValueError as error:
         assert "average='clipped'" in str(error), f"refused for another reason: {error}"
         return
@@ -254,7 +280,7 @@ def same(a: Tree, b: Tree, what: str, rtol: float = 0.0) -> None:
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         x, y = np.asarray(x), np.asarray(y)
-        if rtol == 0:
+        if rtol == 0 or x.dtype == bool:
             assert x.dtype == y.dtype and np.array_equal(x, y, equal_nan=True), f"{what}: {path} differs"
         else:
             gap, scale = np.abs(x - y).max(initial=0.0), np.abs(x).max(initial=0.0)
@@ -273,7 +299,8 @@ def check_functions(make: Make) -> None:
     assert isinstance(algorithm.finished(server), bool), f"finished gave {algorithm.finished(server)!r}, no bool"
     after = algorithm.observe(server, {"loss": 1.0, "accuracy": 0.5})
     assert jax.tree.structure(after) == jax.tree.structure(server), "observe changed the server's structure"
-    wire.price(jax.eval_shape(algorithm.setup, held))
+    for each in t.bench().groups.values() or (t.bench().whole,):
+        wire.price(jax.eval_shape(algorithm.setup, each.held))
     kept = jax.tree.map(lambda rows: rows[0], memory.state()[0])
     logits = algorithm.predict(held, server, kept, jnp.asarray(problem.x[:4]))
     assert logits.shape == (4, CLASSES), f"predict gave shape {logits.shape}, not (4, {CLASSES})"

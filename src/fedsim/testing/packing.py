@@ -13,7 +13,6 @@ from fedsim import wire
 from fedsim.core import Average, Averaged, Tree
 from fedsim.folds import plain, uniform
 from fedsim.testing.toys import (
-    COHORT,
     Coding,
 )
 from fedsim.wire.marks import as_value, is_sent, joined, on_the_way, path_name
@@ -44,13 +43,14 @@ def packed(tree: Tree, codec: wire.Codec | None, coding: Coding) -> int:
     """Length of one client's message or reply as really packed; from what is marked its values come back bit for bit."""
     after, before = (travelling(tree, c, coding) for c in (codec, None))
     kinds = {
-        joined(name, inner): node.change
+        joined(name, inner): (node.change, node.by)
         for name, node in wire.named(tree)
         if isinstance(node, wire.Coded)
         for inner, _ in wire.named(node.tree)
     }
     length = 0
-    for kind, by in ((True, codec), (False, codec), (None, None)):  # changes, values, and what no codec acts on
+    for kind in (*sorted(set(kinds.values()), key=str), None):  # changes, values, and what no codec acts on
+        by = (kind[1] or codec) if kind else None
         own = {n: leaf for n, leaf in after.items() if isinstance(leaf, wire.Sent) and kinds.get(n) == kind}
         if own:
             data = wire.pack(own, by)
@@ -70,8 +70,8 @@ def travelling(tree: Tree, codec: wire.Codec | None, coding: Coding) -> dict[str
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found, is_leaf=is_sent)}
 
 
-def packed_for_all(message: Tree, codec: wire.Codec | None, key: Array) -> int:
-    """Length of a message to the whole cohort as really packed.
+def packed_for_all(message: Tree, codec: wire.Codec | None, key: Array, members: int) -> int:
+    """Length of a message to a whole cohort of `members` as really packed.
 
     Of a packet with a price per client only its sum and its bound, the whole leaf, can be checked here: what a client
     holds already is known to the algorithm alone, and to its own tests.
@@ -93,7 +93,7 @@ def packed_for_all(message: Tree, codec: wire.Codec | None, key: Array) -> int:
             length += sum(int(n) for n in node.nbytes)
         else:
             coding = Coding(key, key, ())
-            length += sum(packed(as_value(part(node, place)), codec, coding) for place in range(len(COHORT)))
+            length += sum(packed(as_value(part(node, place)), codec, coding) for place in range(members))
     return length
 
 

@@ -6,7 +6,7 @@ Its clients have very different sizes, one of them no examples.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +20,12 @@ from fedsim.core import Algorithm, Average, Batch, Client, Factors, Local, Param
 from fedsim.engine import plan
 from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
+from fedsim.engine.groups import GroupedCohort
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Lanes
 from fedsim.engine.state import named
 from fedsim.evaluation.evaluate import classification_criterion, classification_loss, classification_score
-from fedsim.folds import by_examples, plain
+from fedsim.folds import by_examples, plain, uniform
 from fedsim.wire import Codec
 
 Make = Callable[[Task], Algorithm]
@@ -33,6 +34,7 @@ SIZES = (7, 1, 23, 0, 12, 5, 9, 40, 3, 16, 8, 2)  # examples of each client
 FEATURES, CLASSES = 6, 3
 LORA = Factors("frozen", "lora_a", "lora_b", scale=1.5, inputs=FEATURES, rank=2, outputs=FEATURES)
 COHORT = (2, 0, 7, 4, 9, 1)
+GROUPS = ("small", "large", "server")  # of algorithms with several architectures; the last is the server's own model
 
 
 class Problem(NamedTuple):
@@ -57,16 +59,9 @@ def tiny_problem(seed: int = 0) -> Problem:
     return Problem(held, x, y, rows, np.concatenate([[0], np.cumsum(SIZES)]).astype(np.int64))
 
 
-def tiny_task(**changes: Any) -> Task:
-    """Softmax regression on frozen features, trained by SGD; `changes` replaces fields of the `Task`."""
-
-    def apply(params: Params, held: Params, x: Array) -> Array:
-        return jnp.tanh(x @ held["frozen"]) @ params["kernel"] + params["bias"]
-
-    def init(key: Array) -> Params:
-        return {"kernel": 0.1 * jax.random.normal(key, (FEATURES, CLASSES)), "bias": jnp.zeros((CLASSES,))}
-
-    task = Task(
+def tiny(apply: Callable[[Params, Params, Array], Array], init: Callable[[Array], Params]) -> Task:
+    """A classifier `apply(params, held, x)`, trained by SGD."""
+    return Task(
         init=init,
         loss=classification_loss(apply),
         logits=lambda held, params, x: apply(params, held, x),
@@ -77,15 +72,25 @@ def tiny_task(**changes: Any) -> Task:
         server_optimizer=optax.sgd(1.0),
         passes=Passes(epochs=2, batch_size=4),
         weight=by_examples,
-        trained=frozenset({"kernel", "bias"}),
+        trained=frozenset(jax.eval_shape(init, jax.random.key(0))),
         classes=CLASSES,
     )
-    return task._replace(**changes)
+
+
+def tiny_task(**changes: Any) -> Task:
+    """Softmax regression on frozen features; `changes` replaces fields of the `Task`."""
+
+    def apply(params: Params, held: Params, x: Array) -> Array:
+        return jnp.tanh(x @ held["frozen"]) @ params["kernel"] + params["bias"]
+
+    def init(key: Array) -> Params:
+        return {"kernel": 0.1 * jax.random.normal(key, (FEATURES, CLASSES)), "bias": jnp.zeros((CLASSES,))}
+
+    return tiny(apply, init)._replace(**changes)
 
 
 def tiny_lora_task(trains_a: bool = True, **changes: Any) -> Task:
     """`tiny_task` with LoRA on its frozen map, A trained or held as FFA-LoRA has it."""
-    plain = tiny_task()
 
     def apply(params: Params, held: Params, x: Array) -> Array:
         leaves = {**held, **params}
@@ -93,26 +98,57 @@ def tiny_lora_task(trains_a: bool = True, **changes: Any) -> Task:
         return jnp.tanh(h) @ leaves["kernel"] + leaves["bias"]
 
     def init(key: Array) -> Params:
-        params = {**plain.init(key), "lora_b": jnp.zeros((LORA.rank, FEATURES))}
+        params = {**tiny_task().init(key), "lora_b": jnp.zeros((LORA.rank, FEATURES))}
         return {**params, "lora_a": jax.random.normal(key, (FEATURES, LORA.rank))} if trains_a else params
 
-    task = plain._replace(
-        init=init,
-        loss=classification_loss(apply),
-        logits=lambda held, params, x: apply(params, held, x),
-        trained=frozenset({"kernel", "bias", "lora_b", *(["lora_a"] if trains_a else [])}),
-        factors=(LORA,),
-    )
-    return task._replace(**changes)
+    return tiny(apply, init)._replace(factors=(LORA,))._replace(**changes)
+
+
+def tiny_wide_task(**changes: Any) -> Task:
+    """`tiny_task` with other leaves: a hidden layer instead of the frozen map."""
+
+    def apply(params: Params, held: Params, x: Array) -> Array:
+        return jnp.tanh(x @ params["hidden"]) @ params["kernel"] + params["bias"]
+
+    def init(key: Array) -> Params:
+        shapes = {"hidden": (FEATURES, 4), "kernel": (4, CLASSES)}
+        keys = jax.random.split(key, len(shapes))
+        params = {name: 0.5 * jax.random.normal(k, shapes[name]) for name, k in zip(shapes, keys, strict=True)}
+        return {**params, "bias": jnp.zeros((CLASSES,))}
+
+    return tiny(apply, init)._replace(**changes)
+
+
+def tiny_head_task(**changes: Any) -> Task:
+    """`tiny_wide_task` whose last layer is a head by its name, for algorithms that treat it apart."""
+
+    def apply(params: Params, held: Params, x: Array) -> Array:
+        return jnp.tanh(x @ params["hidden"]) @ params["head/kernel"] + params["head/bias"]
+
+    def init(key: Array) -> Params:
+        return {name if name == "hidden" else f"head/{name}": leaf for name, leaf in tiny_wide_task().init(key).items()}
+
+    def features(held: Params, params: Params, x: Array) -> Array:
+        return jnp.tanh(x @ params["hidden"])
+
+    return tiny(apply, init)._replace(features=features)._replace(**changes)
 
 
 def suited(make: Make) -> Task:
-    """The first of the tiny tasks that the constructor does not refuse.
+    """The first of the tiny tasks that the constructor does not refuse; with groups where it trains several architectures.
 
     Raises:
         ValueError: it refuses all of them; what it says of the last one with LoRA.
     """
-    tasks = (tiny_task(), tiny_lora_task(trains_a=False), tiny_lora_task())
+    task = of_one(make)
+    if make(task).groups:
+        task = task._replace(groups=dict(zip(GROUPS, (tiny_task(), tiny_wide_task(), task), strict=True)))
+    return task
+
+
+def of_one(make: Make) -> Task:
+    """The first of the tiny tasks that the constructor does not refuse, without groups."""
+    tasks = (tiny_task(), tiny_task(weight=uniform), tiny_head_task(), tiny_lora_task(trains_a=False), tiny_lora_task())
     for task in tasks[:-1]:
         try:
             make(task)
@@ -130,12 +166,58 @@ def engine(problem: Problem, **options: Any) -> Lanes:
     return Lanes(*problem, **{**chosen, **options})
 
 
+class Bench(NamedTuple):
+    """The engines of a tiny problem: one, or of several architectures one a group beside the one that stands for all."""
+
+    whole: Lanes
+    groups: Mapping[str, Lanes] = {}
+
+    def memory(self, algorithm: Algorithm) -> Memory:
+        """Of clients that have not been met, as a run makes it: of groups each has a store of its own."""
+        if not self.groups:
+            return Memory(algorithm.memory, self.whole.held)
+        memory = Memory(lambda key, held: (), self.whole.held)
+        for name, lanes in self.groups.items():
+            memory.store(name, algorithm.memory, lanes.held)
+        return memory
+
+    def averaging(self, average: Average) -> Tree:
+        """The average's first state, by group if any."""
+        state = average.init()
+        return self.whole.put(dict.fromkeys(self.groups, state) if self.groups else state)
+
+    def cohort(
+        self, ids: tuple[int, ...], round: int, memory: Memory, algorithm: Algorithm, averaging: Tree, **options: Any
+    ) -> Any:
+        """The clients of a round; of groups an even id is in the first, an odd one in the second, nobody in the first."""
+        options["releases"] = algorithm.releases
+        if not self.groups:
+            return Cohort(self.whole, np.array(ids, np.int64), round, memory, averaging=averaging, **options)
+        parts = {
+            name: Cohort(
+                lanes, np.array([i for i in ids if max(i, 0) % 2 == place], np.int64), round, memory.beside[name],
+                averaging=averaging[name], stores=memory, **options,
+            )
+            for place, (name, lanes) in enumerate(self.groups.items())
+        }  # fmt: skip
+        return GroupedCohort(self.whole, round, parts)
+
+
+def bench(problem: Problem, task: Task, **options: Any) -> Bench:
+    """The engines that an algorithm of this task needs; options as of `engine`."""
+    if not task.groups:
+        return Bench(engine(problem, **options))
+    groups = {name: engine(problem, **options, group=name) for name in task.groups if name != GROUPS[-1]}
+    return Bench(engine(problem._replace(held=dict.fromkeys(task.groups, problem.held)), **options), groups)
+
+
 class Sent(NamedTuple):
-    """An exchange as it was asked for."""
+    """An exchange as it was asked for, and by which cohort."""
 
     message: Tree
     local: Local
     link: Peers | None = None
+    cohort: Any = None
 
 
 def run(
@@ -156,11 +238,11 @@ def run(
         state, met: of the rounds before `first`; `met` (N,) is the last round in which a client was in the cohort.
     """
     task = task or suited(make)
-    return rounds(engine(problem, **options), make(task), plain(task.weight), cohorts, state, first, met, sent)
+    return rounds(bench(problem, task, **options), make(task), plain(task.weight), cohorts, state, first, met, sent)
 
 
 def rounds(
-    lanes: Lanes,
+    bench: Bench,
     algorithm: Algorithm,
     average: Average,
     cohorts: tuple[tuple[int, ...], ...],
@@ -169,23 +251,21 @@ def rounds(
     met: np.ndarray | None = None,
     sent: list[Sent] | None = None,
 ) -> tuple[Tree, Memory, list[Cohort]]:
-    """As `run`, of an algorithm and an engine that are there."""
+    """As `run`, of an algorithm and engines that are there."""
+    lanes = bench.whole
     met = np.zeros(lanes.population, np.int32) if met is None else met.copy()
-    averaging = lanes.put(average.init())
-    server, memory = state or (
-        algorithm.init(key_for(lanes.root, "init"), lanes.held),
-        Memory(algorithm.memory, lanes.held),
-    )
+    averaging, copies = bench.averaging(average), {}
+    server, memory = state or (algorithm.init(key_for(lanes.root, "init"), lanes.held), bench.memory(algorithm))
     server = lanes.put(server)
     done = []
     for round, ids in enumerate(cohorts, first):
-        options: dict[str, Any] = {"average": average, "averaging": averaging, "releases": algorithm.releases}
-        cohort = Cohort(lanes, np.array(ids, np.int64), round, memory, met=met, **options)
+        cohort = bench.cohort(ids, round, memory, algorithm, averaging, met=met, average=average, copies=copies)
         met[cohort.ids[cohort.present]] = round
         if sent is not None:
-            listen(cohort, sent)
+            for one in cohort.groups.values() or (cohort,):
+                listen(one, sent)
         server, _ = algorithm.round(key_for(lanes.root, "server", round), lanes.held, server, cohort)
-        averaging = cohort.averaging
+        averaging, copies = cohort.averaging, cohort.copies
         cohort.settle()
         done.append(cohort)
     return server, memory, done
@@ -198,7 +278,7 @@ def listen(cohort: Cohort, sent: list[Sent]) -> None:
     def listening(
         message: Tree, local: Local, reduce: Reduce | None = None, args: Tree = (), link: Peers | None = None
     ) -> Any:
-        sent.append(Sent(message, local, link))
+        sent.append(Sent(message, local, link, cohort))
         return exchange(message, local, reduce, args, link)
 
     cohort.exchange = listening  # type: ignore[method-assign]  # on this one instance, for the test
@@ -225,6 +305,11 @@ def visits(problem: Problem, passes: Passes, id: int, round: int, seed: int = 0,
     return own[found]
 
 
+def channel(group: str, local: Local) -> str:
+    """What the randomness of an exchange is named by, as `Lanes.name`."""
+    return "/".join(filter(None, (group, local.passes.stream)))
+
+
 class Coding(NamedTuple):
     """What the codec of a client's first reply is given."""
 
@@ -234,10 +319,11 @@ class Coding(NamedTuple):
 
 
 def coding(
-    reply: Tree, local: Local, codec: Codec | None, id: int, round: int, seed: int = 0, exchange: int = 0
-) -> Coding:
+    reply: Tree, local: Local, codec: Codec | None, id: int, round: int, seed: int = 0, exchange: int = 0,
+    group: str = "",
+) -> Coding:  # fmt: skip
     """Keys and fresh state of the codec for this client's marked reply."""
-    root, name = jax.random.key(seed), local.passes.stream
+    root, name = jax.random.key(seed), channel(group, local)
     shapes = {name: sent.value for name, sent in wire.changes(reply).items()}
     return Coding(
         key_for(key_for(root, named("local", name), round, exchange, id), "codec"),
@@ -256,6 +342,7 @@ def one_client(
     seed: int = 0,
     exchange: int = 0,
     codec: Codec | None = None,
+    group: str = "",
 ) -> tuple[Tree, Tree]:
     """What client `id` replies, marked, and keeps, computed alone, batch by batch, without lanes: the engine's oracle.
 
@@ -263,10 +350,11 @@ def one_client(
         message: what this client reads: own parts are already its own, marks and packets gone.
         exchange: which of its stream in this round.
         codec: of the replies, with which the client has not replied before.
+        group: the client's, where there are several.
     """
     made, rows = compiled(local), visits(problem, local.passes, id, round, seed, exchange)
     size, steps = problem.offsets[id + 1] - problem.offsets[id], len(rows)
-    key = key_for(jax.random.key(seed), named("local", local.passes.stream), round, exchange, id)
+    key = key_for(jax.random.key(seed), named("local", channel(group, local)), round, exchange, id)
     client = Client(jnp.int32(id), jnp.int32(size), memory, key, jnp.int32(round), jnp.float32(0.0), jnp.int32(steps))
     carry: Tree = None
     for s, row in enumerate(rows if steps else np.full((1, local.passes.batch_size), -1)):
@@ -283,6 +371,6 @@ def one_client(
             carry, _ = made.step(problem.held, message, carry, batch)
     reply, memory, _ = made.finish(problem.held, message, carry, client)
     if local.sent is not None:
-        read, _ = wire.arrive(reply, codec, *coding(reply, local, codec, id, round, seed, exchange))
+        read, _ = wire.arrive(reply, codec, *coding(reply, local, codec, id, round, seed, exchange, group))
         memory = local.sent(memory, wire.unwrap(read), client)
     return reply, memory

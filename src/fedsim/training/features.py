@@ -31,7 +31,7 @@ def run_stages(
     texts: Lengths | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Any:
-    """Stages start..stop - 1 on every example of x (N, ...), in batches; host arrays, zero where a text has ended.
+    """Stages start..stop - 1 on every example of x (N, ...), in batches; host arrays, zero (of ids, padding) where a text has ended.
 
     Args:
         devices: over which a batch is split; default: this process' first. Those of several processes are called by all of
@@ -47,6 +47,9 @@ def run_stages(
     size = -(-FEATURE_BATCH // len(split.addressable_devices)) * many
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((many, *a.shape[1:]), a.dtype), x)
     out = jax.tree.map(lambda a: zeros((count, *a.shape[1:]), a.dtype), jax.eval_shape(run, held, one))
+    for leaf in jax.tree.leaves(out):
+        if texts is not None and texts.pad and np.issubdtype(leaf.dtype, np.integer):
+            leaf[...] = texts.pad  # ids that go along: no token, where a text has ended
     received = 0
     waiting: deque[tuple[np.ndarray, Any]] = deque()  # so that the host fetches one batch while the next is computed,
     ahead = 1 if split.is_fully_addressable else 0  # but where processes gather it, which waits for all devices

@@ -24,7 +24,11 @@ class Lengths(NamedTuple):
 
     of: np.ndarray  # (N,) int64: tokens of each text, the padding behind it left out
     buckets: tuple[int, ...]  # ascending; the last one holds every text
-    cut: Callable[[Any, int], Any] = lambda x, length: x[:, :length]  # (inputs (B, ...), length) -> without the rest
+    cut: Callable[[Any, int], Any] = lambda x, length: jax.tree.map(
+        lambda a: a[:, :length], x
+    )  # (inputs, length) -> without the rest
+    pad: int = 0  # what stands behind a text in token ids
+    masked: bool = False  # inputs are ids and, beside them, which tokens a loss is about
 
     @property
     def longest(self) -> int:
@@ -32,12 +36,13 @@ class Lengths(NamedTuple):
         return self.buckets[-1]
 
 
-def measure(ids: np.ndarray, pad: int, count: int) -> Lengths:
+def measure(x: np.ndarray | dict[str, np.ndarray], pad: int, count: int) -> Lengths:
     """Lengths of padded texts, and at most `count` buckets at equal distances up to the longest.
 
     Args:
-        ids: (N, T) token ids.
+        x: (N, T) token ids, alone or as "ids" beside "loss".
     """
+    ids = x["ids"] if isinstance(x, dict) else x
     real = ids != pad
     tokens = ids.shape[1]
     # A text of padding alone attends to all of it: it keeps its length.
@@ -45,7 +50,7 @@ def measure(ids: np.ndarray, pad: int, count: int) -> Lengths:
     longest = int(of.max(initial=1))
     fractions = (-(-longest * part // count) for part in range(1, count + 1))
     buckets = sorted({min(-(-length // MULTIPLE) * MULTIPLE, tokens) for length in fractions})
-    return Lengths(of, tuple(buckets))
+    return Lengths(of, tuple(buckets), pad=pad, masked=isinstance(x, dict))
 
 
 def entering(lengths: Lengths | None, model: Model, stage: int) -> Lengths | None:
@@ -56,7 +61,8 @@ def entering(lengths: Lengths | None, model: Model, stage: int) -> Lengths | Non
     @cache  # every batch is cut: a trace each would take longer than the batch
     def shapes(length: int) -> Any:
         ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
-        return jax.eval_shape(lambda held, x: model.run(held, x, 0, stage), model.frozen, ids)
+        x = {"ids": ids, "loss": jax.ShapeDtypeStruct((1, length), jnp.float32)} if lengths.masked else ids
+        return jax.eval_shape(lambda held, x: model.run(held, x, 0, stage), model.frozen, x)
 
     def cut(h: Any, length: int) -> Any:
         return jax.tree.map(lambda a, s: a[(slice(None), *(slice(n) for n in s.shape[1:]))], h, shapes(length))

@@ -68,11 +68,7 @@ def fit(
     def step(held: Tree, message: Tree, carry: Fit, batch: Batch) -> tuple[Fit, Metrics]:
         moves = moving(carry.params)
         grads, metrics = jax.grad(total, has_aux=True)(moves, carry.params, held, message, carry.memory, batch)
-        with jax.numpy_dtype_promotion(
-            "standard"
-        ):  # optax mixes Python scalars and float32 in ways strict mode refuses
-            updates, state = optimizer(carry.lr).update(grads, carry.optimizer, moves)
-            moved: Any = optax.apply_updates(moves, updates)
+        moved, state = stepped(optimizer(carry.lr), grads, carry.optimizer, moves)
         return carry._replace(params={**carry.params, **moved}, optimizer=state), metrics
 
     def finish(held: Tree, message: Tree, carry: Fit, client: Client) -> tuple[Tree, Tree, Metrics]:
@@ -82,6 +78,14 @@ def fit(
         return wire.coded(change), client.memory, {}
 
     return Local(start_, step, finish, passes)
+
+
+def stepped(optimizer: optax.GradientTransformation, grads: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
+    """Parameters and state after one step of an optimizer."""
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes Python scalars and float32 in ways strict mode refuses
+        updates, state = optimizer.update(grads, state, params)
+        moved: Any = optax.apply_updates(params, updates)
+    return moved, state
 
 
 def proximal(mu: float) -> Penalty:

@@ -32,6 +32,7 @@ from fedsim.engine import processes
 from fedsim.engine.device_memory import exhausted
 from fedsim.engine.flops import all_products
 from fedsim.engine.host import compile_clock
+from fedsim.training.local import stepped
 
 Loss = Callable[[Tree, Params, Batch, Tree], tuple[Array, Metrics]]  # (held, params, batch, args) -> mean loss, metrics
 Run = Callable[[Tree, Params, Tree, Tree, Tree, Array], tuple[Params, Tree, Metrics]]
@@ -108,7 +109,7 @@ def trained(
     """
     x, y = examples if type(examples) is tuple and examples else (examples, ())
     for_order, for_steps = jax.random.split(key)
-    rows = order(for_order, length(examples), batch, steps)
+    rows = order(for_order, length(examples), batch, max(steps, 1))  # of no step, too, one is traced
 
     def spread(a: Array) -> Array:
         return a if split is None else lax.with_sharding_constraint(a, split)
@@ -119,10 +120,7 @@ def trained(
         mask, own = spread(jnp.ones(batch, jnp.float32)), jax.random.fold_in(for_steps, number)
         seen = Batch(*drawn, mask=mask, key=own, step=number, last=number == steps - 1)
         grads, metrics = jax.grad(loss, argnums=1, has_aux=True)(held, params, seen, args)
-        with jax.numpy_dtype_promotion("standard"):  # as in `local.fit`
-            updates, state = optimizer.update(grads, state, params)
-            new: Any = optax.apply_updates(params, updates)
-        return (new, state), metrics
+        return stepped(optimizer, grads, state, params), metrics
 
     (params, state), metrics = lax.scan(step, (params, state), jnp.arange(steps))
     return params, state, jax.tree.map(lambda m: m.mean(axis=0), metrics)

@@ -1,12 +1,13 @@
 """What a message costs: the price of every leaf in bytes, the codecs that lower it, and real packers as their oracle.
 
-Begin with `prices.py`, then `marks.py`: what a reply says about itself. Who sends what, and when, is no business of
-this room: `engine/cohort.py` asks it for prices.
+Begin with `prices.py`, then `marks.py`: what a reply says about itself. `copies.py` has messages as changes of what all
+clients hold. Who sends what, and when, is no business of this room: `engine/cohort.py` asks it for prices.
 """
 
 from __future__ import annotations
 
-from fedsim.wire.codecs import CODECS, Codec, Sent, cast, chain, codec, quantise, topk
+from fedsim.wire.codecs import CODECS, Codec, Sent, cast, chain, codec, entropy_bound, entropy_coded, quantise, topk
+from fedsim.wire.copies import Copy, as_changes, of_changes
 from fedsim.wire.marks import (
     Again,
     Coded,
@@ -14,6 +15,7 @@ from fedsim.wire.marks import (
     Most,
     again,
     arrive,
+    brings,
     changes,
     coded,
     depart,

@@ -6,7 +6,7 @@ The engine turns a marked reply into decoded values and prices by `arrive`, a ma
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,17 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fedsim.wire.codecs import Codec, Sent, cost, nbytes
+from fedsim.wire.codecs import Codec, Sent, closed, cost, linked, nbytes
 from fedsim.wire.prices import Packet, PerClient, Tree, array_bytes, is_packet, unwrap
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["tree"], meta_fields=["change"])
+@partial(jax.tree_util.register_dataclass, data_fields=["tree"], meta_fields=["change", "by"])
 @dataclass(frozen=True)
 class Coded:
-    """Marks what the run's codecs act on; see `coded`."""
+    """Marks what codecs act on; see `coded`."""
 
     tree: Tree
     change: bool
+    by: Codec | None = None
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["leaf", "entries"], meta_fields=["axis"])
@@ -46,14 +47,23 @@ class Again:
     tree: Tree
 
 
-def coded(tree: Tree, change: bool = True) -> Coded:
-    """A part of a reply or message on which the run's codecs act.
+def coded(tree: Tree, change: bool = True, by: Codec | None = None) -> Coded:
+    """A part of a reply or message on which the run's codecs act, or one that the algorithm brings.
 
     Args:
         change: it is a difference, which may be clipped, noised, thinned out and fed back; else values (factors,
             prototypes, images), which may only be cast or quantised.
+        by: the method's own codec, made once, when the algorithm is constructed; the run's then leave this part alone.
+
+    Raises:
+        ValueError: a codec of the algorithm's that remembers or leaves entries out.
     """
-    return Coded(tree, change)
+    if by is not None and (by.thins or not by.on_values):
+        raise ValueError(
+            f"Expected the codec of wire.coded(..., by={by.name}) to keep nothing and to leave nothing out; take one that "
+            "rounds (nnadq, qsgd(8)), and say by wire.kept what travels."
+        )
+    return Coded(tree, change, by)
 
 
 def kept(tree: Tree, entries: Array | np.ndarray, axis: int | None = None) -> Tree:
@@ -66,9 +76,9 @@ def kept(tree: Tree, entries: Array | np.ndarray, axis: int | None = None) -> Tr
     """
 
     def mark(leaf: Any) -> Any:
-        return (
-            Coded(kept(leaf.tree, entries, axis), leaf.change) if isinstance(leaf, Coded) else Kept(leaf, entries, axis)
-        )
+        if isinstance(leaf, Coded):
+            return replace(leaf, tree=kept(leaf.tree, entries, axis))
+        return Kept(leaf, entries, axis)
 
     return jax.tree.map(mark, tree, is_leaf=lambda node: isinstance(node, Coded))
 
@@ -112,7 +122,7 @@ def whole(tree: Tree) -> Tree:
 
     def all_of(node: Any) -> Any:
         if isinstance(node, Coded):
-            return Coded(whole(node.tree), node.change)
+            return replace(node, tree=whole(node.tree))
         if isinstance(node, PerClient):
             return PerClient(whole(node.tree))
         return node.leaf if isinstance(node, Kept) else node
@@ -125,10 +135,22 @@ def news(message: Tree) -> Tree:
     return jax.tree.map(lambda node: () if isinstance(node, Again) else node, message, is_leaf=is_mark)
 
 
+def marks(tree: Tree) -> list[Coded]:
+    """The marks of a message for codecs."""
+    found: list[Coded] = []
+    for _, node in named(tree):
+        found += [node] if isinstance(node, Coded) else marks(node.tree) if isinstance(node, PerClient) else []
+    return found
+
+
 def is_coded(tree: Tree) -> bool:
-    """Whether a part is marked for the codecs."""
-    nodes = [node for _, node in named(tree)]
-    return any(isinstance(node, Coded) or (isinstance(node, PerClient) and is_coded(node.tree)) for node in nodes)
+    """Whether a part is marked for the run's codecs."""
+    return any(mark.by is None for mark in marks(tree))
+
+
+def brings(tree: Tree) -> bool:
+    """Whether a part is marked for a codec of the algorithm's own."""
+    return any(mark.by is not None for mark in marks(tree))
 
 
 def named(tree: Tree) -> list[tuple[str, Any]]:
@@ -153,11 +175,11 @@ def sent(leaf: Array | Kept) -> Sent:
 
 
 def changes(tree: Tree) -> dict[str, Sent]:
-    """The marked changes of one reply by name, before any codec: one vector to codecs that look at all of it."""
+    """The changes of one reply that the run's codecs act on, by name: one vector to those that look at all of it."""
     found = {
         joined(name, inner): sent(leaf)
         for name, node in named(tree)
-        if isinstance(node, Coded) and node.change
+        if isinstance(node, Coded) and node.change and node.by is None
         for inner, leaf in named(node.tree)
     }
     return dict(sorted(found.items()))
@@ -184,22 +206,31 @@ def arrive(tree: Tree, codec: Codec | None, key: Array, common: Array, state: Tr
 
 def on_the_way(tree: Tree, codec: Codec | None, key: Array, common: Array, state: Tree) -> tuple[Tree, Tree]:
     """The tree with a `Sent` for every marked leaf, and the codec's state."""
-    by_kind: dict[bool, dict[str, Sent]] = {True: {}, False: {}}  # marked leaves, by whether they are changes
+    by_kind: dict[
+        tuple[bool, Codec | None], dict[str, Sent]
+    ] = {}  # marked leaves: changes or not, and whose codec acts
     for name, node in named(tree):
         if isinstance(node, Coded):
-            by_kind[node.change] |= {joined(name, inner): sent(leaf) for inner, leaf in named(node.tree)}
-    by_kind = {change: dict(sorted(leaves.items())) for change, leaves in by_kind.items()}  # the order on the wire
-    if codec is not None:
-        refuse(codec, by_kind)
-        if by_kind[True]:
-            by_kind[True], state = codec.encode(by_kind[True], key, common, state)
-        if by_kind[False]:
-            by_kind[False] = codec.encode(by_kind[False], key, common, ())[0]
+            found = {joined(name, inner): sent(leaf) for inner, leaf in named(node.tree)}
+            by_kind.setdefault((node.change, node.by), {}).update(found)
+    for (change, own), leaves in by_kind.items():
+        if codec is not None and codec.private and own is not None:
+            raise ValueError(
+                f"Expected no codec of the algorithm's own ({own.name}, by wire.coded(..., by=...)) with {codec.name}, as what it "
+                "sends would go around the noise; choose another algorithm, or dp=central."
+            )
+        by, ordered = own or codec, dict(sorted(leaves.items()))  # the order on the wire
+        if by is not None and ordered:
+            refuse(by, ordered, change)
+            remembers = change and own is None
+            ordered, after = by.encode(ordered, key, common, state if remembers else ())
+            state = after if remembers else state
+        by_kind[change, own] = ordered
 
     def place(path: Any, node: Any) -> Any:
         name = path_name(path)
         if isinstance(node, Coded):
-            own = by_kind[node.change]
+            own = by_kind[node.change, node.by]
             return jax.tree_util.tree_map_with_path(
                 lambda path, leaf: own[joined(name, path_name(path))], node.tree, is_leaf=is_mark
             )
@@ -227,14 +258,39 @@ def most(tree: Tree, codec: Codec | None, key: Array, common: Array, state: Tree
     }
     leaves = {name: node for name, node in nodes.items() if isinstance(node, Sent)}
     entries = {name: array_bytes(unwrap(node)) for name, node in nodes.items() if name not in leaves}
-    entries |= {name: (math.prod(one.value.shape) * one.bits + 7) // 8 for name, one in leaves.items()}
+    entries |= {name: (math.prod(one.value.shape) * most_bits(one) + 7) // 8 for name, one in leaves.items()}
     sparse = {name: one for name, one in leaves.items() if one.mask is not None}
     left = 0
     if sparse and codec is not None:
-        bits = max(one.bits for one in sparse.values())
+        bits = max(most_bits(one) for one in sparse.values())
         left = codec.most(sum(math.prod(one.value.shape) for one in sparse.values())) * bits // 8
         left += len(sparse) * (bits % 8 > 0)  # each is a whole number of bytes
-    return Most(entries, {name: one.side for name, one in leaves.items()}, dict.fromkeys(sparse, left))
+    side = {name: one.side for name, one in leaves.items()}
+    for name, more in beside(tree, codec, key, common).items():
+        side[name] = more
+    return Most(entries, side, dict.fromkeys(sparse, left))
+
+
+def beside(tree: Tree, codec: Codec | None, key: Array, common: Array) -> dict[str, Array | int]:
+    """Bytes beside the entries of every leaf, at most, of a chain that leaves entries out and has scales or rotations behind:
+    what they would cost if all entries travelled, and what says which do. Elsewhere nothing."""
+    links = codec.links if codec is not None else ()
+    parts = [[link for link in links if link.thins == thins] for thins in (True, False)]
+    if not all(parts):
+        return {}
+    found: dict[str, Array | int] = {}
+    for part in parts:
+        nodes, _ = on_the_way(whole(tree), closed(linked(part)), key, common, ())
+        for path, node in jax.tree_util.tree_leaves_with_path(nodes, is_leaf=is_sent):
+            if isinstance(node, Sent):
+                name = path_name(path) or "message"
+                found[name] = found.get(name, 0) + node.side
+    return found
+
+
+def most_bits(sent: Sent) -> int:
+    """Bits of an entry, at most; no codec takes more than the leaf has."""
+    return sent.bits if isinstance(sent.bits, int) else 8 * sent.value.dtype.itemsize
 
 
 def packet(sent: Sent) -> Any:
@@ -243,6 +299,7 @@ def packet(sent: Sent) -> Any:
         sent.mask is None
         and isinstance(sent.side, int)
         and sent.side == 0
+        and isinstance(sent.bits, int)
         and sent.bits == 8 * sent.value.dtype.itemsize
     ):
         return sent.value
@@ -264,18 +321,24 @@ def is_sent(node: object) -> bool:
     return isinstance(node, Sent) or is_packet(node)
 
 
-def refuse(codec: Codec, by_kind: dict[bool, dict[str, Sent]]) -> None:
-    """Raises `ValueError` for leaves that a codec cannot act on."""
-    for name, one in {**by_kind[True], **by_kind[False]}.items():
+def refuse(codec: Codec, leaves: dict[str, Sent], changes: bool) -> None:
+    """Raises `ValueError` for leaves, changes or values, that a codec cannot act on."""
+    for name, one in leaves.items():
         if not jnp.issubdtype(one.value.dtype, jnp.floating):
             raise ValueError(
                 f"Expected leaf {name!r}, marked by wire.coded, to hold floating-point numbers for codec {codec.name}, not "
                 f"{one.value.dtype}; leave the mark away, or choose none."
             )
-    if by_kind[False] and not codec.on_values:
+        wide = 8 * one.value.dtype.itemsize
+        if codec.bits is not None and codec.bits > wide:
+            raise ValueError(
+                f"Expected leaf {name!r} to have at least the {codec.bits} bits of codec {codec.name}, not the {wide} of "
+                f"{one.value.dtype}; choose one of fewer bits, or none."
+            )
+    if not changes and not codec.on_values:
         raise ValueError(
-            f"Expected codec {codec.name} to get changes alone, but {next(iter(by_kind[False]))!r} is a value "
-            "(wire.coded(..., change=False)); choose one that acts on values: bfloat16, float16, quantise(8)."
+            f"Expected codec_up={codec.name!r} to get changes alone, but {next(iter(leaves))!r} is a value "
+            f"(wire.coded(..., change=False)); {codec.instead}."
         )
 
 
@@ -283,12 +346,12 @@ def depart(codec: Codec | None, message: Tree, key: Array) -> Tree:
     """A message as its receivers decode it, marks turned into packets; inside jit. `Again` parts stay.
 
     Raises:
-        ValueError: a marked leaf that the codec cannot act on; a codec with a state, or one that thins out.
+        ValueError: a marked leaf that the codec cannot act on; a codec that acts on changes, for which see `copies`.
     """
     if codec is not None and not codec.on_values:
         raise ValueError(
-            f"Expected codec_down={codec.name!r} to act on values, as a client that misses a round misses what was sent; "
-            "choose bfloat16, float16 or quantise(8)."
+            f"Expected codec_down={codec.name!r} to act on values where clients hold no copy of the message before; choose "
+            "bfloat16, quantise(8), qsgd(8), nf4 or eden(4)."
         )
 
     def one(tree: Tree, key: Array) -> Tree:
@@ -309,7 +372,7 @@ def as_value(tree: Tree) -> Tree:
     """Of a message every marked part is a value: nothing is fed back."""
 
     def value(node: Any) -> Any:
-        return Coded(node.tree, change=False) if isinstance(node, Coded) else node
+        return replace(node, change=False) if isinstance(node, Coded) else node
 
     return jax.tree.map(value, tree, is_leaf=is_mark)
 
@@ -325,7 +388,7 @@ def broadcast(part: Any, codec: Codec | None, key: Array) -> Any:
 
     inside = isinstance(part, Coded)
     tree = part.tree if inside else part
-    found, _ = on_the_way(Coded(all_of(tree), part.change) if inside else all_of(tree), codec, key, key, ())
+    found, _ = on_the_way(replace(part, tree=all_of(tree)) if inside else all_of(tree), codec, key, key, ())
 
     def priced(node: Any, leaf: Any) -> Any:
         if not by_client(node):

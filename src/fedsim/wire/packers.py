@@ -39,6 +39,7 @@ def unpack(data: bytes, like: dict[str, Sent], codec: Codec | None) -> dict[str,
     Args:
         like: the leaves before the codec; their masks are what the receiver knows by itself, their values are not read.
     """
-    zeros: Any = {name: np.zeros_like(np.asarray(sent.value)) for name, sent in sorted(like.items())}
+    like = dict(sorted(like.items()))  # the order in which `pack` writes them
+    zeros: Any = {name: np.zeros_like(np.asarray(sent.value)) for name, sent in like.items()}
     blank = {name: sent._replace(value=zeros[name]) for name, sent in like.items()}
     return codec.unpack(data, blank, codecs.read) if codec else codecs.read(data, blank)
