@@ -67,7 +67,7 @@ WITH = {
         for name in ("epsilon", "clip_norm", "clip_quantile", "per_layer", "sampling", "relation", "accountant")
     },
     "bands": {"dp": "central", "delta": 1e-5, "noise_multiplier": 2.0},
-    **{name: {"task": "language_model"} for name in ("turns", "loss_on", "too_long")},
+    **{name: {"task": "language_model"} for name in ("turns", "loss_on", "too_long", "packing")},
 }
 
 

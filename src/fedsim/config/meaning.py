@@ -59,7 +59,7 @@ READERS: dict[str, Reader] = {
     "data_dir": Reader("dataset", "a set of tfds:", lambda c, _: c.dataset.startswith("tfds:")),
     "tokens": Reader("backbone", "a backbone that reads texts", lambda c, kind: kind in ("text", None)),
     **dict.fromkeys(
-        ("turns", "loss_on", "too_long"),
+        ("turns", "loss_on", "too_long", "packing"),
         Reader("task", "task=language_model", lambda c, _: c.task == "language_model"),
     ),
     "epochs": Reader("steps", "steps=None", lambda c, _: c.steps is None),

@@ -26,6 +26,7 @@ ADDED: dict[str, Any] = {
     "turns": "template",
     "loss_on": "answers",
     "too_long": "cut",
+    "packing": False,
 }  # options since then -> what a run without them did
 
 

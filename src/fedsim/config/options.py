@@ -53,6 +53,9 @@ class Data:
     """Tokens of conversations that a language model learns: those of answers, or all."""
     too_long: Literal["cut", "refuse"] = "cut"
     """What becomes of conversations with more than `tokens` tokens."""
+    packing: bool = False
+    """Texts of a language model, one behind the other, in windows of `tokens` (docs/language_models.md), in place of one
+    text a row, cut or padded."""
     validation: float = 0.1
     """Share of the training examples held out for every choice (where the set has no validation split)."""
     examples: int | None = None

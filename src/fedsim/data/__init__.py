@@ -20,7 +20,7 @@ from fedsim.data.gate import check, printable, require_vocabulary
 
 __all__ = ["Dataset", "Source", "load", "needed", "read", "require_given"]
 
-PACKAGED = ("20newsgroups", "fashion_mnist", "elpv", "digits")
+PACKAGED = ("20newsgroups", "shakespeare", "fashion_mnist", "elpv", "digits")
 TABLES = (".csv", ".jsonl", ".parquet")
 FORMS = {
     "tfds:NAME": "a set of TensorFlow Datasets, also NAME/CONFIG:VERSION, after fedsim data prepare tfds:NAME",
@@ -200,30 +200,28 @@ def load(
             f"example ({named}); nobody can learn them.",
             stacklevel=2,
         )
-    trained = None
+    tokenizer, trained = tokenizer_file, None
     if isinstance(source.x, list) and tokenizer_file is None and learn is not None:
-        from fedsim.data.text import tokenize, trained_tokenizer
+        from fedsim.data.text import trained_tokenizer
 
         tokenizer = trained_tokenizer([source.x[row] for row in train.tolist()], *learn)
-        trained = tokenizer.to_str()
-        if source.turns is None:
-            x = tokenize(source.x, tokenizer, options.tokens, outside)
-        else:
-            x = _conversations(source, tokenizer, options, backbone, learn[1])
-    elif source.turns is not None and tokenizer_file is not None:
-        x = _conversations(source, tokenizer_file, options, backbone, -1 if outside is None else outside)
+        trained, outside = tokenizer.to_str(), learn[1]
+    splits = {"train": train, "validation": validation, "test": test}
+    if options.packing and not taught:
+        x, used, splits = _packed(source, splits, tokenizer, options, backbone, outside)
     else:
-        x = _arrays(source, tokenizer_file, options, backbone, outside)
-    # Rows that nobody uses (`examples`) are left out, so that no cached feature is computed for them.
-    used = np.sort(np.concatenate([train, validation, test]))
-    train, validation, test = (np.searchsorted(used, rows) for rows in (train, validation, test))
+        # Rows that nobody uses (`examples`) are left out, so that no cached feature is computed for them.
+        used = np.sort(np.concatenate([train, validation, test]))
+        splits = {name: np.searchsorted(used, rows) for name, rows in splits.items()}
+        x = _inputs(source, tokenizer, options, backbone, outside)
+        x = _of(x, used) if len(used) < len(source.x) else x  # no second copy of a large set
     dataset = Dataset(
         source.name,
-        _of(x, used) if len(used) < len(source.x) else x,  # no second copy of a large set
+        x,
         source.y[used],
-        train,
-        validation,
-        test,
+        splits["train"],
+        splits["validation"],
+        splits["test"],
         source.classes,
         source.kind,
         source.licence,
@@ -234,54 +232,93 @@ def load(
     return dataset
 
 
+def _packed(
+    source: Source,
+    splits: dict[str, np.ndarray],
+    tokenizer: Any,
+    options: Data,
+    backbone: str | None,
+    outside: int | None,
+) -> tuple[Any, np.ndarray, dict[str, np.ndarray]]:
+    """Texts in windows: the inputs, for each window the row of its first text, and the windows of the splits.
+
+    Raises:
+        ValueError: there are no texts, or no tokenizer.
+    """
+    from fedsim.data import chat, windows
+    from fedsim.data.text import opened
+
+    if not isinstance(source.x, list):
+        raise ValueError(f"Expected texts for packing=True, not {source.kind}s as in {source.name}; leave it out.")
+    file = tokenizer if isinstance(tokenizer, Path) else None
+    _require_tokenizer(source, tokenizer, backbone)
+    reader = tokenizer if file is None else opened(file)
+    if source.turns is None:
+        end = chat.marks(file).tokens.get("eos_token")
+        adds = reader.num_special_tokens_to_add(is_pair=False) > 0
+        pieces = list(windows.pieces_of(source.x, reader, None if adds or end is None else reader.token_to_id(end)))
+    else:
+        pieces = list(chat.pieces(source.turns, reader, **_writing(options, file, backbone)))
+    made = windows.packed(
+        pieces, [source.y, *source.natural.values()], splits, options.tokens, -1 if outside is None else outside
+    )
+    x = made.ids if source.turns is None else {"ids": made.ids, "loss": made.loss}
+    return x, made.first, made.splits
+
+
 def _of(x: Any, rows: np.ndarray) -> Any:
     return {name: leaf[rows] for name, leaf in x.items()} if isinstance(x, dict) else x[rows]
 
 
-def _conversations(
-    source: Source, tokenizer: Any, options: Data, backbone: str | None, pad: int
-) -> dict[str, np.ndarray]:
-    """Conversations as a language model reads them; see `chat.tokenized`.
-
-    Args:
-        tokenizer: itself, or its file, beside which the model's chat template lies.
-    """
+def _writing(options: Data, file: Path | None, backbone: str | None) -> dict[str, Any]:
+    """How conversations become tokens; see `chat.pieces`."""
     from fedsim.data import chat
-    from fedsim.data.text import opened
 
-    file = tokenizer if isinstance(tokenizer, Path) else None
-    return chat.tokenized(
-        source.turns or (),
-        opened(file) if file is not None else tokenizer,
-        options.tokens,
-        pad,
-        chat.opened(chat.marks(file), f"backbone={backbone!r}", options.turns),
-        answers=options.loss_on == "answers",
-        marked=options.turns == "plain",
-        refuse_long=options.too_long == "refuse",
-    )
+    return {
+        "written": chat.opened(chat.marks(file), f"backbone={backbone!r}", options.turns),
+        "answers": options.loss_on == "answers",
+        "marked": options.turns == "plain",
+    }
 
 
 def _packaged(name: str) -> Source:
     from fedsim.data import images, text
+    from fedsim.data.shakespeare import shakespeare
 
     readers = {"fashion_mnist": images.fashion_mnist, "elpv": images.elpv, "digits": images.digits}
-    return {**readers, "20newsgroups": text.newsgroups}[name]()
+    return {**readers, "20newsgroups": text.newsgroups, "shakespeare": shakespeare}[name]()
 
 
-def _arrays(
-    source: Source, tokenizer_file: Path | None, options: Data, backbone: str | None, outside: int | None
-) -> np.ndarray:
-    """The inputs as arrays; only packaged texts leave their tokens in the cache, users' own never do."""
-    if isinstance(source.x, np.ndarray):
-        return source.x
-    if tokenizer_file is None:
+def _require_tokenizer(source: Source, tokenizer: Any, backbone: str | None) -> None:
+    if tokenizer is None:
         raise ValueError(
             f"Expected backbone={backbone!r} to have a tokenizer for the texts of {source.name}; "
             "choose a backbone for text."
         )
-    from fedsim.data.text import cached_tokens, tokenize
 
-    if source.key is None:
-        return tokenize(source.x, tokenizer_file, options.tokens, outside)
-    return cached_tokens(source.x, tokenizer_file, options.tokens, source.key, outside)
+
+def _inputs(source: Source, tokenizer: Any, options: Data, backbone: str | None, outside: int | None) -> Any:
+    """The inputs as arrays, a row each; only packaged texts leave their tokens in the cache, users' own never do.
+
+    Args:
+        tokenizer: itself, or its file, beside which the model's chat template lies.
+    """
+    if isinstance(source.x, np.ndarray):
+        return source.x
+    _require_tokenizer(source, tokenizer, backbone)
+    from fedsim.data import chat
+    from fedsim.data.text import cached_tokens, opened, tokenize
+
+    file = tokenizer if isinstance(tokenizer, Path) else None
+    if source.turns is not None:
+        return chat.tokenized(
+            source.turns,
+            tokenizer if file is None else opened(file),
+            options.tokens,
+            -1 if outside is None else outside,
+            refuse_long=options.too_long == "refuse",
+            **_writing(options, file, backbone),
+        )
+    if source.key is None or file is None:
+        return tokenize(source.x, tokenizer, options.tokens, outside)
+    return cached_tokens(source.x, file, options.tokens, source.key, outside)

