@@ -38,13 +38,13 @@ def methods(stage1: int, stage2: int) -> dict[str, dict[str, str]]:
 
 base = Config(
     dataset="digits", backbone="vit_tiny", peft="full", clients=20, clients_per_round=10, partition="dirichlet", alpha=0.5,
-    optimizer="adam", epochs=5, batch_size=16, rounds=30, eval_every=1,
+    optimizer="adam", steps=17, batch_size=16, rounds=30, eval_every=1,
 )  # fmt: skip
 sweep = Sweep(
     base=base, grid={"method": methods(24, 6)}, tune={"lr": [1e-3, 3e-3, 1e-2]}, tune_by=["method"], seeds=3,
     speed=Speed(checkpoint_every=1000),
 )  # fmt: skip
 little = replace(
-    sweep, base=base.replace(clients=6, clients_per_round=3, epochs=1, rounds=3), grid={"method": methods(2, 1)},
+    sweep, base=base.replace(clients=6, clients_per_round=3, steps=3, rounds=3), grid={"method": methods(2, 1)},
     tune={"lr": [3e-3]}, seeds=1,
 )  # fmt: skip
