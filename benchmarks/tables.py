@@ -14,6 +14,7 @@ them for people. One that is trained is a sweep file, `sweep` its small form and
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from fedsim.config import one_of
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 RESULTS = EXPERIMENTS / "results"
 ALGORITHMS = Path(__file__).parents[1] / "src" / "fedsim" / "algorithms"
+PAGES = Path(__file__).parents[1] / "docs" / "algorithms"
+DEPARTS = "Where it departs from the paper"  # heading of a page
 
 
 class Paper(NamedTuple):
@@ -137,8 +140,17 @@ def main(o: Options, further: Sequence[str] = ()) -> None:
 def summary() -> str:
     """Markdown: a row for each system, of its kept result and of its file."""
     methods = own.execute(METHODS, "table", beside=True)
-    columns = ["`--algorithm`", "oracles", "score", "FedAvg's", "bytes / FedAvg's", "seconds / FedAvg's", "lines"]
-    lines = [f"| {' | '.join(columns)} |", "|---|---|---:|---:|---:|---:|---:|"]
+    columns = [
+        "`--algorithm`",
+        "oracles",
+        "score",
+        "FedAvg's",
+        "bytes / FedAvg's",
+        "seconds / FedAvg's",
+        "lines",
+        "departures",
+    ]
+    lines = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * 6]
     for name, paper in PAPERS.items():
         if not paper.row:
             continue
@@ -148,8 +160,16 @@ def summary() -> str:
         scores = [methods.spread(row["scores"]) for row in (one, base)]
         ratios = [methods.ratio(one[key], base[key]) for key in ("bytes", "seconds")]
         count = (ALGORITHMS / f"{name}.py").read_text(encoding="utf-8").count("\n")
-        lines.append(f"| {' | '.join([f'`{name}`', paper.oracles, *scores, *ratios, str(count)])} |")
+        points = departures((PAGES / f"{name}.md").read_text(encoding="utf-8"))
+        link = f"[{points}]({name}.md#{DEPARTS.lower().replace(' ', '-')})"
+        lines.append(f"| {' | '.join([f'`{name}`', paper.oracles, *scores, *ratios, str(count), link])} |")
     return "\n".join(lines)
+
+
+def departures(page: str) -> int:
+    """How many points a system's page has on where it departs from its paper."""
+    section = page.partition(f"\n## {DEPARTS}\n")[2].partition("\n## ")[0]
+    return len(re.findall(r"^- ", section, re.MULTILINE))
 
 
 def counted(module: ModuleType, json_: bool) -> None:

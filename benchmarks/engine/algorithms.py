@@ -1,7 +1,8 @@
 """A round of each algorithm beside FedAvg's, with 100 clients in lanes: seconds, and what lies on a device.
 
     python benchmarks/engine/algorithms.py                     # a perceptron, trained whole; a few minutes on 2 cores
-    python benchmarks/engine/algorithms.py --backbone vit_s14 --clients 8 --only fed_avg superior_soups "superior_soups(form='code')"
+    python benchmarks/engine/algorithms.py --backbone vit_s14 --clients 8 --lanes 1 \\
+        --only fed_avg superior_soups "superior_soups(form='code')"
     python benchmarks/engine/algorithms.py --small             # to see that it works
 
 Each algorithm's programs are compiled first, and then all take turns, a round each; medians count.
