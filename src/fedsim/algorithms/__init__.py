@@ -13,9 +13,11 @@ from fedsim import own
 from fedsim.algorithms.dfed_salt import dfed_alt, dfed_salt
 from fedsim.algorithms.ditto import ditto
 from fedsim.algorithms.fed_avg import fed_avg, fed_prox
+from fedsim.algorithms.fed_df import fed_df
 from fedsim.algorithms.fed_dm import fed_dm
 from fedsim.algorithms.fed_dropout_avg import fed_dropout_avg
 from fedsim.algorithms.fed_dyn import fed_dyn
+from fedsim.algorithms.fed_et import fed_et
 from fedsim.algorithms.fed_obd import fed_obd
 from fedsim.algorithms.fed_paq import fed_paq
 from fedsim.algorithms.fed_pcl import fed_pcl
@@ -46,6 +48,8 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "fed_ptr": fed_ptr,
     "fed_pcl": fed_pcl,
     "fed_dm": fed_dm,
+    "fed_et": fed_et,
+    "fed_df": fed_df,
     "fed_it": fed_it,
     "ffa_lora": ffa_lora,
     "flora": flora,

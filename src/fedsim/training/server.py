@@ -37,6 +37,8 @@ from fedsim.training.local import stepped
 Loss = Callable[[Tree, Params, Batch, Tree], tuple[Array, Metrics]]  # (held, params, batch, args) -> mean loss, metrics
 Run = Callable[[Tree, Params, Tree, Tree, Tree, Array], tuple[Params, Tree, Metrics]]
 
+READ = 64  # examples that are read at a time where nothing is learnt
+
 
 def trainer(loss: Loss, optimizer: optax.GradientTransformation, batch: int, steps: int) -> Run:
     """A function `run(held, params, state, examples, args, key) -> params, state, metrics` that takes `steps` steps.
@@ -64,29 +66,56 @@ def trainer(loss: Loss, optimizer: optax.GradientTransformation, batch: int, ste
     @functools.cache
     def program(mesh: Mesh | None) -> Any:
         """The run, compiled for devices that split its batches; None for one device."""
-        whole, split = (
-            (None, None) if mesh is None else (NamedSharding(mesh, P()), NamedSharding(mesh, P(mesh.axis_names)))
-        )
+        whole, split = shardings(mesh)
         return jax.jit(functools.partial(trained, loss, optimizer, batch, steps, split), out_shardings=whole)
 
     def run(
         held: Tree, params: Params, state: Tree, examples: Tree, args: Tree, key: Array
     ) -> tuple[Params, Tree, Metrics]:
         length(examples)  # refuses before anything is traced
-        inputs, watch = (held, params, state, examples, args, key), _watch.get() or Watch()
-        mesh = mesh_of(inputs)
-        alone = mesh is not None and on_host(mesh)
-        if alone:
-            inputs = jax.tree.map(of_first, inputs)
-        make = program(None if alone else mesh)
-        if not watch.trains:
-            metrics = jax.eval_shape(make, *inputs)[2]
-            return params, state, jax.tree.map(lambda m: np.ones(m.shape, m.dtype), metrics)
-        with watch.timed(make, inputs):
-            result = waited_for(make, inputs, batch)
-        return processes.put(result, NamedSharding(mesh, P())) if alone else result
+        inputs = (held, params, state, examples, args, key)
+        return carried_out(program, inputs, batch, lambda shapes: (params, state, ones(shapes[2])))
 
     return run
+
+
+def reader(read: Callable[[Tree, Tree, Tree], Tree], batch: int = READ) -> Callable[[Tree, Tree, Tree], Tree]:
+    """A function `ask(held, args, x) -> answers (n, ...)`: what `read(held, args, x (B, ...))` says of x (n, ...), in batches.
+
+    It runs where a trainer's steps do, and counts as the server's training. Memory holds all answers and one batch's work.
+
+    Args:
+        read: of one example whatever the others are; made once.
+        batch: examples at a time, of all devices together.
+
+    Raises:
+        ValueError: of `ask`: no examples, or of different lengths; a batch that does not fit into a device's memory.
+    """
+
+    @functools.cache
+    def program(mesh: Mesh | None) -> Any:
+        """All batches, compiled for devices that split each; None for one device."""
+        whole, split = shardings(mesh)
+        return jax.jit(functools.partial(answered, read, batch, split), out_shardings=whole)
+
+    def ask(held: Tree, args: Tree, x: Tree) -> Tree:
+        length(x)
+        return carried_out(program, (held, args, x), batch, ones)
+
+    return ask
+
+
+def answered(
+    read: Callable[[Tree, Tree, Tree], Tree], batch: int, split: NamedSharding | None, held: Tree, args: Tree, x: Tree
+) -> Tree:
+    """Answers to all examples, (n, ...); the last batch is filled up with its last example."""
+    count = length(x)
+    rows = jnp.minimum(jnp.arange(-(-count // batch) * batch), count - 1).reshape(-1, batch)
+
+    def of(rows: Array) -> Tree:
+        return read(held, args, jax.tree.map(lambda a: spread(a[rows], split), x))
+
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:count], lax.map(of, rows))
 
 
 def trained(
@@ -111,13 +140,10 @@ def trained(
     for_order, for_steps = jax.random.split(key)
     rows = order(for_order, length(examples), batch, max(steps, 1))  # of no step, too, one is traced
 
-    def spread(a: Array) -> Array:
-        return a if split is None else lax.with_sharding_constraint(a, split)
-
     def step(carry: tuple[Params, Tree], number: Array) -> tuple[tuple[Params, Tree], Metrics]:
         params, state = carry
-        drawn: Any = jax.tree.map(lambda a: spread(a[rows[number]]), (x, y))
-        mask, own = spread(jnp.ones(batch, jnp.float32)), jax.random.fold_in(for_steps, number)
+        drawn: Any = jax.tree.map(lambda a: spread(a[rows[number]], split), (x, y))
+        mask, own = spread(jnp.ones(batch, jnp.float32), split), jax.random.fold_in(for_steps, number)
         seen = Batch(*drawn, mask=mask, key=own, step=number, last=number == steps - 1)
         grads, metrics = jax.grad(loss, argnums=1, has_aux=True)(held, params, seen, args)
         return stepped(optimizer, grads, state, params), metrics
@@ -160,7 +186,38 @@ def length(examples: Tree) -> int:
     return next(iter(found), (0,))[0]
 
 
+def ones(shapes: Tree) -> Tree:
+    """Ones of these shapes, which a rehearsal has for numbers."""
+    return jax.tree.map(lambda one: np.ones(one.shape, one.dtype), shapes)
+
+
 # --- where it runs
+
+
+def carried_out(
+    program: Callable[[Mesh | None], Any], inputs: tuple[Any, ...], batch: int, rehearsed: Callable[[Tree], Tree]
+) -> Any:
+    """What the program for these devices gives, timed; of a rehearsal what `rehearsed` makes of its shapes."""
+    watch, mesh = _watch.get() or Watch(), mesh_of(inputs)
+    alone = mesh is not None and on_host(mesh)
+    if alone:
+        inputs = jax.tree.map(of_first, inputs)
+    make = program(None if alone else mesh)
+    if not watch.trains:
+        return rehearsed(jax.eval_shape(make, *inputs))
+    with watch.timed(make, inputs):
+        result = waited_for(make, inputs, batch)
+    return processes.put(result, NamedSharding(mesh, P())) if alone else result
+
+
+def shardings(mesh: Mesh | None) -> tuple[NamedSharding | None, NamedSharding | None]:
+    """How what all devices hold lies on them, and how a batch that they split; None for one device."""
+    return (None, None) if mesh is None else (NamedSharding(mesh, P()), NamedSharding(mesh, P(mesh.axis_names)))
+
+
+def spread(a: Array, split: NamedSharding | None) -> Array:
+    """A batch's array, split over the devices."""
+    return a if split is None else lax.with_sharding_constraint(a, split)
 
 
 def mesh_of(tree: Tree) -> Mesh | None:
