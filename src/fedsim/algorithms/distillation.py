@@ -76,7 +76,10 @@ def exchanging(tasks: Mapping[str, Task]) -> Exchange:
 
 
 def asking(tasks: Mapping[str, Task]) -> Ask:
-    """A function (held, returned, public x), all by architecture -> logits (Q, M, C) of all clients' models, in a row."""
+    """A function (held, returned, public x), all by architecture -> logits (Q, M, C) of all clients' models.
+
+    Clients lie architecture by architecture, these by name: a jitted function gets a dict in that order, whatever it was.
+    """
 
     def answers(task: Task) -> Callable[[Tree, Tree, Tree], Array]:
         def read(held: Tree, models: Tree, x: Tree) -> Array:
@@ -89,7 +92,7 @@ def asking(tasks: Mapping[str, Task]) -> Ask:
     joined = jax.jit(lambda each: jnp.concatenate(each, axis=1))
 
     def all_of(held: Mapping[str, Tree], returned: Mapping[str, Returned], x: Mapping[str, Tree]) -> Array:
-        return joined([ask[name](held[name], one.models, x[name]) for name, one in returned.items()])
+        return joined([ask[name](held[name], returned[name].models, x[name]) for name in sorted(returned)])
 
     return all_of
 
@@ -114,7 +117,7 @@ def studying(task: Task, optimizer: optax.GradientTransformation, batch: int, st
 
 def present(returned: Mapping[str, Returned]) -> Array:
     """Who replied, (M,), bool, in the order of `asking`'s logits."""
-    return jnp.concatenate([one.weight for one in returned.values()]) > 0
+    return jnp.concatenate([returned[name].weight for name in sorted(returned)]) > 0
 
 
 def told(infos: Mapping[str, Info]) -> Metrics:
