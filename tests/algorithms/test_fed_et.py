@@ -1,5 +1,6 @@
 """Fed-ET by the letters of its oracles, beside FedAvg and FedDF; a round in NumPy; votes, labels that nobody reads, bytes."""
 
+import functools
 import types
 
 import jax
@@ -12,7 +13,8 @@ from fedsim.algorithms import find
 from fedsim.algorithms.distillation import Lesson, asking, studying
 from fedsim.algorithms.fed_avg import fed_avg
 from fedsim.algorithms.fed_df import fed_df
-from fedsim.algorithms.fed_et import common, confidence, fed_et, lesson_of, shares, together
+from fedsim.algorithms.fed_et import common, confidence, fed_et, shares, together
+from fedsim.algorithms.fed_et import lesson_of as fed_et_lesson
 from fedsim.core import Passes
 from fedsim.engine.keys import key_for
 from fedsim.testing.contract import same
@@ -43,8 +45,11 @@ def alone(task, name="small"):
     return task._replace(passes=task.passes._replace(stream=name))
 
 
+@functools.cache
 def et(**options):
-    return lambda task: fed_et(task, **{**QUICK, **options})
+    """Fed-ET with these options, whose programs are compiled once for each task."""
+    made = functools.cache(lambda name: fed_et(TASKS[name], **{**QUICK, **options}))
+    return lambda task: made(next(name for name, one in TASKS.items() if one is task))
 
 
 SMALL = fixed(tiny_head_task(**PLAIN))
@@ -53,6 +58,8 @@ LARGE = fixed(tiny_deep_task(8, **PLAIN), 7)
 ALIKE = SMALL._replace(groups={"small": SMALL, "server": SMALL})
 OTHER = LARGE._replace(groups={"small": SMALL, "server": LARGE})
 TASK = LARGE._replace(groups={"small": SMALL, "large": DEEP, "server": LARGE})
+TASKS = {"alike": ALIKE, "other": OTHER, "both": TASK}
+lesson_of = jax.jit(fed_et_lesson, static_argnums=(2, 3))
 
 
 def logits_of(m=4, q=7, seed=0):
@@ -118,6 +125,10 @@ def test_d_one_client_is_followed_by_its_label():
     lesson = lesson_of(logits, everybody(1))
     np.testing.assert_array_equal(lesson.target.argmax(-1), logits[:, 0].argmax(-1))
     assert not lesson.split.any()
+
+
+@pytest.mark.slow
+def test_d_one_client_in_a_round_has_nobody_to_dissent():
     weak, strong = (run(et(lam=lam), PROBLEM, ((2,),), task=OTHER)[0] for lam in (0.0, 5.0))
     same(weak.params, strong.params, "any diversity", rtol=0)
 
@@ -209,7 +220,7 @@ def by_hand(cohort, lam, momentum=0.9):
     return {"server": w, **{name: mean(start[name], (name,)) | out for name in ("small", "large")}}
 
 
-@pytest.mark.parametrize("lam", [0.0, 0.7])
+@pytest.mark.parametrize("lam", [pytest.param(0.0, marks=pytest.mark.slow), 0.7])
 def test_a_round_is_what_numpy_says(lam):
     found, _, _ = run(et(lam=lam), PROBLEM, BOTH, task=TASK)
     expected = by_hand(BOTH[0], lam)
@@ -314,19 +325,19 @@ def test_labels_of_public_examples_are_never_read():
     """Permuted, or of no class at all: bit for bit the same models. Other examples: others."""
     rows, labels = np.arange(len(PROBLEM.y), len(PROBLEM.y) + 20), np.arange(20) % CLASSES
     runs = [
-        run(et(), with_public(y), BOTH, task=TASK, public=rows)[0]
+        run(et(lam=0.7), with_public(y), BOTH, task=TASK, public=rows)[0]
         for y in (labels, np.random.default_rng(0).permutation(labels), np.full(20, -7))
     ]
     for other in runs[1:]:
         same(runs[0], other, "other labels", rtol=0)
     with pytest.raises(AssertionError, match="differs"):
-        same(runs[0], run(et(), PROBLEM, BOTH, task=TASK)[0], "other examples", rtol=1e-4)
+        same(runs[0], run(et(lam=0.7), PROBLEM, BOTH, task=TASK)[0], "other examples", rtol=1e-4)
 
 
 def test_all_models_share_their_head_and_clients_models_learn_nothing_else():
     """Bit for bit after a round; the bodies of clients' models are the plain means, whatever the server learns."""
     still, _, _ = run(et(server_steps=0), PROBLEM, BOTH, task=TASK)
-    moved, _, _ = run(et(lam=2.0), PROBLEM, BOTH, task=TASK)
+    moved, _, _ = run(et(lam=0.7), PROBLEM, BOTH, task=TASK)
     for path in ("head/kernel", "head/bias"):
         for name in ("small", "large"):
             same(moved.params[name][path], moved.params["server"][path], f"{path} of {name}", rtol=0)
@@ -336,7 +347,7 @@ def test_all_models_share_their_head_and_clients_models_learn_nothing_else():
 
 
 def test_an_architecture_that_nobody_trained_keeps_its_body_and_gets_the_head():
-    found, _, _ = run(et(), PROBLEM, ((2, 0),), task=TASK)  # nobody of the second group
+    found, _, _ = run(et(lam=0.7), PROBLEM, ((2, 0),), task=TASK)  # nobody of the second group
     start = DEEP.init(jax.random.key(0))
     for path in ("first", "hidden"):
         same(found.params["large"][path], start[path], path, rtol=0)
@@ -345,7 +356,7 @@ def test_an_architecture_that_nobody_trained_keeps_its_body_and_gets_the_head():
 
 def test_bytes_are_those_of_each_clients_architecture():
     """The server's model, the public examples and logits never travel."""
-    _, _, (cohort,) = run(et(), PROBLEM, BOTH, task=TASK)
+    _, _, (cohort,) = run(et(lam=0.7), PROBLEM, BOTH, task=TASK)
     sizes = {n: sum(leaf.size for leaf in t.init(jax.random.key(0)).values()) for n, t in TASK.groups.items()}
     for way in cohort.traffic():
         by = {name: sum(n for leaf, n in way.items() if leaf.startswith(f"{name}/")) for name in sizes}
@@ -368,6 +379,7 @@ def test_answers_are_those_of_each_model_whatever_the_batches():
 # --- FedDF
 
 
+@pytest.mark.slow
 def test_fed_df_without_a_step_is_fed_avg_by_architecture():
     groups = SMALL._replace(groups={"small": SMALL, "large": DEEP})
     found, _, _ = run(lambda task: fed_df(task, server_steps=0), PROBLEM, BOTH, task=groups)
@@ -376,6 +388,7 @@ def test_fed_df_without_a_step_is_fed_avg_by_architecture():
         same(plain.params, found.params[name], name, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_fed_df_teaches_every_architecture_what_all_say_on_average():
     """The mean of logits, each client alike; the first step's loss, in NumPy, of the answering model."""
     groups = SMALL._replace(groups={"small": SMALL, "large": DEEP})

@@ -147,7 +147,9 @@ def test_what_clients_are_given_once_counts_what_they_start_from(
 def test_every_algorithm_is_priced_from_the_command_line(algorithm: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Or refuses the trained part by its name; `weighting` is uniform, as some need."""
     peft = "ffa_lora" if algorithm == "ffa_lora" else "lora"
+    groups = ["--groups", "small(peft='bias', share=1.0)", "server()"] if algorithm == "fed_et" else []
     argv = [
+        *groups,
         "--backbone",
         "vit_tiny",
         "--peft",

@@ -25,7 +25,7 @@ from fedsim.engine.device_memory import Need
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Lanes
 from fedsim.evaluation.evaluate import classification_loss, evaluator
-from fedsim.folds import mean
+from fedsim.folds import mean, plain
 from fedsim.peft import precision
 from fedsim.testing import toys as testing
 from fedsim.training import features
@@ -84,14 +84,15 @@ def lowering(engine: Lanes) -> Texts:
 @pytest.mark.parametrize("name", some(sorted(ALGORITHMS)))
 def test_an_algorithms_programs_lower_for_tpu(name: str) -> None:
     make = ALGORITHMS[name]
-    engine = testing.engine(testing.tiny_problem())
-    algorithm = make(testing.suited(make))
+    task = testing.suited(make)
+    bench, algorithm = testing.bench(testing.tiny_problem(), task), make(task)
+    engine = bench.whole
     server = engine.put(zeros(jax.eval_shape(algorithm.init, key_for(engine.root, "init"), engine.held)))
-    memory = Memory(algorithm.memory, engine.held)
-    texts = lowering(engine)
-    cohort = Cohort(engine, np.array(testing.COHORT), 1, memory, lr=0.1)
+    texts = [lowering(each) for each in bench.groups.values() or (engine,)]
+    averaging = bench.averaging(plain(task.weight))
+    cohort = bench.cohort(testing.COHORT, 1, bench.memory(algorithm), algorithm, averaging, lr=0.1)
     algorithm.round(key_for(engine.root, "server", 1), engine.held, server, cohort)
-    assert {"begin", "segment", "end"} <= set(texts)
+    assert all({"begin", "segment", "end"} <= set(each) for each in texts)
 
 
 class Case(NamedTuple):

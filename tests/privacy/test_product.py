@@ -93,6 +93,10 @@ def related(algorithm: str, kind: str, codec: str, mechanism: str) -> tuple[str,
         found.append(f"codec_up='dp=local{'' if codec == 'none' else f'+{codec}'}' to get changes alone")
     if algorithm == "fed_dm" and mechanism == "central":
         found.append("brings the fold stack; choose dp=none")
+    if algorithm == "fed_et":
+        return ("Expected groups=() of algorithm='fed_et'",)  # whatever else there is
+    if algorithm == "fed_df" and mechanism in ("central", "local"):
+        found.append("brings the fold stack; choose dp=none")
     if algorithm in OWN_CODEC and mechanism == "local":
         found.append("no codec of the algorithm's own")
     if algorithm == "fed_obd" and mechanism == "central":

@@ -77,10 +77,10 @@ def fed_df(
         return Server({name: one.init(key) for name, one in tasks.items()})
 
     def round(key: Array, held: Tree, server: Server, cohort: Cohort) -> tuple[Server, Metrics]:
-        public, cohorts = cohort.public, cohort.groups or {"": cohort}
+        public = cohort.public
         refuse_without_public(public, "fed_df")
         held_by, x_by = (given if task.groups else {"": given} for given in (held, public))
-        returned, infos = exchange(server.params, cohorts)
+        returned, infos = exchange(server.params, cohort.groups if task.groups else {"": cohort})
         lesson = taught(ask(held_by, returned, x_by), returned)
         params, metrics = dict(server.params), told(infos)
         for number, (name, run) in enumerate(learn.items()):
