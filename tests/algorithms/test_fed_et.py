@@ -246,8 +246,10 @@ def test_shares_sum_to_one(seed):
 def test_a_constant_that_is_added_to_a_clients_logits_changes_nothing():
     logits = logits_of()
     one, other = (lesson_of(each, everybody()) for each in (logits, logits.at[:, 1].add(3.0)))
-    for a, b in zip(one, other, strict=True):
+    normalised = lesson_of(jax.nn.log_softmax(logits), everybody())  # which are logits less a constant
+    for a, b, c in zip(one, other, normalised, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+        np.testing.assert_allclose(a, c, atol=1e-5)
 
 
 def test_a_client_whose_logits_are_c_times_as_large_votes_c_cubed_as_much():
@@ -274,6 +276,8 @@ def test_who_says_nothing_has_no_weight():
     assert all(np.isfinite(leaf).all() for leaf in absent)
     np.testing.assert_allclose(absent.target[:3], expected.target[:3])
     np.testing.assert_allclose(absent.target[3], lesson_of(logits[3:4, 2:], everybody(2)).target[0])
+    agreed = jnp.asarray([[[0, 3.0, 0, 0, 0], [0, 2.0, 0, 0, 0], [1.0, 1, 1, 1, 1]]])
+    assert not lesson_of(agreed, everybody(3)).split.any()  # its first class is no other opinion
     nothing = lesson_of(jnp.ones((2, 3, 5)), everybody(3))
     assert all(np.isfinite(leaf).all() for leaf in nothing) and not nothing.split.any()
     np.testing.assert_allclose(shares(jnp.zeros((1, 3)), everybody(3)), 1 / 3)
