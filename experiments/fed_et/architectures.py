@@ -6,12 +6,11 @@ Command:  python experiments/fed_et/architectures.py --out runs/architectures
 Data:     Fashion-MNIST (packaged). 20 clients of Dirichlet(0.3) share 4,000 images, of which a fifth are their own tests; the
           server holds 1,000 more without labels. All clients are in every round. Rates are chosen on other images, made the
           same way, for each method from one grid: the clients' rate (SGD, batches of 16, two passes a round).
-Model:    every model ends in a layer of 64 and a head of 64 to 10, whose shapes are the representation that all share. Clients:
-          `linear`, the pixels, 40 % of them, all trained (50,890 parameters); `lora`, a perceptron of random weights of which
-          LoRA of rank 16 is trained, 40 % (24,330); `mlp`, the same, all trained, 20 % (113,546). The server: two perceptrons and
-          the pixels side by side (276,490), which never travels. FedAvg and local training are of the smallest that is all
-          trained, `linear`, and for comparison of `mlp`. FedDF has the clients' three, and answers by its largest, or, in a row of its own, by the
-          server's model of Fed-ET.
+Model:    every model ends in a layer of 64 and a head of 64 to 10, which all share. Clients: `linear`, the pixels, 40 % of them,
+          trained whole (50,890 parameters); `lora`, a perceptron of random weights of which LoRA of rank 16 is trained, 40 %
+          (20,362); `mlp`, the same perceptron trained whole, 20 % (113,546). The server: two perceptrons and the pixels side by
+          side (276,554), which never travels. FedAvg and local training are of the smallest model, `linear`, at all clients.
+          FedDF has the clients' three, and answers by its largest.
 Metric:   mean over the clients of their own tests, 3 seeds, after 20 rounds; of the server's model where the server answers.
 Failure:  Fed-ET is below FedAvg on the smallest or below FedDF by more than two deviations. The paper's claim is that its large
           model is above both with fewer bytes. Local training is asked for what a client's own classes are, and may be above all.
@@ -34,11 +33,9 @@ import methods
 from fedsim import Config, Speed, Sweep
 from fedsim.data import read
 
-RATES = [0.03, 0.1, 0.3]
+RATES = [0.03, 0.1, 0.2]
 WIDTH = 64  # of what every head reads
-LINEAR, MLP, LARGE = (
-    f"fused({encoders}, width={WIDTH})" for encoders in ("'linear'", "'mlp'", "'mlp', 'mlp', 'linear'")
-)
+LINEAR, MLP, LARGE = (f"fused({of}, width={WIDTH})" for of in ("'linear'", "'mlp'", "'mlp', 'mlp', 'linear'"))
 CLIENTS = (  # the largest first: where there is none called server, it answers
     f'mlp(backbone="{MLP}", peft="full", share=0.2)',
     f'lora(backbone="{MLP}", peft="lora", rank=16, targets=["encoders/*", "fusion/*"], share=0.4)',
@@ -46,7 +43,7 @@ CLIENTS = (  # the largest first: where there is none called server, it answers
 )
 SERVER = f'server(backbone="{LARGE}", peft="full")'
 TEACHING = "server_steps=128, server_batch=64"
-ONE = {"backbone": LINEAR, "public_share": 0.0, "server_share": 0.2}  # the same clients: as much is held back
+ONE = {"public_share": 0.0, "server_share": 0.2}  # as much is held back, though nobody reads it: clients have the same
 
 
 def et(more: str = "") -> dict[str, Any]:
@@ -56,10 +53,8 @@ def et(more: str = "") -> dict[str, Any]:
 
 METHODS: dict[str, dict[str, Any]] = {
     "FedAvg, smallest": {"algorithm": "fed_avg", **ONE},
-    "FedAvg, mlp": {"algorithm": "fed_avg", **ONE, "backbone": MLP},
     "local only, smallest": {"algorithm": "local_only", **ONE},
     "FedDF": {"algorithm": f"fed_df({TEACHING})", "groups": CLIENTS},
-    "FedDF, server's model": {"algorithm": f"fed_df({TEACHING})", "groups": (*CLIENTS, SERVER)},
     "Fed-ET": et(),
     "Fed-ET, no diversity": et(", lam=0.0"),
     "Fed-ET, equal votes": et(", weights='uniform'"),

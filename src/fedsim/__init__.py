@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from fedsim.sweeps.sweep import sweep as sweep
     from fedsim.testing.contract import check_algorithm as check_algorithm
     from fedsim.training.local import fit as fit
+    from fedsim.training.server import reader as reader
     from fedsim.training.server import trainer as trainer
     from fedsim.wire import Packet as Packet
     from fedsim.wire import PerClient as PerClient
@@ -70,7 +71,7 @@ _HOME = {
     "fedsim.folds": ("both", "mean", "stack"),
     "fedsim.data.arrays": ("arrays",),
     "fedsim.training.local": ("fit",),
-    "fedsim.training.server": ("trainer",),
+    "fedsim.training.server": ("reader", "trainer"),
     "fedsim.engine.processes": ("distributed",),
     "fedsim.simulation.loaded": ("export", "load"),
     "fedsim.report.tables": ("compare",),

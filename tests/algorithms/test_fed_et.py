@@ -9,21 +9,37 @@ import numpy as np
 import optax
 import pytest
 
+import fedsim
+from fedsim import record
 from fedsim.algorithms import find
 from fedsim.algorithms.distillation import Lesson, asking, studying
 from fedsim.algorithms.fed_avg import fed_avg
 from fedsim.algorithms.fed_df import fed_df
 from fedsim.algorithms.fed_et import common, confidence, fed_et, shares, together
 from fedsim.algorithms.fed_et import lesson_of as fed_et_lesson
+from fedsim.cli import cost
+from fedsim.config import Config, Speed
 from fedsim.core import Passes
+from fedsim.data import partition
 from fedsim.engine.keys import key_for
+from fedsim.simulation import build
 from fedsim.testing.contract import same
-from fedsim.testing.toys import CLASSES, FEATURES, run, shared_head, tiny_deep_task, tiny_head_task, tiny_problem, visits
+from fedsim.testing.toys import (
+    CLASSES,
+    FEATURES,
+    run,
+    shared_head,
+    tiny_deep_task,
+    tiny_head_task,
+    tiny_problem,
+    visits,
+)
 from fedsim.training import server as server_training
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
 PROBLEM = tiny_problem()
+SPEED = Speed(devices=1, lanes=2, compilation_cache=False)
 ONE = ((2, 0, 4), (10, 6, 8), (2, 8, 10))  # of one architecture: even ids, which the toy puts into the first group
 BOTH = ((2, 7, 9, 0),)
 PLAIN = {
@@ -165,7 +181,9 @@ def backward(w, outputs, g):
     """Gradients of all leaves, from those of the logits (B, C)."""
     grads = {"head/kernel": outputs[-1].T @ g, "head/bias": g.sum(axis=0)}
     g = g @ w["head/kernel"].T
-    for name, below, above in zip([n for n in ("hidden", "first") if n in w], outputs[-2::-1], outputs[:0:-1], strict=True):
+    for name, below, above in zip(
+        [n for n in ("hidden", "first") if n in w], outputs[-2::-1], outputs[:0:-1], strict=True
+    ):
         g = g * (1 - above**2)
         grads[name] = below.T @ g
         g = g @ w[name].T
@@ -370,14 +388,49 @@ def test_bytes_are_those_of_each_clients_architecture():
 
 def test_answers_are_those_of_each_model_whatever_the_batches():
     """More examples than are read at a time, and no multiple of it; models of several architectures in the order of names."""
-    models = {n: jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), t.init(jax.random.key(0))) for n, t in (("small", SMALL), ("large", DEEP))}  # fmt: skip
-    returned = {n: types.SimpleNamespace(models=each) for n, each in models.items()}
+    tasks = {"small": SMALL, "large": DEEP}
+    starts = {name: task.init(jax.random.key(0)) for name, task in tasks.items()}
+    twice = {name: jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), start) for name, start in starts.items()}
+    returned = {name: types.SimpleNamespace(models=models) for name, models in twice.items()}
     x = jnp.asarray(np.tile(PROBLEM.x, (2, 1))[:150])
-    found = asking({"small": SMALL, "large": DEEP})({"small": (), "large": ()}, returned, {"small": x, "large": x})
-    each = [(t, jax.tree.map(lambda leaf, i=i: leaf[i], models[n])) for n, t in (("large", DEEP), ("small", SMALL)) for i in (0, 1)]  # fmt: skip
-    expected = np.stack([t.logits((), one, x) for t, one in each], axis=1)
+    found = asking(tasks)(dict.fromkeys(tasks, ()), returned, dict.fromkeys(tasks, x))
+    each = [(name, times) for name in ("large", "small") for times in (1, 2)]
+    expected = [tasks[n].logits((), jax.tree.map(lambda leaf, k=k: k * leaf, starts[n]), x) for n, k in each]
     assert found.shape == (150, 4, CLASSES)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found, np.stack(expected, axis=1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_of_three_architectures_reads_no_public_label(blobs, tmp_path):
+    """Whole runs, bit for bit alike with other labels there; bytes by architecture; a head that is shared; what the server took."""
+    arrays = np.load(blobs(tmp_path))
+    given = fedsim.arrays(arrays["x"], arrays["y"])
+    parts = (("small", "head", ", share=0.25"), ("lora", "lora', rank=2, targets=['layers/*'], backbone='mlp", ", share=0.25"),
+             ("large", "bias", ", share=0.5"), ("server", "full", ""))  # fmt: skip
+    config = Config(
+        dataset="arrays", backbone="mlp", peft="full", clients=8, clients_per_round=4, rounds=2, optimizer="sgd", lr=0.05,
+        min_size=3, public_share=0.2, algorithm="fed_et(server_steps=5, server_batch=8)",
+        groups=tuple(f"{name}(peft='{kind}'{share})" for name, kind, share in parts),
+    )  # fmt: skip
+    problem = build.problem(config, SPEED, given)
+    held = partition.holders(config, problem.dataset.train)
+
+    def trained(name, rows):
+        y = problem.dataset.y.copy()
+        y[rows] = (y[rows] + 1) % 3
+        other = problem._replace(dataset=problem.dataset._replace(y=y))
+        return fedsim.run(config, SPEED, out=tmp_path / name, quiet=True, problem=other, data=given)
+
+    changed = {"plain": held.public[:0], "public": held.public, "clients": held.clients}
+    runs = {name: trained(name, rows) for name, rows in changed.items()}
+    files = {name: (one.directory / record.TRAINED).read_bytes() for name, one in runs.items()}
+    assert files["plain"] == files["public"] != files["clients"]
+    line = runs["plain"].rounds[-1]
+    assert {leaf.partition("/")[0] for leaf in line["bytes_up_leaves"]} == {"small", "lora", "large"}
+    assert line["bytes_up_leaves"] == line["bytes_down_leaves"]
+    assert line["server_flops"] > 0 and 0 <= line["metrics"]["dissent"] <= 1
+    priced = cost.cost(config, 3, input_shape=(6,))
+    assert (priced.round_bytes_up, priced.round_bytes_down) == (line["bytes_up"], line["bytes_down"])
 
 
 # --- FedDF
@@ -403,7 +456,8 @@ def test_fed_df_teaches_every_architecture_what_all_say_on_average():
     said = []
     for name, task, ids in (("small", SMALL, (2, 0)), ("large", DEEP, (7, 9))):
         for id in ids:  # FedAvg of one client is that client's model
-            said.append(forward({n: np.asarray(leaf) for n, leaf in run(fed_avg, PROBLEM, ((id,),), task=alone(task, name))[0].params.items()}, x)[1])  # fmt: skip
+            model = run(fed_avg, PROBLEM, ((id,),), task=alone(task, name))[0].params
+            said.append(forward({n: np.asarray(leaf) for n, leaf in model.items()}, x)[1])
     target = softmax(np.mean(said, axis=0))
     for name in ("small", "large"):
         w = {n: np.asarray(leaf, np.float64) for n, leaf in still.params[name].items()}

@@ -226,6 +226,28 @@ def test_accelerators_split_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {leaf.sharding.spec for leaf in both.values()} == {P()}
 
 
+def test_a_reader_says_of_all_examples_what_its_function_says_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a number that no batch divides, in order; counted as the server's; accelerators split each batch."""
+    problem = tiny_problem()
+    ask = fedsim.reader(lambda held, scale, x: {"sum": x["a"].sum(axis=1) * scale + held, "a": x["a"]}, batch=8)
+    x, held, scale = {"a": problem.x[:21]}, jnp.float32(1), jnp.float32(2)
+    with server.watched() as watch:
+        found = ask(held, scale, x)
+    np.testing.assert_allclose(found["sum"], 2 * problem.x[:21].sum(axis=1) + 1, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found["a"], problem.x[:21])
+    assert watch.seconds > 0
+    with server.watched(trains=False):
+        assert (ask(held, scale, x)["sum"] == 1).all(), "a rehearsal reads nothing"
+    on_eight = engine(problem, devices=None).put((held, scale, x))
+    same(jax.device_get(ask(*on_eight)), jax.device_get(found), "one of the host's devices", rtol=1e-6)
+    monkeypatch.setattr(server, "on_host", lambda mesh: False)
+    split = fedsim.reader(lambda held, scale, x: x["a"].sum(axis=1) * scale + held, batch=8)
+    both = split(*engine(problem, devices=2).put((held, scale, x)))
+    same(jax.device_get(both), jax.device_get(found["sum"]), "two devices", rtol=1e-6)
+    with pytest.raises(ValueError, match="Expected examples for the server's training, not None"):
+        ask(held, scale, None)
+
+
 def test_it_lowers_for_an_accelerator_with_split_batches() -> None:
     task, optimizer = tiny_task(), optax.sgd(0.1)
     split = NamedSharding(Mesh(np.array(jax.devices()[:4]), ("clients",), axis_types=(AxisType.Auto,)), P("clients"))

@@ -108,7 +108,7 @@ def fed_et(
         refuse_without_public(x, "fed_et")
         if LARGE in cohort.groups:
             raise ValueError(
-                f"Expected group {LARGE!r} to have no clients with algorithm='fed_et', as its model never travels; leave out its share."
+                f"Expected group {LARGE!r} of algorithm='fed_et' to have no clients, as its model never travels; leave out its share."
             )
         returned, infos = exchange(server.params, cohort.groups)
         lesson, split = taught(ask(held, returned, x), returned)

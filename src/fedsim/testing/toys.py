@@ -135,27 +135,22 @@ def tiny_head_task(**changes: Any) -> Task:
 
 
 def tiny_deep_task(width: int, **changes: Any) -> Task:
-    """`tiny_head_task` with one hidden layer more, of so many outputs: another body below a head of the same shape."""
-    below = tiny_head_task()
-
-    def features(held: Params, params: Params, x: Array) -> Array:
-        assert below.features is not None
-        return below.features(held, {"hidden": params["hidden"]}, jnp.tanh(x @ params["first"]))
+    """`tiny_head_task` above one hidden layer more, of so many outputs: another body below a head of the same shape."""
+    above = tiny_head_task()
 
     def apply(params: Params, held: Params, x: Array) -> Array:
-        return features(held, params, x) @ params["head/kernel"] + params["head/bias"]
+        return above.logits(held, params, jnp.tanh(x @ params["first"]))
 
     def init(key: Array) -> Params:
-        first, hidden = (0.5 * jax.random.normal(k, shape) for k, shape in
-                         zip(jax.random.split(key), ((FEATURES, width), (width, 4)), strict=True))  # fmt: skip
-        return {**below.init(key), "first": first, "hidden": hidden}
+        first, hidden = (0.5 * jax.random.normal(key, shape) for shape in ((FEATURES, width), (width, 4)))
+        return {**above.init(key), "first": first, "hidden": hidden}
 
-    return tiny(apply, init)._replace(features=features)._replace(**changes)
+    return tiny(apply, init)._replace(**changes)
 
 
-def shared_head(**changes: Any) -> Task:
+def shared_head() -> Task:
     """Three architectures whose heads have one shape: two of clients, and the server's own, which is the largest."""
-    each = (tiny_head_task(**changes), tiny_deep_task(5, **changes), tiny_deep_task(8, **changes))
+    each = (tiny_head_task(), tiny_deep_task(5), tiny_deep_task(8))
     return each[-1]._replace(groups=dict(zip(GROUPS, each, strict=True)))
 
 
@@ -170,8 +165,7 @@ def suited(make: Make) -> Task:
     except ValueError as error:
         if "groups=" not in str(error):
             raise
-        task = shared_head()
-        make(task)
+        make(task := shared_head())
         return task
     if make(task).groups:
         task = task._replace(groups=dict(zip(GROUPS, (tiny_task(), tiny_wide_task(), task), strict=True)))
