@@ -516,5 +516,5 @@ def test_a_run_without_public_examples_is_refused_before_a_client_trains(make):
 
 def test_a_server_with_clients_is_refused():
     cohort = types.SimpleNamespace(public={}, groups={"small": None, "server": None})
-    with pytest.raises(ValueError, match=r"Expected group 'server' to have no clients"):
+    with pytest.raises(ValueError, match=r"Expected group 'server' of algorithm='fed_et' to have no clients"):
         fed_et(shared_head()).round(jax.random.key(0), (), None, cohort)

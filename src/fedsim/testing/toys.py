@@ -136,22 +136,21 @@ def tiny_head_task(**changes: Any) -> Task:
 
 def tiny_deep_task(width: int, **changes: Any) -> Task:
     """`tiny_head_task` above one hidden layer more, of so many outputs: another body below a head of the same shape."""
-    above = tiny_head_task()
 
     def apply(params: Params, held: Params, x: Array) -> Array:
-        return above.logits(held, params, jnp.tanh(x @ params["first"]))
+        return tiny_head_task().logits(held, params, jnp.tanh(x @ params["first"]))
 
     def init(key: Array) -> Params:
         first, hidden = (0.5 * jax.random.normal(key, shape) for shape in ((FEATURES, width), (width, 4)))
-        return {**above.init(key), "first": first, "hidden": hidden}
+        return tiny_head_task().init(key) | {"first": first, "hidden": hidden}
 
     return tiny(apply, init)._replace(**changes)
 
 
 def shared_head() -> Task:
     """Three architectures whose heads have one shape: two of clients, and the server's own, which is the largest."""
-    each = (tiny_head_task(), tiny_deep_task(5), tiny_deep_task(8))
-    return each[-1]._replace(groups=dict(zip(GROUPS, each, strict=True)))
+    server = tiny_deep_task(8)
+    return server._replace(groups={"small": tiny_head_task(), "large": tiny_deep_task(5), "server": server})
 
 
 def suited(make: Make) -> Task:
@@ -163,10 +162,9 @@ def suited(make: Make) -> Task:
     try:
         task = of_one(make)
     except ValueError as error:
-        if "groups=" not in str(error):
-            raise
-        make(task := shared_head())
-        return task
+        if "groups=" in str(error):
+            return shared_head()
+        raise
     if make(task).groups:
         task = task._replace(groups=dict(zip(GROUPS, (tiny_task(), tiny_wide_task(), task), strict=True)))
     return task
