@@ -5,7 +5,8 @@ Command:  python experiments/fed_et/architectures.py --out runs/architectures
           python benchmarks/tables.py fed_et                                                  (the table)
 Data:     Fashion-MNIST (packaged). 20 clients of Dirichlet(0.3) share 4,000 images, of which a fifth are their own tests; the
           server holds 1,000 more without labels. All clients are in every round. Rates are chosen on other images, made the
-          same way, for each method from one grid: the clients' rate (SGD, batches of 16, two passes a round).
+          same way, for each method from one grid: the clients' rate (SGD, 20 steps of 16 images a round, which is two passes of a
+          client of mean size).
 Model:    every model ends in a layer of 64 and a head of 64 to 10, which all share. Clients: `linear`, the pixels, 40 % of them,
           trained whole (50,890 parameters); `lora`, a perceptron of random weights of which LoRA of rank 16 is trained, 40 %
           (20,362); `mlp`, the same perceptron trained whole, 20 % (113,546). The server: two perceptrons and the pixels side by
@@ -68,7 +69,7 @@ FEW = ("FedAvg, smallest", "local only, smallest", "FedDF", "Fed-ET")
 IMAGES, HELD = 5000, 400  # of clients and public ones, and of validation and test
 BASE = Config(
     dataset="images.npz", backbone=LINEAR, peft="full", public_share=0.2, clients=20, clients_per_round=20,
-    partition="dirichlet", alpha=0.3, local_test=0.2, rounds=20, epochs=2, batch_size=16, optimizer="sgd", eval_every=20,
+    partition="dirichlet", alpha=0.3, local_test=0.2, rounds=20, steps=20, batch_size=16, optimizer="sgd", eval_every=20,
     min_size=10,
 )  # fmt: skip
 
