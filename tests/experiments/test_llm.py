@@ -55,7 +55,7 @@ def test_all_methods_see_as_many_windows(speakers: Any) -> None:
 def test_the_small_form_has_the_clients_perplexities(
     speakers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    two = lambda base, rate: {k: v for k, v in compared(base, rate).items() if k in ("FedSA-LoRA", "zero-shot")}  # noqa: E731
+    two = lambda base, rate: {k: v for k, v in compared(base, rate).items() if k in ("FedSA-LoRA", "zero-shot")}  # noqa: E731 - one expression, named
     compared = speakers.compared
     monkeypatch.setattr(speakers, "compared", two)
     monkeypatch.setattr(speakers, "BASE", speakers.BASE.replace(clients=3, clients_per_round=2, min_size=2))
