@@ -14,8 +14,8 @@ Failure:  FedPCL (paper form) is not above local training, or below FedProto, by
           better than one. The paper's trend is FedPCL above all of them.
 Time:     43 min beside three others' work on 2 cores of a shared AMD EPYC, 23 of processor time; 2026-11-30. A fifth rate, 3e-5, was
           tried then, and chosen by no method.
-Result:   FedPCL 0.669, in the code's form 0.681; FedProto 0.675, local training 0.634, FedAvg 0.629; one encoder 0.622. Prototypes help;
-          the paper's order shows for the code's form alone. docs/algorithms/fed_pcl.md has the table.
+Result:   FedPCL 0.669, in the code's form 0.681; FedProto 0.675, local training 0.634, FedAvg 0.629; one encoder 0.622.
+          Prototypes help; the paper's order shows for the code's form alone. docs/algorithms/fed_pcl.md has the table.
 Rows:     "FedAvg, by prototypes" is FedAvg whose clients answer as FedPCL's do, each by the prototypes of what it trained last.
 """
 

@@ -8,7 +8,7 @@ Data:     Shakespeare by speaker (packaged): 12 drawn of those who speak 1,000 t
           of what is left is a client's own test, on which nobody trains.
 Model:    SmolLM2-135M-Instruct (Q4_1, dequantised; packaged), LoRA of rank 8 on query and value of its upper ten blocks: 153,600
           trained parameters. So the lower twenty blocks run once for each window.
-Start:    eight rounds of four clients, four steps of four windows each, Adam. The rate is the best of three for FedIT on other
+Start:    six rounds of four clients, three steps of four windows each, Adam. The rate is the best of three for FedIT on other
           speakers, by their own tests, and the same for all; three seeds, which draw cohorts, batches and own tests.
           "centralised" averages the gradients of all clients in every step, Adam being at the server: as many windows are seen.
 Shows:    perplexity of clients' own tests (mean over clients, and the worst), of the global model; FedSA-LoRA's clients answer with
@@ -42,7 +42,7 @@ from fedsim.sweeps.study import Study
 
 RATES = [1e-3, 3e-3, 1e-2]
 SPEAKERS, WORDS = 12, (1000, 1500)
-ROUNDS, COHORT, STEPS, BATCH = 8, 4, 4, 4
+ROUNDS, COHORT, STEPS, BATCH = 6, 4, 3, 4
 ZERO_SHOT = "zero-shot"
 HEADS = ("query", "value")
 BASE = Config(
