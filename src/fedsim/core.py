@@ -262,6 +262,7 @@ class Task(NamedTuple):
     larger: bool = True  # whether a larger value of it is better
     augment: Callable[[Array, Tree], Tree] = lambda key, x: x  # (a batch's key, x) -> x, as `loss` trains on it
     inputs: Callable[[Tree], Tree] | None = lambda x: x  # (x, images in 0..1) -> as it reads bytes; None: unknown
+    real: Callable[[Tree], Array] | None = None  # x -> (B, T) bool, where features are a token's; None: one a text
     groups: Mapping[str, Task] = {}  # of several architectures each one's; this one is then the answering group's
 
 

@@ -25,6 +25,7 @@ from fedsim.algorithms.fed_proto import fed_proto
 from fedsim.algorithms.fed_ptr import fed_ptr
 from fedsim.algorithms.fed_rep import fed_rep
 from fedsim.algorithms.fed_res import fed_res
+from fedsim.algorithms.fed_sp import fed_sp
 from fedsim.algorithms.local_only import local_only
 from fedsim.algorithms.lora.fed_ex_lora import fed_ex_lora
 from fedsim.algorithms.lora.fed_it import fed_it
@@ -50,6 +51,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "fed_dm": fed_dm,
     "fed_et": fed_et,
     "fed_df": fed_df,
+    "fed_sp": fed_sp,
     "fed_it": fed_it,
     "ffa_lora": ffa_lora,
     "flora": flora,

@@ -49,6 +49,11 @@ def criterion(pad: int) -> Callable[[Array, Batch], tuple[Array, Metrics]]:
     return loss
 
 
+def real(pad: int) -> Callable[[Tree], Array]:
+    """A `Task.real`: x -> which of its places (B, T) hold a token."""
+    return lambda x: (x["ids"] if isinstance(x, Mapping) else x) != pad
+
+
 def targets(batch: Batch, pad: int) -> tuple[Array, Array]:
     """The next token of every place but the last, (B, T - 1) int32, and whether it counts, (B, T - 1) bool.
 

@@ -25,10 +25,11 @@ def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached
     """What an algorithm is constructed for; `first` is the round in which it starts, for schedules over rounds."""
     apply, entry = (model.suffix, model.cut) if cached else (model.apply, 0)
     criterion, score = classification_criterion, classification_score
-    classes = model.classes
+    classes, real = model.classes, None
     if config.task == "language_model":  # whose `y` is the partition's label, and nothing reads it
         pad = backbones.row(config.backbone).config.pad
         criterion, score, classes = language.criterion(pad), language.score(pad), 0
+        real = language.real(pad)
 
     def read_by_head(held: Any, params: Any, x: Any) -> Any:
         h = model.run({**held, **params}, x, entry, model.stages - 1)
@@ -58,6 +59,7 @@ def task(config: Config, model: peft.Model, start: dict[str, np.ndarray], cached
         larger=metric_of(config) not in SMALLER,
         augment=changed,
         inputs=inputs(config, cached),
+        real=real,
     )
 
 

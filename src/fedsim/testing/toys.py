@@ -32,6 +32,7 @@ Make = Callable[[Task], Algorithm]
 
 SIZES = (7, 1, 23, 0, 12, 5, 9, 40, 3, 16, 8, 2)  # examples of each client
 FEATURES, CLASSES = 6, 3
+BLOCKS, TOKENS = 2, 2  # of a task with blocks, and of the prompt in each of them
 LORA = Factors("frozen", "lora_a", "lora_b", scale=1.5, inputs=FEATURES, rank=2, outputs=FEATURES)
 COHORT = (2, 0, 7, 4, 9, 1)
 GROUPS = ("small", "large", "server")  # of algorithms with several architectures; the last is the server's own model
@@ -55,7 +56,9 @@ def tiny_problem(seed: int = 0) -> Problem:
     y = (x @ rng.normal(size=(FEATURES, CLASSES))).argmax(axis=1).astype(np.int32)
     rows = (1 + rng.permutation(n - 1)).astype(np.int32)
     held = {"frozen": rng.normal(size=(FEATURES, FEATURES)).astype(np.float32)}
-    held["lora_a"] = rng.normal(size=(FEATURES, LORA.rank)).astype(np.float32)  # for tasks that do not train it
+    # For tasks that do not train it, or have blocks.
+    held["lora_a"] = rng.normal(size=(FEATURES, LORA.rank)).astype(np.float32)
+    held |= {f"blocks/{b}/kernel": rng.normal(size=(FEATURES, FEATURES)).astype(np.float32) for b in range(BLOCKS)}
     return Problem(held, x, y, rows, np.concatenate([[0], np.cumsum(SIZES)]).astype(np.int64))
 
 
@@ -153,6 +156,28 @@ def shared_head() -> Task:
     return server._replace(groups={"small": tiny_head_task(), "large": tiny_deep_task(5), "server": server})
 
 
+def tiny_prefix_task(**changes: Any) -> Task:
+    """Frozen blocks, each with keys and values of a prompt, which alone is trained; outputs are the first features."""
+
+    def features(held: Params, params: Params, x: Array) -> Array:
+        leaves = {**held, **params}
+        h = x @ leaves["frozen"]
+        for b in range(BLOCKS):
+            key, value = (leaves[f"blocks/{b}/prefix_{name}"] for name in ("key", "value"))
+            h = h + jnp.tanh(h @ leaves[f"blocks/{b}/kernel"] / FEATURES) + jnp.tanh(h @ key.T) @ value
+        return jnp.tanh(h)
+
+    def apply(params: Params, held: Params, x: Array) -> Array:
+        return features(held, params, x)[..., :CLASSES]
+
+    def init(key: Array) -> Params:
+        paths = [f"blocks/{b}/prefix_{name}" for b in range(BLOCKS) for name in ("key", "value")]
+        keys = jax.random.split(key, len(paths))
+        return {path: 0.1 * jax.random.normal(k, (TOKENS, FEATURES)) for path, k in zip(paths, keys, strict=True)}
+
+    return tiny(apply, init)._replace(features=features)._replace(**changes)
+
+
 def suited(make: Make) -> Task:
     """The first of the tiny tasks that the constructor does not refuse; with groups where it trains several architectures.
 
@@ -172,7 +197,10 @@ def suited(make: Make) -> Task:
 
 def of_one(make: Make) -> Task:
     """The first of the tiny tasks that the constructor does not refuse, without groups."""
-    tasks = (tiny_task(), tiny_task(weight=uniform), tiny_head_task(), tiny_lora_task(trains_a=False), tiny_lora_task())
+    tasks = (
+        tiny_task(), tiny_task(weight=uniform), tiny_head_task(), tiny_prefix_task(), tiny_lora_task(trains_a=False),
+        tiny_lora_task(),
+    )  # fmt: skip
     for task in tasks[:-1]:
         try:
             make(task)

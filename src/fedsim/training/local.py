@@ -35,6 +35,7 @@ def fit(
     view: Callable[[Tree, Tree, Tree], Tree] = lambda held, message, memory: held,
     start: Callable[[Tree, Tree], Params] = lambda message, memory: message,
     reply: Callable[[Fit, Tree, Client], tuple[Tree, Tree]] | None = None,
+    state: Callable[[Tree, Tree], Tree] | None = None,
     trains: Collection[str] | None = None,
 ) -> Local:
     """A `Local` that minimises `loss` (+ `penalty`) by minibatch steps and replies with what changed.
@@ -47,6 +48,7 @@ def fit(
         start: (message, memory) -> the parameters to start from; default: the message is the parameters.
         reply: (the client after its last step, message, client) -> reply, memory; default: params - start, marked as a
             change (`wire.coded`), and the memory as it was.
+        state: (the optimizer's fresh state, memory) -> the one to begin with, for clients whose optimizer goes on.
         trains: paths of what moves; all else stays bit for bit, and no gradient of it is computed. Default: everything.
     """
 
@@ -63,13 +65,14 @@ def fit(
     def start_(held: Tree, message: Tree, client: Client, batch: Batch) -> Fit:
         rate = lr(client, message)
         params = start(message, client.memory)
-        return Fit(params, optimizer(rate).init(moving(params)), rate, client.memory)
+        fresh = optimizer(rate).init(moving(params))
+        return Fit(params, fresh if state is None else state(fresh, client.memory), rate, client.memory)
 
     def step(held: Tree, message: Tree, carry: Fit, batch: Batch) -> tuple[Fit, Metrics]:
         moves = moving(carry.params)
         grads, metrics = jax.grad(total, has_aux=True)(moves, carry.params, held, message, carry.memory, batch)
-        moved, state = stepped(optimizer(carry.lr), grads, carry.optimizer, moves)
-        return carry._replace(params={**carry.params, **moved}, optimizer=state), metrics
+        moved, after = stepped(optimizer(carry.lr), grads, carry.optimizer, moves)
+        return carry._replace(params={**carry.params, **moved}, optimizer=after), metrics
 
     def finish(held: Tree, message: Tree, carry: Fit, client: Client) -> tuple[Tree, Tree, Metrics]:
         if reply is not None:
