@@ -51,6 +51,7 @@ MILD = {"superior_soups": "superior_soups(lambda_a=0.3, lambda_d=0.3)"}
 # Far fewer steps than the paper's, which take minutes.
 MILD["fed_dm"] = "fed_dm(per_class=2, real=4, least=4, steps=3, server_epochs=2, server_batch=6)"
 MILD |= {name: f"{name}(server_steps=8, server_batch=4)" for name in ("fed_et", "fed_df")}
+MILD["fed_sp"] = "fed_sp(distil_steps=3, distil_batch=4, server_steps=2, server_batch=4)"
 made = functools.cache(lambda name: find(MILD[name]) if name in MILD else ALGORITHMS[name])
 
 

@@ -14,7 +14,6 @@ A_i stays with its client, and no average of them is made. Bytes: E's, either wa
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from jax import Array
 
 from fedsim.algorithms.fed_avg import Server as Averaged
 from fedsim.algorithms.fed_avg import descend
+from fedsim.algorithms.tied import Shape, shape_of, thinned, tied, tiled, uniques
 from fedsim.backbones.load import draw
 from fedsim.config import one_of
 from fedsim.core import Algorithm, Batch, Client, Cohort, Local, Metrics, Params, Task, Tree
@@ -34,8 +34,6 @@ from fedsim.training.local import Fit, fit
 from fedsim.training.server import trainer
 from fedsim.wire import again, coded, kept
 
-PROMPT = re.compile(r"blocks/(\d+)/(?:.+/)?prefix_(?:key|value)")
-BLOCK = re.compile(r"blocks/(\d+)/(.+)")
 DECAY = 0.01  # of the server's AdamW, in its own training and in distillation
 
 
@@ -61,14 +59,6 @@ class Own(NamedTuple):
 
     auxiliary: Kept  # the leaves of its A_i that are trained
     states: tuple[Kept, Kept]  # of the optimizers of A_i and of the prompts
-
-
-class Shape(NamedTuple):
-    """How the models hang together."""
-
-    layers: int  # L, G's blocks
-    unique: int  # c, blocks of A with weights of their own
-    depth: int  # L_c, A's blocks
 
 
 def fed_sp(
@@ -124,93 +114,6 @@ def fed_sp(
     return parts.algorithm(
         (distil_steps, float(distil_rate), distil_batch), (server_steps, float(server_rate), server_batch)
     )
-
-
-def shape_of(task: Task, unique: int, depth: int | None) -> Shape:
-    """The blocks of both models.
-
-    Raises:
-        ValueError: a model that trains anything but the prefix of every block, or numbers of blocks that do not divide.
-    """
-    others = sorted(path for path in task.trained if not PROMPT.fullmatch(path))
-    if others or not task.trained or task.features is None:
-        raise ValueError(
-            "Expected the prefix of every block to be all that algorithm='fed_sp' trains, as prompts are its messengers, not "
-            f"{', '.join(others[:3]) or 'nothing'}; give --task language_model --peft prefix."
-        )
-    layers = len({block_of(path) for path in task.trained})
-    depth = layers if depth is None else depth
-    for name, part, whole, of in (
-        ("depth", depth, layers, "the blocks of the server's model"),
-        ("unique", unique, depth, "the blocks of the auxiliary model"),
-    ):
-        if isinstance(part, bool) or not isinstance(part, int) or part < 1 or whole % part:
-            raise ValueError(f"Expected {name}={part!r} to divide {whole}, {of}; give one that does, or leave it out.")
-    return Shape(layers, unique, depth)
-
-
-def block_of(path: str) -> int | None:
-    """Number of the block that a leaf lies in; None outside the blocks."""
-    found = BLOCK.fullmatch(path)
-    return int(found[1]) if found else None
-
-
-def in_block(path: str, block: int) -> str:
-    """The path of the same leaf in another block."""
-    return BLOCK.sub(rf"blocks/{block}/\2", path)
-
-
-def uniques(held: Tree, shape: Shape) -> list[str]:
-    """Paths of the leaves that the auxiliary model has: all but those of later blocks.
-
-    Raises:
-        ValueError: the server's blocks differ, so that one cannot stand for another.
-    """
-    for path, leaf in held.items():
-        block = block_of(path)
-        source = path if block is None else in_block(path, block % shape.unique)
-        if source not in held or held[source].shape != leaf.shape:
-            raise ValueError(
-                f"Expected {path} of the server's model to be shaped as {source}, as algorithm='fed_sp' repeats its first "
-                f"{shape.unique} blocks; take a decoder of equal blocks, or unique={shape.layers}."
-            )
-    blocks = {path: block_of(path) for path in held}
-    return [path for path, block in blocks.items() if block is None or block < shape.unique]
-
-
-def tied(held: Tree, auxiliary: Params, shape: Shape) -> Params:
-    """A as the model reads it: every leaf of G's, taken from A's unique ones; blocks behind its depth do nothing.
-
-    Args:
-        held: G; of it A's unique leaves are read and no others.
-        auxiliary: those of A's unique leaves that differ from G's.
-    """
-
-    def leaf(path: str, block: int | None) -> Array:
-        source = path if block is None else in_block(path, block % shape.unique)
-        value = auxiliary[source] if source in auxiliary else held[source]
-        return value if block is None or block < shape.depth else jnp.zeros_like(value)
-
-    return {path: leaf(path, block_of(path)) for path in held}
-
-
-def thinned(prompts: Params, shape: Shape) -> Params:
-    """Prompts of G for the blocks of A: each gets the mean of those that it stands for, depth apart."""
-    groups = [range(first, shape.layers, shape.depth) for first in range(shape.depth)]
-    return {
-        path: jnp.mean(jnp.stack([prompts[in_block(path, b)] for b in groups[block]]), axis=0)
-        for path in prompts
-        if (block := block_of(path)) is not None and block < shape.depth
-    }
-
-
-def tiled(prompts: Params, shape: Shape) -> Params:
-    """Prompts of A for the blocks of G, again and again."""
-    return {
-        in_block(path, later): leaf
-        for path, leaf in prompts.items()
-        for later in range(block_of(path) or 0, shape.layers, shape.depth)
-    }
 
 
 class SoftPrompts:
@@ -309,11 +212,9 @@ class SoftPrompts:
                 states[place] = Kept(carry.optimizer, jnp.ones((), bool))
             return reply(carry, message, carry.memory._replace(states=tuple(states)))
 
-        going_on = (lambda fresh, memory: chosen(memory.states[place], fresh)) if self.keep else None
+        state = (lambda fresh, memory: chosen(memory.states[place], fresh)) if self.keep else None
         passes = task.passes._replace(stream=stream)
-        return fit(
-            loss, task.optimizer, task.lr, passes, start=start, view=view, reply=ended, state=going_on
-        )  # fmt: skip
+        return fit(loss, task.optimizer, task.lr, passes, start=start, view=view, reply=ended, state=state)
 
     def aligning(self) -> Local:
         """Stage A: the auxiliary model learns with the prompts as they are; nothing is sent."""
@@ -337,7 +238,7 @@ class SoftPrompts:
             reply,
             start=lambda message, memory: message["prompts"],
             view=lambda held, message, memory: (held, self.own(message, memory)),
-            loss=lambda both, prompts, batch: self.loss_of(*both, prompts, batch),
+            loss=lambda both, prompts, batch: self.loss_of(both[0], both[1], prompts, batch),
             stream="",
         )
 
@@ -365,7 +266,7 @@ class SoftPrompts:
         assert task.features is not None
         h, g = (task.features(leaves, none, batch.x).astype(jnp.float32) for leaves in (own, held))
         if task.real is not None:
-            shown = shown[:, None] * task.real(batch.x)
+            shown = jnp.where(task.real(batch.x), shown[:, None], 0.0)
 
         def mean(each: Array) -> Array:
             return (each * shown).sum() / jnp.maximum(shown.sum(), 1)
