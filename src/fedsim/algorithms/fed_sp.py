@@ -26,6 +26,7 @@ from jax import Array
 
 from fedsim.algorithms.fed_avg import Server as Averaged
 from fedsim.algorithms.fed_avg import descend
+from fedsim.algorithms.parts import rate
 from fedsim.algorithms.tied import Shape, shape_of, thinned, tied, tiled, uniques
 from fedsim.backbones.load import draw
 from fedsim.config import one_of
@@ -67,6 +68,7 @@ def fed_sp(
     depth: int | None = None,
     trains: Sequence[str] = ("*",),
     freeze_aux: bool = False,
+    aux_rate: float = 1.0,
     distil_steps: int = 5000,
     distil_rate: float = 5e-4,
     distil_batch: int = 16,
@@ -88,6 +90,7 @@ def fed_sp(
             blocks that they stand for.
         trains: patterns of its leaves that are trained, in distillation and by clients.
         freeze_aux: clients leave it as it was sent.
+        aux_rate: the rate of its training by clients, as a factor of the run's.
         distil_steps, distil_rate, distil_batch: of the distillation, in the first round; 0 steps: A has G's weights.
         distil: what it minimises: "hidden", or "mixed", half the loss on texts and half of hidden states and soft targets.
         server_steps, server_rate, server_batch: of the server's own training in each round; 0 steps: E is the average.
@@ -102,27 +105,35 @@ def fed_sp(
     for name, (count, least) in counts.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < least:
             raise ValueError(f"Expected {name}={count!r} >= {least}, a whole number; leave it out.")
-    for name, rate in (("distil_rate", distil_rate), ("server_rate", server_rate)):
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
-            raise ValueError(f"Expected {name}={rate!r} >= 0; leave it out for 5e-4.")
+    for name, step in (("distil_rate", distil_rate), ("server_rate", server_rate)):
+        if isinstance(step, bool) or not isinstance(step, (int, float)) or not 0 <= step < math.inf:
+            raise ValueError(f"Expected {name}={step!r} >= 0; leave it out for 5e-4.")
     one_of(("hidden", "mixed"), distil=distil)
+    factors = (rate("aux_rate", aux_rate), 1.0)
     shape = shape_of(task, unique, depth)
     if reparam and shape.depth < shape.layers:
         raise ValueError(f"Expected no depth={depth} with reparam={reparam}, which makes all prompts; leave one out.")
     patterns = (trains,) if isinstance(trains, str) else tuple(trains)
-    parts = SoftPrompts(task, shape, patterns, bool(freeze_aux), distil == "mixed", bool(keep_optimizers), reparam)
+    parts = SoftPrompts(
+        task, shape, patterns, bool(freeze_aux), distil == "mixed", bool(keep_optimizers), reparam, factors
+    )
     return parts.algorithm(
         (distil_steps, float(distil_rate), distil_batch), (server_steps, float(server_rate), server_batch)
     )
 
 
 class SoftPrompts:
-    """The parts of FedSP for one task, each a pure function."""
+    """The parts of FedSP for one task, each a pure function.
+
+    Args:
+        factors: of the run's rate, for the auxiliary model and the prompts.
+    """
 
     def __init__(
-        self, task: Task, shape: Shape, trains: tuple[str, ...], frozen: bool, mixed: bool, keep: bool, reparam: int
-    ) -> None:
-        self.task, self.shape, self.trains = task, shape, trains
+        self, task: Task, shape: Shape, trains: tuple[str, ...], frozen: bool, mixed: bool, keep: bool, reparam: int,
+        factors: tuple[float, float] = (1.0, 1.0),
+    ) -> None:  # fmt: skip
+        self.task, self.shape, self.trains, self.factors = task, shape, trains, factors
         self.frozen, self.mixed, self.keep, self.reparam = frozen, mixed, keep, reparam
         self.fewer = shape.depth < shape.layers
 
@@ -202,7 +213,7 @@ class SoftPrompts:
         """K steps on one of both, its optimizer going on from where the client left it.
 
         Args:
-            place: of its state in `Own.states`.
+            place: of its state in `Own.states`, and of its rate in `factors`.
         """
         task = self.task
 
@@ -214,7 +225,12 @@ class SoftPrompts:
 
         state = (lambda fresh, memory: chosen(memory.states[place], fresh)) if self.keep else None
         passes = task.passes._replace(stream=stream)
-        return fit(loss, task.optimizer, task.lr, passes, start=start, view=view, reply=ended, state=state)
+        lr = (
+            (lambda client, message: self.factors[place] * task.lr(client, message))
+            if self.factors[place] != 1
+            else task.lr
+        )
+        return fit(loss, task.optimizer, lr, passes, start=start, view=view, reply=ended, state=state)
 
     def aligning(self) -> Local:
         """Stage A: the auxiliary model learns with the prompts as they are; nothing is sent."""
