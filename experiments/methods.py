@@ -41,16 +41,23 @@ def answering(run: Run) -> float:
     return final["test"][run.summary["metric"]]
 
 
-def result(study: Study, target: float | None = None, rates: Sequence[float] = ()) -> dict[str, Any]:
+def result(
+    study: Study, target: float | None = None, rates: Sequence[float] = (), setup: bool = False
+) -> dict[str, Any]:
     """A row for each setting of a sweep over its seeds, and what it was run on.
 
     Args:
         target: score on validation, for the bytes until it is reached.
         rates: learning rates that were tried (default: those of the sweep's own search).
+        setup: what all clients are given once, too, where methods differ in it.
     """
     tried = list(rates) or [cell.config.lr for cell in study.tuning]
     runs = {run.directory: run for run in study.runs()}
-    found = [row_of(study, setting, runs, target, tried) for setting in study.settings() if setting.rows]
+    settings = [setting for setting in study.settings() if setting.rows]
+    found = [row_of(study, setting, runs, target, tried) for setting in settings]
+    if setup:
+        for row, setting in zip(found, settings, strict=True):
+            row["setup"] = statistics.mean(one["setup_bytes"] for one in setting.rows)
     abouts = [run.about for run in runs.values()]
     commits = dict.fromkeys(
         about["git"]["commit"][:7] + "+" * about["git"]["changed"] for about in abouts if about["git"]
@@ -116,7 +123,8 @@ def table(found: Mapping[str, Any]) -> str:
     base = next((row for row in rows if row[METHOD].startswith(FIRST)), rows[0])
     target = found["target"]
     columns = ["method", "score", "rate", "bytes", f"/ {base[METHOD]}", *([f"bytes to {target:g}"] if target else [])]
-    columns += ["seconds a round", f"/ {base[METHOD]}"]
+    setup = any("setup" in row for row in rows)
+    columns += [*(["set-up"] if setup else []), "seconds a round", f"/ {base[METHOD]}"]
     lines = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
     for row in rows:
         cells = [row[METHOD], spread(row["scores"]), f"{row['rate']:g}{' (edge)' if row['at_the_edge'] else ''}"]
@@ -125,6 +133,7 @@ def table(found: Mapping[str, Any]) -> str:
             reached = "–" if row["bytes_to_target"] is None else size(row["bytes_to_target"])
             some = 0 < row["seeds_at_target"] < row["seeds"]
             cells.append(reached + (f" ({row['seeds_at_target']} of {row['seeds']})" if some else ""))
+        cells += [size(round(row["setup"]))] if setup else []
         cells += [f"{row['seconds']:.2f}", ratio(row["seconds"], base["seconds"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
