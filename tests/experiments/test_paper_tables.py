@@ -63,6 +63,7 @@ LISTED = {
     "fed_pcl": "domains, downlink",
     "fed_dm": "few_rounds",
     "fed_et": "architectures",
+    "fed_sp": "speakers",
     "llm": "speakers",
 }
 PAPERS = (
