@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import optax
 import pytest
 
 import fedsim
-from fedsim import Config, Speed, peft, wire
+from fedsim import Config, Speed, own, peft, wire
 from fedsim.algorithms import find
 from fedsim.algorithms.fed_avg import fed_avg
 from fedsim.algorithms.fed_sp import SoftPrompts, fed_sp
@@ -40,6 +41,7 @@ from fedsim.training.local import stepped
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
+EXPERIMENT = Path(__file__).parents[2] / "experiments" / "fed_sp" / "speakers.py"
 START = tiny_prefix_task().init(jax.random.key(5))
 PROBLEM = tiny_problem()
 HELD = PROBLEM.held
@@ -209,6 +211,7 @@ def test_bytes_are_the_prompts_and_the_auxiliary_model_once(options):
     if not options:
         for cohort in whole()[2]:
             assert [sum(way.values()) for way in cohort.traffic()] == [6 * P, 6 * P]
+        assert len(wire.serialise(wire.unmarked(whole()[3][0].message)["prompts"])) == P
 
 
 @pytest.mark.parametrize("hidden", [3, pytest.param(5, marks=pytest.mark.slow)])
@@ -479,3 +482,16 @@ def test_a_run_of_a_decoder(texts, tmp_path):
     told = [line["metrics"] for line in run.rounds]
     assert "distillation" in told[0] and "distillation" not in told[1], "A is distilled once"
     assert told[-1]["auxiliary_loss"] < 0.8 * told[0]["auxiliary_loss"] and np.isfinite(told[-1]["server_loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.assets
+def test_the_experiment_in_its_small_form(tmp_path):
+    """All methods have a row; rivals' bytes are those of prompts, and A is less to send than G."""
+    found = own.execute(EXPERIMENT, "experiment", beside=True).main(tmp_path, small=True)
+    rows = {row["method"]: row for row in found["rows"]}
+    assert list(rows) == ["FedPrompt", "FedSP", "central prefix", "server alone", "zero-shot"]
+    assert rows["FedSP"]["bytes"] == rows["FedPrompt"]["bytes"] == 4 * rows["central prefix"]["bytes"]
+    assert rows["FedSP"]["setup"] < rows["FedPrompt"]["setup"] and all(
+        np.isfinite(row["scores"]).all() for row in found["rows"]
+    )

@@ -80,6 +80,8 @@ def why_not(algorithm: str, kind: str, codec: str, mechanism: str) -> tuple[str,
 
 def related(algorithm: str, kind: str, codec: str, mechanism: str) -> tuple[str, ...]:
     """As above, of algorithms that take any leaves."""
+    if algorithm == "fed_sp":  # which trains prompts, that a perceptron has no place for
+        return ("give --task language_model --peft prefix",)
     found = []
     if algorithm in (*PERSONAL, *PROTOTYPES) and mechanism != "none":
         found.append(f"algorithm={algorithm!r} to answer by its server with dp={mechanism!r}")
