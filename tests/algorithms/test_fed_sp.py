@@ -100,9 +100,8 @@ def test_b_of_one_client_it_is_prefix_tuning_with_one_optimizer():
     for round in (1, 2, 3):
         for rows in visits(PROBLEM, task.passes, 7, round):
             real = jnp.asarray(rows >= 0, jnp.float32)
-            seen = Batch(
-                PROBLEM.x[np.maximum(rows, 0)], PROBLEM.y[np.maximum(rows, 0)], real, jax.random.key(0), 0, False
-            )  # type: ignore[arg-type]
+            x, y = (jnp.asarray(each[np.maximum(rows, 0)]) for each in (PROBLEM.x, PROBLEM.y))
+            seen = Batch(x, y, real, jax.random.key(0), jnp.int32(0), jnp.asarray(False))
             params, state = stepped(adam, grad(params, seen), state, params)
     same(params, found.params, "prefix tuning", rtol=1e-4)
     anew, _, _ = run(sp(**SAME, keep_optimizers=False), PROBLEM, cohorts, task=task)

@@ -56,8 +56,7 @@ def tiny_problem(seed: int = 0) -> Problem:
     y = (x @ rng.normal(size=(FEATURES, CLASSES))).argmax(axis=1).astype(np.int32)
     rows = (1 + rng.permutation(n - 1)).astype(np.int32)
     held = {"frozen": rng.normal(size=(FEATURES, FEATURES)).astype(np.float32)}
-    # For tasks that do not train it, or have blocks.
-    held["lora_a"] = rng.normal(size=(FEATURES, LORA.rank)).astype(np.float32)
+    held["lora_a"] = rng.normal(size=(FEATURES, LORA.rank)).astype(np.float32)  # for tasks that do not train it
     held |= {f"blocks/{b}/kernel": rng.normal(size=(FEATURES, FEATURES)).astype(np.float32) for b in range(BLOCKS)}
     return Problem(held, x, y, rows, np.concatenate([[0], np.cumsum(SIZES)]).astype(np.int64))
 
@@ -167,15 +166,12 @@ def tiny_prefix_task(**changes: Any) -> Task:
             h = h + jnp.tanh(h @ leaves[f"blocks/{b}/kernel"] / FEATURES) + jnp.tanh(h @ key.T) @ value
         return jnp.tanh(h)
 
-    def apply(params: Params, held: Params, x: Array) -> Array:
-        return features(held, params, x)[..., :CLASSES]
-
     def init(key: Array) -> Params:
         paths = [f"blocks/{b}/prefix_{name}" for b in range(BLOCKS) for name in ("key", "value")]
-        keys = jax.random.split(key, len(paths))
-        return {path: 0.1 * jax.random.normal(k, (TOKENS, FEATURES)) for path, k in zip(paths, keys, strict=True)}
+        return dict(zip(paths, 0.1 * jax.random.normal(key, (len(paths), TOKENS, FEATURES)), strict=True))
 
-    return tiny(apply, init)._replace(features=features)._replace(**changes)
+    task = tiny(lambda params, held, x: features(held, params, x)[..., :CLASSES], init)
+    return task._replace(features=features)._replace(**changes)
 
 
 def suited(make: Make) -> Task:
