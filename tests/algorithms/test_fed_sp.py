@@ -191,6 +191,31 @@ def test_a_client_goes_on_from_its_own_auxiliary_model():
     same(second[7][2], own, "what client 7 keeps", rtol=1e-5)
 
 
+def test_the_first_stage_by_hand():
+    """SGD on the one kernel that both blocks have, and on the map before them, prompts fixed; later from the client's own."""
+    first, shared = whole()[3][0], ("frozen", "blocks/0/kernel")
+    read = wire.unmarked(first.message)
+    memory = fresh(2)
+    for start in (read["auxiliary"], {path: leaf + 0.1 for path, leaf in read["auxiliary"].items()}):
+        w = {path: start[path] for path in shared}
+
+        def loss(w, batch):
+            return TASK.loss(
+                {**{path: w[path] for path in shared}, "blocks/1/kernel": w["blocks/0/kernel"]}, START, batch
+            )[0]
+
+        slope = jax.jit(jax.grad(loss))
+        for rows in visits(PROBLEM, first.local.passes, 2, 1):
+            x, y = (jnp.asarray(each[np.maximum(rows, 0)]) for each in (PROBLEM.x, PROBLEM.y))
+            real = jnp.asarray(rows >= 0, jnp.float32)
+            seen = Batch(x, y, real, jax.random.key(0), jnp.int32(0), jnp.asarray(False))
+            w = jax.tree.map(lambda a, g: a - 0.3 * g, w, slope(w, seen))
+        _, after = one_client(PROBLEM, first.local, read, memory, 2, 1)
+        same(w, {path: after.auxiliary.value[path] for path in shared}, "A_i", rtol=1e-5)
+        moved = {path: leaf + 0.1 for path, leaf in read["auxiliary"].items()}
+        memory = memory._replace(auxiliary=memory.auxiliary._replace(value=moved, there=jnp.asarray(True)))
+
+
 def test_clients_read_nothing_of_the_servers_later_blocks():
     sent = whole()[3]
     first = sent[0]
