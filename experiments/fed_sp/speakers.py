@@ -3,17 +3,17 @@
 Command:  python experiments/fed_sp/speakers.py --out runs/speakers
           python experiments/fed_sp/speakers.py --small --out runs/speakers_small     (a random decoder of two blocks: two minutes)
           python benchmarks/tables.py fed_sp                                          (the table)
-Data:     Shakespeare's plays (packaged): four speakers are four clients, each with its own speeches of one play, in windows of 32
-          tokens. About 24 windows each to train on, 5 for validation, 10 for the test; of those to train on a fifth is the
-          server's shard. This is a script and no sweep file, because a packaged set's test is a fifth of all plays, some
-          200,000 tokens, half an hour of this model in every run: so a file with few speeches of the set is written first.
+Data:     the speeches of 12 speakers of Shakespeare (packaged) that experiments/llm/speakers.py draws, in windows of 32 tokens; a
+          twentieth of them is validation and as much the test. Of the others a fifth is the server's shard, and four speakers,
+          drawn by seed, are the clients. This is a script and no sweep file, because a packaged set's test is a fifth of all
+          plays, half an hour of this model in every run: so a file with few speeches of the set is written first.
 Model:    SmolLM2-135M-Instruct (packaged; Q4_1, dequantised) is the server's, 30 blocks. A prefix of four tokens: 46,080 numbers.
           FedSP's clients have its first block 30 times, distilled by 12 steps; of it the block alone is trained.
 Start:    the same random prefix for all, by seed. Two rounds of four clients, three steps of two windows each, Adam; FedSP takes
           two such stages, so twice FedPrompt's steps. A rate for each method from one grid by validation, at one seed; three seeds.
-Metric:   perplexity on the test windows of all four speakers, bytes both ways, and the set-up: what all clients are given once.
-Failure:  FedSP is not below what its server reaches alone, with its shard and no client ("server alone": the clients' rate is next
-          to nothing), by two deviations: then no knowledge came by prompts. Or it is not below zero-shot, the model without a
+Metric:   perplexity on the test windows of all 12 speakers, bytes both ways, and the set-up: what all clients are given once.
+Failure:  FedSP is not below what its server reaches alone, with its shard and no client ("server alone": the clients' rate is
+          zero), by two deviations: then no knowledge came by prompts. Or it is not below zero-shot, the model without a
           prompt. FedPrompt, whose clients have the whole model, and central prefix tuning should be below both.
 Size:     24 + 24 local steps in a run, where the paper's scripts have 500 and more for each of ten clients, and 12 steps of
           distillation where they have 5,000: a step of SmolLM2 is dear on two cores. So this says whether the system works on a
@@ -21,32 +21,29 @@ Size:     24 + 24 local steps in a run, where the paper's scripts have 500 and m
           loss is that of guessing, or worse.
 Time:     not run in full yet. One run of FedSP alone, with 32 + 32 steps, took 522 s beside three other jobs on the two cores
           (2026-11-30), 207 s of them compiling, 78 s distilling, 1.8 s a local step. 21 runs, counted from that for idle cores,
-          take about 15 minutes.
+          take about 15 minutes: an estimate.
 """
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import methods
+from llm.speakers import spoken
 
 import fedsim
 from fedsim import Config, Speed, Sweep
-from fedsim.data import read
 
-CLIENTS, WORDS = 4, 20  # speakers, and about as many words of a speech as a window of 32 tokens has
-SPLITS = {"train": 24, "validation": 5, "test": 10}  # windows of each speaker, about
+CLIENTS = 4
 RATES = [1e-2, 3e-2]
 FEDSP = "fed_sp(trains=('blocks/*',), aux_rate=0.1, distil_steps=12, distil_batch=4, server_steps=4, server_batch=4{})"
-STILL = 1e-12  # a rate at which nothing moves
+STILL = {"lr_schedule": "constant_schedule(0.0)"}
 TUNED: dict[str, dict[str, Any]] = {
     "FedPrompt": {"algorithm": "fed_avg"},
     "FedSP": {"algorithm": FEDSP.format("")},
@@ -55,50 +52,25 @@ TUNED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 FIXED: dict[str, dict[str, Any]] = {
-    "server alone": {"algorithm": FEDSP.format(", freeze_aux=True"), "lr": STILL},
+    "server alone": {"algorithm": FEDSP.format(", freeze_aux=True"), **STILL},
     "zero-shot": {
         "algorithm": "fed_avg",
         "peft": "lora",
         "rank": 1,
-        "lr": STILL,
         "rounds": 1,
         "steps": 1,
         "server_share": 0.0,
+        **STILL,
     },
 }
+ALONE = ("central prefix", *FIXED)
 METHODS = {**TUNED, **FIXED}  # rows of the table
 BASE = Config(
-    task="language_model", dataset="speakers.csv", backbone="smollm2_135m", tokens=32, packing=True, peft="prefix", prefix_tokens=4,
-    clients=CLIENTS, clients_per_round=CLIENTS, partition="natural", client_column="who", label_column="who", min_size=4,
+    task="language_model", dataset="speakers.jsonl", backbone="smollm2_135m", tokens=32, packing=True, peft="prefix", prefix_tokens=4,
+    clients=CLIENTS, clients_per_round=CLIENTS, partition="natural", client_column="who", min_size=4,
     server_share=0.2, rounds=2, steps=3, batch_size=2, optimizer="adam", eval_every=2,
 )  # fmt: skip
 SMALL = {"backbone": "decoder_tiny", "rounds": 1, "eval_every": 1}
-
-
-def speakers(file: Path, rng: np.random.Generator) -> Path:
-    """Writes speeches of some speakers who say enough, each in whole speeches up to the words that a split is to have."""
-    if file.is_file():
-        return file
-    source = read(Config(dataset="shakespeare"))
-    who = source.natural["client"]
-    words = np.array([len(text.split()) for text in source.x])
-    names, member = np.unique(who, return_inverse=True)
-    enough = names[np.bincount(member, words) >= 2 * WORDS * sum(SPLITS.values())]
-    rows = []
-    for name in sorted(rng.choice(enough, CLIENTS, replace=False)):
-        own = iter(rng.permutation(np.flatnonzero(who == name)))
-        for split, windows in SPLITS.items():
-            left = WORDS * windows
-            while left > 0:
-                row = next(own)
-                rows.append({"text": source.x[row], "who": name, "split": split})
-                left -= words[row]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8", newline="") as out:
-        writer = csv.DictWriter(out, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return file
 
 
 def main(out: Path, small: bool = False, keep: Path | None = None) -> dict[str, Any]:
@@ -109,9 +81,7 @@ def main(out: Path, small: bool = False, keep: Path | None = None) -> dict[str, 
         small: a random decoder of two blocks, one rate, one seed, one round.
         keep: file of the result as JSON.
     """
-    base = BASE.replace(
-        dataset=str(speakers(out / "speakers.csv", np.random.default_rng(0))), **(SMALL if small else {})
-    )
+    base = BASE.replace(dataset=str(spoken(out / "speakers.jsonl", 0)), **(SMALL if small else {}))
     seeds, speed = 1 if small else 3, Speed(checkpoint_every=1000)
     tuned = Sweep(
         base=base, grid={methods.METHOD: TUNED}, tune={"lr": RATES[:1] if small else RATES}, tune_by=[methods.METHOD],
@@ -121,6 +91,11 @@ def main(out: Path, small: bool = False, keep: Path | None = None) -> dict[str, 
     found = methods.result(fedsim.sweep(tuned, out=out / "tuned"), setup=True)
     others = methods.result(fedsim.sweep(fixed, out=out / "fixed"), setup=True)
     found["rows"] += others["rows"]
+    for row in found["rows"]:
+        if row[methods.METHOD] in ALONE:  # nobody sends anything
+            row["bytes"] = row["setup"] = 0
+        if row[methods.METHOD] in FIXED:
+            row["rate"] = 0.0
     if keep is not None:
         methods.write(found, keep)
     return found

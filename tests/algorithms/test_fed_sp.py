@@ -515,7 +515,10 @@ def test_the_experiment_in_its_small_form(tmp_path):
     found = own.execute(EXPERIMENT, "experiment", beside=True).main(tmp_path, small=True)
     rows = {row["method"]: row for row in found["rows"]}
     assert list(rows) == ["FedPrompt", "FedSP", "central prefix", "server alone", "zero-shot"]
-    assert rows["FedSP"]["bytes"] == rows["FedPrompt"]["bytes"] == 4 * rows["central prefix"]["bytes"]
+    assert (
+        rows["FedSP"]["bytes"] == rows["FedPrompt"]["bytes"] == 2 * 4 * 4 * 2 * 2 * 4 * 32
+    )  # 4 clients, blocks 2, p 4, d 32
+    assert all(row["bytes"] == row["setup"] == 0 for row in found["rows"][2:])
     assert rows["FedSP"]["setup"] < rows["FedPrompt"]["setup"] and all(
         np.isfinite(row["scores"]).all() for row in found["rows"]
     )
