@@ -216,6 +216,15 @@ def test_the_first_stage_by_hand():
         memory = memory._replace(auxiliary=memory.auxiliary._replace(value=moved, there=jnp.asarray(True)))
 
 
+def test_the_first_stage_has_a_rate_of_its_own():
+    """At a factor of zero A_i stays what was sent, while it is the client's own from then on."""
+    read = wire.unmarked(whole()[3][0].message)
+    still = SoftPrompts(TASK, shape_of(TASK, 1, None), ("*",), False, False, True, 0, factors=(0.0, 1.0))
+    _, after = one_client(PROBLEM, still.aligning(), read, fresh(2), 2, 1)
+    same(after.auxiliary.value, read["auxiliary"], "A_i")
+    assert bool(after.auxiliary.there)
+
+
 def test_clients_read_nothing_of_the_servers_later_blocks():
     sent = whole()[3]
     first = sent[0]
@@ -414,6 +423,7 @@ def test_distillation_is_about_real_tokens(decoders):
         ({"server_steps": 1.5}, "server_steps=1.5 >= 0"),
         ({"server_rate": float("nan")}, "server_rate=nan >= 0"),
         ({"distil": "logits"}, "hidden, mixed"),
+        ({"aux_rate": -1.0}, "aux_rate=-1.0 >= 0"),
     ],
     ids=str,
 )
