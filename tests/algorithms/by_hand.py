@@ -12,7 +12,8 @@ import optax
 
 from fedsim.core import Passes, Task
 from fedsim.folds import uniform
-from fedsim.testing.toys import Problem, tiny_task, visits
+from fedsim.testing.tasks import tiny_task
+from fedsim.testing.toys import Problem, visits
 
 Leaves = dict[str, np.ndarray]
 PASSES = Passes(2, None, 4)

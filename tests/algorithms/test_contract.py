@@ -17,7 +17,8 @@ from fedsim.algorithms import find
 from fedsim.core import Algorithm, Task
 from fedsim.folds import uniform
 from fedsim.testing.contract import CHECKS, same
-from fedsim.testing.toys import COHORT, run, tiny_problem, tiny_task
+from fedsim.testing.tasks import tiny_task
+from fedsim.testing.toys import COHORT, run, tiny_problem
 from fedsim.training.local import fit
 
 pytestmark = pytest.mark.usefixtures("compile_once")

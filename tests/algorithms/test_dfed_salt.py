@@ -15,7 +15,8 @@ from fedsim.algorithms.local_only import local_only
 from fedsim.algorithms.parts import Parts
 from fedsim.core import Graph, Passes, Population
 from fedsim.testing.contract import same
-from fedsim.testing.toys import SIZES, one_client, run, tiny_head_task, tiny_problem
+from fedsim.testing.tasks import tiny_head_task
+from fedsim.testing.toys import SIZES, one_client, run, tiny_problem
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 

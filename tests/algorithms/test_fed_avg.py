@@ -13,7 +13,8 @@ from fedsim.core import Passes
 from fedsim.engine.plan import batches
 from fedsim.folds import uniform
 from fedsim.testing.contract import same
-from fedsim.testing.toys import COHORT, run, tiny_problem, tiny_task
+from fedsim.testing.tasks import tiny_task
+from fedsim.testing.toys import COHORT, run, tiny_problem
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 

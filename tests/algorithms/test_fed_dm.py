@@ -14,7 +14,8 @@ from fedsim.algorithms.synthetic import chosen, cut, perturbed, radius, steps_of
 from fedsim.core import Batch, Client, Passes
 from fedsim.folds import Stacked
 from fedsim.testing.contract import same
-from fedsim.testing.toys import CLASSES, COHORT, run, tiny_head_task, tiny_problem
+from fedsim.testing.tasks import CLASSES, tiny_head_task
+from fedsim.testing.toys import COHORT, run, tiny_problem
 from fedsim.training import server as server_training
 
 pytestmark = pytest.mark.usefixtures("compile_once")

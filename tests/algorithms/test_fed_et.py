@@ -24,16 +24,8 @@ from fedsim.data import partition
 from fedsim.engine.keys import key_for
 from fedsim.simulation import build
 from fedsim.testing.contract import same
-from fedsim.testing.toys import (
-    CLASSES,
-    FEATURES,
-    run,
-    shared_head,
-    tiny_deep_task,
-    tiny_head_task,
-    tiny_problem,
-    visits,
-)
+from fedsim.testing.tasks import CLASSES, FEATURES, shared_head, tiny_deep_task, tiny_head_task
+from fedsim.testing.toys import run, tiny_problem, visits
 from fedsim.training import server as server_training
 
 pytestmark = pytest.mark.usefixtures("compile_once")

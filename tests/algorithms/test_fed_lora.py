@@ -23,7 +23,8 @@ from fedsim.folds import by_examples, mean, uniform
 from fedsim.peft import export
 from fedsim.simulation import needs, tasks
 from fedsim.testing.contract import CHECKS, same
-from fedsim.testing.toys import CLASSES, SIZES, one_client, run, tiny_problem, tiny_task
+from fedsim.testing.tasks import CLASSES, tiny_task
+from fedsim.testing.toys import SIZES, one_client, run, tiny_problem
 from fedsim.training.local import fit
 
 pytestmark = pytest.mark.usefixtures("compile_once")

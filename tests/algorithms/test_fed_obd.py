@@ -12,7 +12,8 @@ from fedsim.algorithms.fed_avg import fed_avg
 from fedsim.algorithms.fed_obd import fed_obd, first_fit, layer, of_block, ratio
 from fedsim.core import Passes
 from fedsim.testing.contract import same
-from fedsim.testing.toys import COHORT, SIZES, one_client, run, tiny_problem, tiny_wide_task
+from fedsim.testing.tasks import tiny_wide_task
+from fedsim.testing.toys import COHORT, SIZES, one_client, run, tiny_problem
 from fedsim.wire.codecs.quantisers import nnadq
 
 pytestmark = pytest.mark.usefixtures("compile_once")

@@ -14,7 +14,8 @@ from fedsim.algorithms.prototypes import bits, flags, means, unit
 from fedsim.core import Passes
 from fedsim.folds import uniform
 from fedsim.testing.contract import same
-from fedsim.testing.toys import CLASSES, COHORT, one_client, run, tiny_head_task, tiny_problem
+from fedsim.testing.tasks import CLASSES, tiny_head_task
+from fedsim.testing.toys import COHORT, one_client, run, tiny_problem
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 

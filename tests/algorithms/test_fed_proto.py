@@ -11,7 +11,8 @@ from fedsim.algorithms.fed_proto import fed_proto
 from fedsim.algorithms.local_only import local_only
 from fedsim.core import Passes
 from fedsim.testing.contract import same
-from fedsim.testing.toys import CLASSES, COHORT, run, tiny_head_task, tiny_problem
+from fedsim.testing.tasks import CLASSES, tiny_head_task
+from fedsim.testing.toys import COHORT, run, tiny_problem
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 

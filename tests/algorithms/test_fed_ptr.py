@@ -11,7 +11,8 @@ from fedsim.algorithms.fed_avg import fed_avg, fed_prox
 from fedsim.algorithms.fed_ptr import Projected, Recipe, distance, fed_ptr, phi
 from fedsim.core import Passes
 from fedsim.testing.contract import same
-from fedsim.testing.toys import COHORT, run, tiny_problem, tiny_task
+from fedsim.testing.tasks import tiny_task
+from fedsim.testing.toys import COHORT, run, tiny_problem
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 

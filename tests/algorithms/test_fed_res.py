@@ -15,7 +15,8 @@ from fedsim.algorithms.scaffold import scaffold
 from fedsim.core import Passes
 from fedsim.engine.client_memory import Memory
 from fedsim.testing.contract import same
-from fedsim.testing.toys import SIZES, run, tiny_head_task, tiny_problem, tiny_task
+from fedsim.testing.tasks import tiny_head_task, tiny_task
+from fedsim.testing.toys import SIZES, run, tiny_problem
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 

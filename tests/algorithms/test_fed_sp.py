@@ -25,18 +25,8 @@ from fedsim.core import Batch
 from fedsim.engine.keys import key_for
 from fedsim.evaluation import language
 from fedsim.testing.contract import same
-from fedsim.testing.toys import (
-    BLOCKS,
-    COHORT,
-    FEATURES,
-    TOKENS,
-    one_client,
-    run,
-    tiny,
-    tiny_prefix_task,
-    tiny_problem,
-    visits,
-)
+from fedsim.testing.tasks import BLOCKS, FEATURES, TOKENS, tiny, tiny_prefix_task
+from fedsim.testing.toys import COHORT, one_client, run, tiny_problem, visits
 from fedsim.training.local import stepped
 
 pytestmark = pytest.mark.usefixtures("compile_once")

@@ -11,7 +11,8 @@ from fedsim.algorithms.fed_avg import fed_avg
 from fedsim.algorithms.fed_dropout_avg import fed_dropout_avg, masks
 from fedsim.algorithms.fed_paq import fed_paq
 from fedsim.testing.contract import same
-from fedsim.testing.toys import COHORT, SIZES, one_client, run, tiny_problem, tiny_wide_task
+from fedsim.testing.tasks import tiny_wide_task
+from fedsim.testing.toys import COHORT, SIZES, one_client, run, tiny_problem
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 

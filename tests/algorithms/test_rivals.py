@@ -18,7 +18,8 @@ from fedsim.algorithms.scaffold import scaffold
 from fedsim.core import Passes
 from fedsim.folds import uniform
 from fedsim.testing.contract import same
-from fedsim.testing.toys import SIZES, run, tiny_head_task, tiny_problem
+from fedsim.testing.tasks import tiny_head_task
+from fedsim.testing.toys import SIZES, run, tiny_problem
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 

@@ -15,7 +15,8 @@ from fedsim.algorithms.fed_avg import fed_avg, fed_prox
 from fedsim.algorithms.superior_soups import Recipe, flat, pull, soup, squared_volume, superior_soups
 from fedsim.core import Passes
 from fedsim.testing.contract import same
-from fedsim.testing.toys import COHORT, one_client, run, tiny_problem, tiny_task, visits
+from fedsim.testing.tasks import tiny_task
+from fedsim.testing.toys import COHORT, one_client, run, tiny_problem, visits
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 

@@ -15,7 +15,7 @@ from fedsim.engine.client_memory import Memory
 from fedsim.engine.cohort import Cohort
 from fedsim.engine.lanes import Lanes
 from fedsim.engine.plan import batches
-from fedsim.testing.toys import CLASSES, FEATURES, tiny_task
+from fedsim.testing.tasks import CLASSES, FEATURES, tiny_task
 
 CLIENTS, EXAMPLES, BATCH, STEPS, RATE = 16, 12, 4, 3, 0.2
 DEVICES = 8

@@ -20,7 +20,8 @@ from fedsim.engine.cohort import Cohort
 from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Lanes
 from fedsim.folds import plain, stack, uniform
-from fedsim.testing.toys import SIZES, engine, run, tiny_lora_task, tiny_problem, tiny_task
+from fedsim.testing.tasks import tiny_lora_task, tiny_task
+from fedsim.testing.toys import SIZES, engine, run, tiny_problem
 from fedsim.wire.codecs import Sent
 
 pytestmark = pytest.mark.usefixtures("compile_once")

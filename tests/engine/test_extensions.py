@@ -20,7 +20,8 @@ from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Lanes
 from fedsim.folds import both, by_examples, mean, plain, stack, uniform
 from fedsim.testing.contract import same
-from fedsim.testing.toys import COHORT, SIZES, engine, one_client, tiny_problem, tiny_task, visits
+from fedsim.testing.tasks import tiny_task
+from fedsim.testing.toys import COHORT, SIZES, engine, one_client, tiny_problem, visits
 from fedsim.training.local import fit
 
 pytestmark = pytest.mark.usefixtures("compile_once")

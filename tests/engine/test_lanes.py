@@ -22,7 +22,8 @@ from fedsim.engine.keys import key_for
 from fedsim.engine.lanes import Request
 from fedsim.folds import by_examples, mean, stack, uniform
 from fedsim.testing.contract import CHECKS, same
-from fedsim.testing.toys import COHORT, SIZES, engine, one_client, run, tiny_problem, tiny_task
+from fedsim.testing.tasks import tiny_task
+from fedsim.testing.toys import COHORT, SIZES, engine, one_client, run, tiny_problem
 from fedsim.training.local import fit
 
 pytestmark = pytest.mark.usefixtures("compile_once")

@@ -19,7 +19,8 @@ from fedsim.core import Algorithm, Batch, Local, Passes, Task
 from fedsim.engine.lanes import Request
 from fedsim.folds import mean
 from fedsim.simulation import build, trainers
-from fedsim.testing.toys import engine, run, tiny_problem, tiny_task
+from fedsim.testing.tasks import tiny_task
+from fedsim.testing.toys import engine, run, tiny_problem
 
 FORWARD = 2 * 6 * 6 + 2 * 6 * 3  # of the tiny task: a frozen map, the kernel
 GRADIENT = 2 * 6 * 3  # of the kernel; nothing lies below

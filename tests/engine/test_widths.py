@@ -15,7 +15,8 @@ from fedsim.engine.lane_count import choose_lanes
 from fedsim.engine.lanes import Lanes, Request
 from fedsim.folds import mean
 from fedsim.testing.contract import same
-from fedsim.testing.toys import SIZES, run, tiny_problem, tiny_task
+from fedsim.testing.tasks import tiny_task
+from fedsim.testing.toys import SIZES, run, tiny_problem
 from fedsim.training import augment
 from fedsim.training.local import fit
 

@@ -29,7 +29,8 @@ from fedsim.folds import plain
 from fedsim.record import Run
 from fedsim.simulation import build, simulate
 from fedsim.testing.contract import same
-from fedsim.testing.toys import COHORT, SIZES, engine, one_client, tiny_problem, tiny_task
+from fedsim.testing.tasks import tiny_task
+from fedsim.testing.toys import COHORT, SIZES, engine, one_client, tiny_problem
 from fedsim.training.local import fit
 
 pytestmark = pytest.mark.usefixtures("compile_once")

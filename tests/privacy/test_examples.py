@@ -11,7 +11,8 @@ import pytest
 
 from fedsim.core import Batch
 from fedsim.privacy.examples import private_loss
-from fedsim.testing.toys import FEATURES, tiny_problem, tiny_task
+from fedsim.testing.tasks import FEATURES, tiny_task
+from fedsim.testing.toys import tiny_problem
 
 PROBLEM = tiny_problem()
 TASK = tiny_task()

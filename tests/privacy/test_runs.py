@@ -20,7 +20,7 @@ from fedsim.privacy import accounting
 from fedsim.record import Run
 from fedsim.report import tables
 from fedsim.simulation import build, private
-from fedsim.testing.toys import tiny_task
+from fedsim.testing.tasks import tiny_task
 
 pytest.importorskip("dp_accounting", reason="needs dp-accounting: pip install 'fedsim-jax[privacy]'")
 pytestmark = pytest.mark.usefixtures("compile_once")

@@ -20,7 +20,7 @@ from fedsim.config import Config, Speed
 from fedsim.core import Client
 from fedsim.engine import host
 from fedsim.simulation import build, needs, tasks, trainers
-from fedsim.testing.toys import tiny_task
+from fedsim.testing.tasks import tiny_task
 from fedsim.training import features, optimizers
 
 

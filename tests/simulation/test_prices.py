@@ -20,7 +20,8 @@ from fedsim.core import Algorithm, Client, Task
 from fedsim.engine.pricing import Sends, Setting, Unknown, sends
 from fedsim.folds import plain, uniform
 from fedsim.simulation import build, prices
-from fedsim.testing.toys import COHORT, SIZES, run, suited, tiny_lora_task, tiny_problem, tiny_task
+from fedsim.testing.tasks import suited, tiny_lora_task, tiny_task
+from fedsim.testing.toys import COHORT, SIZES, run, tiny_problem
 from fedsim.training.local import fit
 
 ROOT = Path(__file__).parents[2]

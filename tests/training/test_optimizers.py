@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from fedsim.algorithms import find
-from fedsim.testing.toys import tiny_task
+from fedsim.testing.tasks import tiny_task
 from fedsim.training.optimizers import check_optimizer, check_schedule, optimizer, schedule
 
 

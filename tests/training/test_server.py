@@ -33,7 +33,8 @@ from fedsim.engine.keys import key_for
 from fedsim.simulation import build, trainers
 from fedsim.simulation.rehearsal import rehearse
 from fedsim.testing.contract import CHECKS, same
-from fedsim.testing.toys import COHORT, engine, one_client, run, tiny_problem, tiny_task
+from fedsim.testing.tasks import tiny_task
+from fedsim.testing.toys import COHORT, engine, one_client, run, tiny_problem
 from fedsim.training import server
 from remembers import TIMES
 

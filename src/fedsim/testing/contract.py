@@ -33,12 +33,11 @@ from fedsim.engine.state import named
 from fedsim.folds import plain
 from fedsim.record.checkpoint import Checkpoints
 from fedsim.testing.packing import clipped, packed, packed_for_all
+from fedsim.testing.tasks import CLASSES, Make, suited
 from fedsim.testing.toys import (
-    CLASSES,
     COHORT,
     SIZES,
     Bench,
-    Make,
     Sent,
     bench,
     channel,
@@ -46,7 +45,6 @@ from fedsim.testing.toys import (
     one_client,
     rounds,
     run,
-    suited,
     tiny_problem,
 )
 

@@ -12,9 +12,7 @@ from jax import Array
 from fedsim import wire
 from fedsim.core import Average, Averaged, Tree
 from fedsim.folds import plain, uniform
-from fedsim.testing.toys import (
-    Coding,
-)
+from fedsim.testing.toys import Coding
 from fedsim.wire.marks import as_value, is_sent, joined, on_the_way, path_name
 
 
