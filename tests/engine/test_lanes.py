@@ -53,6 +53,8 @@ MILD = {"superior_soups": "superior_soups(lambda_a=0.3, lambda_d=0.3)"}
 MILD["fed_dm"] = "fed_dm(per_class=2, real=4, least=4, steps=3, server_epochs=2, server_batch=6)"
 MILD |= {name: f"{name}(server_steps=8, server_batch=4)" for name in ("fed_et", "fed_df")}
 MILD["fed_sp"] = "fed_sp(distil_steps=3, distil_batch=4, server_steps=2, server_batch=4)"
+# A rounding of the loss is divided by 2 epsilon: with 1e-3 lanes agree to 1e-4 of what moved (docs/algorithms/fed_kseed.md).
+MILD["fed_kseed"] = "fed_kseed(seeds=64, epsilon=0.25)"
 made = functools.cache(lambda name: find(MILD[name]) if name in MILD else ALGORITHMS[name])
 
 

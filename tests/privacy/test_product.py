@@ -105,7 +105,12 @@ def related(algorithm: str, kind: str, codec: str, mechanism: str) -> tuple[str,
         found.append("not to select clients by itself with dp='central'")
     if algorithm == "fed_dropout_avg" and mechanism in ("central", "local"):
         found.append("brings the fold mean_of_sent; choose dp=none")
-    if algorithm in ("superior_soups", "fed_dm") and mechanism == "example":
+    if algorithm == "fed_kseed" and mechanism in (
+        "central",
+        "local",
+    ):  # of pairs; `sends="sums"` leaves the fold to the run
+        found.append("brings the fold of_pairs; choose dp=none")
+    if algorithm in ("superior_soups", "fed_dm", "fed_kseed") and mechanism == "example":
         found.append("reads them more often than is accounted")
     return tuple(found)
 

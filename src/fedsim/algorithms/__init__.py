@@ -18,6 +18,7 @@ from fedsim.algorithms.fed_dm import fed_dm
 from fedsim.algorithms.fed_dropout_avg import fed_dropout_avg
 from fedsim.algorithms.fed_dyn import fed_dyn
 from fedsim.algorithms.fed_et import fed_et
+from fedsim.algorithms.fed_kseed import fed_kseed
 from fedsim.algorithms.fed_obd import fed_obd
 from fedsim.algorithms.fed_paq import fed_paq
 from fedsim.algorithms.fed_pcl import fed_pcl
@@ -45,6 +46,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "fed_obd": fed_obd,
     "fed_paq": fed_paq,
     "fed_dropout_avg": fed_dropout_avg,
+    "fed_kseed": fed_kseed,
     "superior_soups": superior_soups,
     "fed_ptr": fed_ptr,
     "fed_pcl": fed_pcl,
