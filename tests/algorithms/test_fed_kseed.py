@@ -180,6 +180,16 @@ def test_the_servers_optimizer_moves_the_numbers():
     assert not np.allclose(second, again.numbers.params["numbers"], rtol=1e-3)
 
 
+def test_directions_are_normal_and_differ_by_seed_leaf_and_pool():
+    shapes = {"a": jnp.zeros((40, 50)), "b": jnp.zeros(2000)}
+    one, other, pooled = (direction(jnp.int32(j), shapes, pool) for j, pool in ((3, 0), (4, 0), (3, 1)))
+    drawn = [np.ravel(z[path]) for z in (one, other, pooled) for path in shapes]
+    for z in drawn:
+        assert abs(z.mean()) < 0.1 and abs(z.std() - 1) < 0.1
+    close = np.corrcoef(drawn) - np.eye(len(drawn))
+    assert np.abs(close).max() < 0.1
+
+
 @pytest.mark.slow
 def test_the_loss_falls():
     task = task_of(passes=Passes(1, 20, 4))
