@@ -75,10 +75,16 @@ PAPERS = {
     "fed_sp": Paper("FedSP", "2311.06805", files("fed_sp", "speakers"), oracles="a-e", base="FedPrompt"),
     "llm": Paper("FedIT, FFA-LoRA, FLoRA and FedSA-LoRA on a decoder", "2305.05644", files("llm", "speakers")),
     "survey": Paper("A Survey on Efficient Federated Learning Methods for Foundation Model Training", "2401.04472", {}),
+    "survey": Paper(
+        "A Survey on Efficient Federated Learning Methods for Foundation Model Training",
+        "2401.04472",
+        files("survey", "front", "counted"),
+    ),
 }
 # Either reads a sweep's folder, and prints it as it does a kept result.
 ROWS = EXPERIMENTS / "fedpeft" / "rows.py"  # of FedPEFT's axes, with accuracies at equal bytes
 METHODS = EXPERIMENTS / "methods.py"
+SURVEY = EXPERIMENTS / "survey" / "rows.py"  # of METHODS', with both axes
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,8 @@ def trained(paper: str, name: str, size: str | None, json_: bool, further: Seque
     Raises:
         ValueError: cells that failed; whatever the sweep refuses.
     """
-    rows = own.execute(ROWS if paper == "fedpeft" and name != "privacy" else METHODS, "table", beside=True)
+    reads = ROWS if paper == "fedpeft" and name != "privacy" else SURVEY if paper == "survey" else METHODS
+    rows = own.execute(reads, "table", beside=True)
     file = PAPERS[paper].tables[name]
     module = own.execute(file, "table", beside=True)
     if size is None:
