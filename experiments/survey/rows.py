@@ -62,7 +62,7 @@ def of_axes(study: Study, setting: Setting, target: float | None) -> dict[str, A
     """What the axes ask of a method: means over its seeds and rounds, of one client and round where nothing else is said."""
     runs = [run for run in study.runs() if run.directory in {study.places[cell.key] for cell in setting.cells}]
     lines = [line for run in runs for line in run.rounds]
-    config, classes, clients = runs[0].config, runs[0].about["classes"], sum(line["clients"] for line in lines)
+    config, classes, clients = runs[0].config, len(runs[0].about["classes"]), sum(line["clients"] for line in lines)
     whole = axes.cost.count(axes.peft.parameters(axes.cost.split(config, classes, None)))
     steady = sum(line["seconds"] - line["compile_seconds"] for line in lines)
     held = axes.memory(config, classes, gradients=not config.algorithm.startswith("fed_kseed"))
