@@ -24,7 +24,7 @@ from fedsim import Config, Speed, Sweep
 TARGET = 0.5  # validation accuracy, for the bytes to it
 UPPER = ("blocks/10/*query", "blocks/10/*value", "blocks/11/*query", "blocks/11/*value")
 LORA: dict[str, Any] = {"peft": "lora", "rank": 4, "targets": UPPER}
-FAMILIES = {  # a method -> where the survey would put it
+FAMILIES = {  # a method -> what kind it is, in common words: the survey's own tables were not available
     "full": "full model",
     "head": "selective",
     "bias": "selective",
