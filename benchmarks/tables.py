@@ -84,7 +84,7 @@ PAPERS = {
 # Either reads a sweep's folder, and prints it as it does a kept result.
 ROWS = EXPERIMENTS / "fedpeft" / "rows.py"  # of FedPEFT's axes, with accuracies at equal bytes
 METHODS = EXPERIMENTS / "methods.py"
-SURVEY = EXPERIMENTS / "survey" / "rows.py"  # of METHODS', with both axes
+SURVEY = EXPERIMENTS / "survey" / "efficiency.py"  # of METHODS', with both axes
 
 
 @dataclass(frozen=True)

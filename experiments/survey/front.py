@@ -3,7 +3,7 @@
 Command:  fedsim sweep experiments/survey/front.py
           fedsim sweep experiments/survey/front.py:little                   (a minute, most of it compiling)
           python benchmarks/tables.py survey                                (the tables, as they are kept)
-          python experiments/survey/rows.py runs/front --keep experiments/results/survey_front_small.json --picture front.png
+          python experiments/survey/efficiency.py runs/front --keep experiments/results/survey_front_small.json --picture front.png
 Data:     digits (packaged), 1,000 examples, 20 clients, Dirichlet(0.5), 5 of them in a round.
 Model:    vit_s14 by its packaged weights, at 28 pixels: five tokens. What is trained is the method's: families of PEFT,
           algorithms and codecs on one of them, and seeds exchanged in place of parameters (FedKSeed).

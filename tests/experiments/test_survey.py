@@ -18,7 +18,7 @@ from fedsim import Config
 
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "experiments" / "results" / "survey_front_small.json"
-MODULES = ("axes", "front", "rows", "counted", "methods")
+MODULES = ("axes", "front", "efficiency", "counted", "methods")
 pytestmark = pytest.mark.usefixtures("compile_once")
 
 
@@ -149,7 +149,7 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_tables_say_what_is_measured_and_what_is_given(here: Any, tmp_path: Path) -> None:
-    rows = here("rows")
+    rows = here("efficiency")
     other = row(
         method="FedKSeed, head", family="seeds", rounds_to_target=None, bytes_to_target=None, up=32.0, bytes=64.0
     )
@@ -170,14 +170,14 @@ def test_the_tables_say_what_is_measured_and_what_is_given(here: Any, tmp_path: 
 
 
 def test_every_method_has_a_family_and_a_colour(here: Any) -> None:
-    front, rows = here("front"), here("rows")
+    front, rows = here("front"), here("efficiency")
     assert list(front.FAMILIES) == list(front.methods())
     assert set(front.FAMILIES.values()) == set(rows.COLOURS)
 
 
 @pytest.mark.skipif(not KEPT.is_file(), reason="nothing is kept yet")
 def test_what_is_kept_is_whole_and_the_page_prints_it(here: Any) -> None:
-    front, rows = here("front"), here("rows")
+    front, rows = here("front"), here("efficiency")
     found = json.loads(KEPT.read_text())
     assert [one["method"] for one in found["rows"]] == list(front.FAMILIES)
     assert found["target"] == front.TARGET and not any("+" in commit for commit in found["git"])
@@ -205,7 +205,7 @@ def test_everything_is_counted(here: Any) -> None:
 @pytest.mark.slow
 def test_the_little_sweep_gives_rows(here: Any, tmp_path: Path) -> None:
     """Bytes of a client by the formula, FLOPs and memory of three kinds, the target reached by who reaches it."""
-    front, rows = here("front"), here("rows")
+    front, rows = here("front"), here("efficiency")
     study = fedsim.sweep(replace(front.little), out=tmp_path / "little")
     found = rows.result(study, target=0.0, peak=1e12)
     full, head, kseed = found["rows"]

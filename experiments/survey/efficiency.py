@@ -1,8 +1,8 @@
 """Rows of the survey's table: those of `methods.py`, and what the two axes ask beside them; its picture.
 
-    python experiments/survey/rows.py runs/front                              (the tables of a sweep's folder)
-    python experiments/survey/rows.py runs/front --keep experiments/results/survey_front_small.json
-    python experiments/survey/rows.py experiments/results/survey_front_small.json --picture docs/images/survey_front.png
+    python experiments/survey/efficiency.py runs/front                              (the tables of a sweep's folder)
+    python experiments/survey/efficiency.py runs/front --keep experiments/results/survey_front_small.json
+    python experiments/survey/efficiency.py experiments/results/survey_front_small.json --picture docs/images/survey_front.png
 
 What is measured or counted is in the rows; what is given (`PLACES`) comes in when the table is printed.
 """
