@@ -74,7 +74,6 @@ PAPERS = {
     "fed_pcl": Paper("FedPCL", "2209.10083", files("fed_pcl", "domains", "downlink"), "FedPCL", "a-f"),
     "fed_sp": Paper("FedSP", "2311.06805", files("fed_sp", "speakers"), oracles="a-e", base="FedPrompt"),
     "llm": Paper("FedIT, FFA-LoRA, FLoRA and FedSA-LoRA on a decoder", "2305.05644", files("llm", "speakers")),
-    "survey": Paper("A Survey on Efficient Federated Learning Methods for Foundation Model Training", "2401.04472", {}),
     "survey": Paper(
         "A Survey on Efficient Federated Learning Methods for Foundation Model Training",
         "2401.04472",

@@ -65,13 +65,12 @@ LISTED = {
     "fed_et": "architectures",
     "fed_sp": "speakers",
     "llm": "speakers",
+    "survey": "front, counted",
 }
 PAPERS = (
     "fedpeft", "superior_soups", "fed_ptr", "fed_obd", "dfed_salt", "fed_res", "fed_dm", "fed_et", "fed_pcl", "fed_sp", "llm",
     "survey",
 )  # fmt: skip
-LISTED = {**TRAINED, "fed_pcl": "domains, downlink", "fed_dm": "few_rounds", "survey": "front, counted"}
-PAPERS = ("fedpeft", *TRAINED, "fed_dm", "fed_et", "fed_pcl", "fed_sp", "survey")
 
 
 @pytest.fixture(scope="module")
