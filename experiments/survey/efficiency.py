@@ -110,8 +110,8 @@ def measured(found: Mapping[str, Any]) -> str:
             line(
                 row["method"], row["family"], methods.spread(row["scores"]), rate,
                 f"{row['parameters'] / row['total']:.3%}", size(round(row["up"])), size(round(row["down"])),
-                times(2 * 4 * row["total"] / (row["up"] + row["down"])), f"{row['flops'] / 1e9:.2f}",
-                size(sum(row["memory"].values())), row["steps"], f"{row['mfu']:.0%}", *reached,
+                times(2 * 4 * row["total"] / (row["up"] + row["down"])), f"{row['flops'] / 1e9:.3g}",
+                size(sum(row["memory"].values())), row["steps"], f"{row['mfu']:.2g}", *reached,
             )
         )  # fmt: skip
     return "\n".join(lines)
@@ -124,14 +124,19 @@ def given(found: Mapping[str, Any]) -> str:
         cells: list[str] = []
         for place in PLACES.values():
             one = axes.times(work(row), place)
-            cells += [short(one.communication), short(one.computation), f"{one.granularity:.2g}", f"{one.energy:.2g}"]
+            cells += [short(one.communication), short(one.computation), number(one.granularity), number(one.energy)]
         lines.append(line(row["method"], *cells))
     return "\n".join(lines)
 
 
 def head(*columns: str) -> list[str]:
     """The head of a Markdown table, names to the left and all else to the right."""
-    return [line(*columns), "|---" + "|---:" * (len(columns) - 1) + "|"]
+    return [line(*columns), "".join("|---" if name in ("method", "family") else "|---:" for name in columns) + "|"]
+
+
+def number(x: float) -> str:
+    """Two digits, all that stand before the point: `0.0079`, `2.5`, `177`."""
+    return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
 
 
 def line(*cells: object) -> str:
@@ -171,10 +176,12 @@ def draw(found: Mapping[str, Any], file: Path) -> Path:
                 zorder=2,
             )
         for i in best:
+            first = i == best[0]
             axis.annotate(
-                rows[i]["method"], (costs[i], scores[i]), xytext=(5, -10), textcoords="offset points", fontsize=8
-            )
-        axis.margins(x=0.12, y=0.08)
+                rows[i]["method"], (costs[i], scores[i]), xytext=(6, -11) if first else (-7, 5), textcoords="offset points",
+                ha="left" if first else "right", fontsize=8,
+            )  # fmt: skip
+        axis.margins(x=0.25, y=0.1)
     left.set_ylabel("test accuracy")
     left.set_title("communication: the grey line is the front", fontsize=10, loc="left")
     right.set_title("computation", fontsize=10, loc="left")

@@ -155,7 +155,7 @@ def test_the_tables_say_what_is_measured_and_what_is_given(here: Any, tmp_path: 
     )
     found = {"rows": [row(), other], "target": 0.5}
     lines = rows.measured(found).splitlines()
-    numbers = "0.750 | 0.003 (edge) | 10.000% | 400 B | 400 B | 10.0x | 2.00 | 4.73 KiB | 4 | 25% | 6 | 2.00 KiB | 24"
+    numbers = "0.750 | 0.003 (edge) | 10.000% | 400 B | 400 B | 10.0x | 2 | 4.73 KiB | 4 | 0.25 | 6 | 2.00 KiB | 24"
     assert lines[2] == f"| full | full model | {numbers} |"
     assert lines[3].endswith("| – | – | – |")
     given = rows.given(found).splitlines()
@@ -163,7 +163,7 @@ def test_the_tables_say_what_is_measured_and_what_is_given(here: Any, tmp_path: 
     phone = rows.PLACES["phone"]
     one = rows.axes.times(rows.Work(400, 400, 2e9, 4), phone)
     assert (
-        f"| full | {rows.short(one.communication)} | {rows.short(one.computation)} | {one.granularity:.2g} |"
+        f"| full | {rows.short(one.communication)} | {rows.short(one.computation)} | {rows.number(one.granularity)} |"
         in given[2]
     )
     assert rows.draw(found, tmp_path / "front.png").stat().st_size > 10_000
