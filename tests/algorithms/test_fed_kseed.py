@@ -15,7 +15,8 @@ from fedsim.core import Batch, Client, Passes
 from fedsim.engine.keys import key_for
 from fedsim.folds import by_examples
 from fedsim.testing.contract import CHECKS, same
-from fedsim.testing.toys import SIZES, one_client, run, tiny_problem, tiny_task
+from fedsim.testing.tasks import tiny_task
+from fedsim.testing.toys import SIZES, one_client, run, tiny_problem
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
