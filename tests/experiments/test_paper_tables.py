@@ -96,7 +96,6 @@ def test_names(environment: dict[str, str]) -> None:
     ("options", "further", "said"),
     [
         ({"table": "comunication"}, [], "did you mean communication"),
-        ({"paper": "survey"}, [], "paper='survey' to be one that has tables: not yet"),
         ({"small": True, "full": True}, [], "not both"),
         ({"paper": "fed_res", "full": True}, [], "with --small alone"),
         ({}, ["--jobs", "2"], "--jobs with --small or --full"),
@@ -105,6 +104,12 @@ def test_names(environment: dict[str, str]) -> None:
 def test_what_is_refused(tables: ModuleType, options: dict[str, Any], further: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         tables.main(tables.Options(**{"paper": "fedpeft", **options}), further)
+
+
+def test_a_paper_without_tables_is_refused(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tables.PAPERS, "later", tables.Paper("Later", "0000.00000", {}))
+    with pytest.raises(ValueError, match="paper='later' to be one that has tables: not yet"):
+        tables.main(tables.Options("later"))
 
 
 @pytest.mark.parametrize("axis", ["client_stability", "data_distribution", "data_scarcity", "domain_gap"])
