@@ -70,7 +70,7 @@ PAPERS = {
         "Federated Residual Learning", "2003.12880", files("fed_res", "concept_shift"), "FedRes avg", "a-g"
     ),
     "fed_dm": Paper("FedDM", "2207.09653", files("fed_dm", "few_rounds"), "FedDM", "a-g"),
-    "fed_et": Paper("Fed-ET", "2204.12703", files("fed_et", "architectures"), oracles="a-f"),
+    "fed_et": Paper("Fed-ET", "2204.12703", files("fed_et", "architectures"), "Fed-ET", "a-f", base="FedAvg, smallest"),
     "fed_pcl": Paper("FedPCL", "2209.10083", files("fed_pcl", "domains", "downlink"), "FedPCL", "a-f"),
     "fed_sp": Paper("FedSP", "2311.06805", files("fed_sp", "speakers"), oracles="a-e", base="FedPrompt"),
     "llm": Paper("FedIT, FFA-LoRA, FLoRA and FedSA-LoRA on a decoder", "2305.05644", files("llm", "speakers")),
