@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def by_client(run: Run) -> list[float]:
     return [of["memory" if "memory" in of else "global"] for of in each]
 
 
-def told(found: dict[str, Any], study: Study, rate: float) -> dict[str, Any]:
+def told(found: dict[str, Any], study: Study, rate: float, rates: Sequence[float]) -> dict[str, Any]:
     """The result with the clients' perplexities and the one rate; zero-shot sends nothing."""
     runs: dict[str, list[Run]] = {}
     for cell, run in zip((row for row in study.rows() if row["state"] == "done"), study.runs(), strict=True):
@@ -107,7 +108,7 @@ def told(found: dict[str, Any], study: Study, rate: float) -> dict[str, Any]:
         row["clients"] = own
         row["scores"] = [statistics.mean(each) for each in own]
         row["worst"] = statistics.mean(max(each) for each in own)
-        row["rate"] = rate
+        row["rate"], row["at_the_edge"] = rate, rate in (min(rates), max(rates))
         if row[methods.METHOD] == ZERO_SHOT:
             row["bytes"], row["rate"], row["at_the_edge"] = 0, 0.0, False
     return found
@@ -155,7 +156,7 @@ def main(out: Path, small: bool = False, keep: Path | None = None) -> dict[str, 
     ours = base.replace(dataset=str(spoken(out / "speakers.jsonl", 0)))
     grid = {methods.METHOD: compared(ours, best)}
     study = fedsim.sweep(Sweep(base=ours, grid=grid, seeds=1 if small else 2, speed=speed), out=out / "table")
-    found = told(methods.result(study, rates=rates), study, best)
+    found = told(methods.result(study, rates=rates), study, best, rates)
     print(draw(found, out / "perplexity_speakers.png"))
     if keep is not None:
         methods.write(found, keep)
