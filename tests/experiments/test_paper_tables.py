@@ -123,7 +123,7 @@ def test_a_kept_table_says_its_commit(tables: ModuleType, axis: str, capsys: pyt
     assert rest.split("\n\n")[0] in (ROOT / "docs" / "fedpeft.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("system", "table"), [*TRAINED.items(), ("fedpeft", "privacy")])
+@pytest.mark.parametrize(("system", "table"), [*TRAINED.items(), ("fedpeft", "privacy"), ("llm", "speakers")])
 def test_a_kept_table_of_a_system(
     tables: ModuleType, system: str, table: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,13 +132,14 @@ def test_a_kept_table_of_a_system(
     head, _, rest = capsys.readouterr().out.partition("\n\n")
     kept = json.loads((ROOT / "experiments" / "results" / f"{system}_{table}_small.json").read_text())
     assert head == f"{table}, {system}_{table}_small.json, commit {', '.join(kept['git'])}:"
-    page = "docs/fedpeft.md" if system == "fedpeft" else f"docs/algorithms/{system}.md"
+    page = {"fedpeft": "docs/fedpeft.md", "llm": "docs/language_models.md"}.get(system, f"docs/algorithms/{system}.md")
     assert rest.strip() in (ROOT / page).read_text(encoding="utf-8")
     module = own.execute(tables.PAPERS[system].tables[table], "table", beside=True)
     if hasattr(module, "sweep"):
         assert len(kept["rows"]) == math.prod(len(values) for values in module.sweep.grid.values())
     else:
-        assert [row["method"] for row in kept["rows"]] == list(module.METHODS)
+        methods = module.compared(module.BASE, 1e-3) if system == "llm" else module.METHODS
+        assert [row["method"] for row in kept["rows"]] == list(methods)
 
 
 def test_the_summary_is_in_the_document(tables: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
