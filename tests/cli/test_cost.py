@@ -145,24 +145,15 @@ def test_what_clients_are_given_once_counts_what_they_start_from(
 
 @pytest.mark.parametrize("algorithm", algorithms.ALGORITHMS)
 def test_every_algorithm_is_priced_from_the_command_line(algorithm: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Or refuses the trained part by its name; `weighting` is uniform, as some need."""
-    peft = "ffa_lora" if algorithm == "ffa_lora" else "lora"
-    groups = ["--groups", "small(peft='bias', share=1.0)", "server()"] if algorithm == "fed_et" else []
-    argv = [
-        *groups,
-        "--backbone",
-        "vit_tiny",
-        "--peft",
-        peft,
-        "--input-shape",
-        "32",
-        "32",
-        "3",
-        "--clients",
-        "12",
-        "--clients-per-round",
-        "6",
-    ]
+    """Each on what it trains; `weighting` is uniform, as some need."""
+    images = ["--backbone", "vit_tiny", "--input-shape", "32", "32", "3", "--peft"]
+    asked = {
+        "ffa_lora": [*images, "ffa_lora"],
+        "fed_et": [*images, "lora", "--groups", "small(peft='bias', share=1.0)", "server()"],
+        "fed_kseed": [*images, "lora", "--optimizer", "sgd"],
+        "fed_sp": ["--task", "language_model", "--backbone", "decoder_tiny", "--peft", "prefix"],
+    }
+    argv = [*asked.get(algorithm, [*images, "lora"]), "--clients", "12", "--clients-per-round", "6"]
     assert (
         cli.main(["cost", *argv, "--rounds", "120", "--algorithm", algorithm, "--weighting", "uniform", "--json"]) == 0
     )

@@ -175,6 +175,8 @@ class CostOptions(Model):
     """Several architectures at once, as for `fedsim run`; a row is of all of them."""
     weighting: Literal["examples", "uniform"] = Config.weighting
     """Weight of a client in the mean, which some algorithms need to be uniform."""
+    optimizer: str = Config.optimizer
+    """Clients' optax optimizer, which some algorithms need to be plain SGD."""
     codec_up: str = Config.codec_up
     """What clients' messages are cast to on the wire, as for `fedsim run`."""
     codec_down: str = Config.codec_down
