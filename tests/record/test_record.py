@@ -317,7 +317,8 @@ def test_killed_writer_leaves_whole_lines(tmp_path: Path) -> None:
         found = record.rounds(tmp_path)  # raises if a line is damaged, missing or double
         assert len(found) > before
         before = len(found)
-        assert (tmp_path / record.ROUNDS).read_bytes().endswith(b"\n")
+        # The system may end a write between two pages: less than a line may stand behind the last one, and is cut off.
+        assert (tmp_path / record.ROUNDS).read_bytes().count(b"\n") == len(found)
 
 
 def test_load_reads_parameters_summary_and_table(tmp_path: Path) -> None:
