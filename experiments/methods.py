@@ -12,14 +12,13 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tyro
 
 import fedsim
-from fedsim import Sweep, load_sweep, record
+from fedsim import Config, Speed, Sweep, load_sweep, record
 from fedsim.record import Run
 from fedsim.sweeps.study import Setting, Study
 from fedsim.units import size
@@ -95,20 +94,30 @@ def last_phase(rounds: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def measured(
-    choosing: Sweep, final: Sweep, methods: Mapping[str, dict[str, Any]], rates: Sequence[float], out: Path
-) -> dict[str, Any]:
+    choosing: Config, final: Config, methods: Mapping[str, dict[str, Any]], rates: Sequence[float], out: Path, *,
+    seeds: int = 3, keep: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Runs both studies, or what is missing of them: the first chooses each method's rate, the second is the result.
 
     Args:
-        choosing, final: without methods and rates; on data that have nothing to do with each other.
+        choosing, final: on data that have nothing to do with each other.
+        rates: the grid, of every method.
+        seeds: of the second study.
+        keep: file of the result as JSON.
     """
-    first = fedsim.sweep(replace(choosing, grid={METHOD: dict(methods), "lr": list(rates)}), out=out / "rates")
+    speed = Speed(checkpoint_every=1000)
+    grid = {METHOD: dict(methods), "lr": list(rates)}
+    first = fedsim.sweep(Sweep(base=choosing, grid=grid, seeds=[100], speed=speed), out=out / "rates")
     runs: dict[str, list[Run]] = {}
     for row, run in zip((row for row in first.rows() if row["state"] == "done"), first.runs(), strict=True):
         runs.setdefault(row[METHOD], []).append(run)
     best = {name: max(each, key=answering).config.lr for name, each in runs.items()}
     chosen = {name: {**options, "lr": best[name]} for name, options in methods.items()}
-    return result(fedsim.sweep(replace(final, grid={METHOD: chosen}), out=out / "table"), rates=rates)
+    study = fedsim.sweep(Sweep(base=final, grid={METHOD: chosen}, seeds=seeds, speed=speed), out=out / "table")
+    found = result(study, rates=rates)
+    if keep is not None:
+        write(found, keep)
+    return found
 
 
 def spread(values: Sequence[float]) -> str:

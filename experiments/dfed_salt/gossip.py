@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import methods
 
-from fedsim import Config, Speed, Sweep
+from fedsim import Config
 
 RATES = [0.01, 0.03, 0.1, 0.3, 1.0]
 GRAPHS = ("ring", "grid", "exponential", "full", "random")
@@ -61,14 +61,8 @@ def main(out: Path, small: bool = False, keep: Path | None = None) -> dict[str, 
         keep: file of the result as JSON.
     """
     base = BASE.replace(rounds=3, eval_every=3, examples=1000) if small else BASE
-    speed = Speed(checkpoint_every=1000)
     chosen = {name: METHODS[name] for name in FEW} if small else METHODS
-    choosing = Sweep(base=base, seeds=[100], speed=speed)
-    final = Sweep(base=base, seeds=1 if small else 3, speed=speed)
-    found = methods.measured(choosing, final, chosen, [0.1] if small else RATES, out)
-    if keep is not None:
-        methods.write(found, keep)
-    return found
+    return methods.measured(base, base, chosen, [0.1] if small else RATES, out, seeds=1 if small else 3, keep=keep)
 
 
 if __name__ == "__main__":

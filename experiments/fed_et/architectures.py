@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import methods
 
-from fedsim import Config, Speed, Sweep
+from fedsim import Config
 from fedsim.data import read
 
 RATES = [0.03, 0.1, 0.2]
@@ -100,14 +100,12 @@ def main(out: Path, small: bool = False, keep: Path | None = None) -> dict[str, 
         keep: file of the result as JSON.
     """
     base = BASE.replace(rounds=2, eval_every=2) if small else BASE
-    speed = Speed(checkpoint_every=1000)
     chosen = {name: METHODS[name] for name in FEW} if small else METHODS
-    choosing = Sweep(base=base.replace(dataset=str(images(out / "other.npz", 30_000))), seeds=[100], speed=speed)
-    final = Sweep(base=base.replace(dataset=str(images(out / "images.npz", 0))), seeds=1 if small else 3, speed=speed)
-    found = methods.measured(choosing, final, chosen, [0.1] if small else RATES, out)
-    if keep is not None:
-        methods.write(found, keep)
-    return found
+    other, own = (
+        base.replace(dataset=str(images(out / name, first)))
+        for name, first in (("other.npz", 30_000), ("images.npz", 0))
+    )
+    return methods.measured(other, own, chosen, [0.1] if small else RATES, out, seeds=1 if small else 3, keep=keep)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import methods
 
-from fedsim import Config, Speed, Sweep
+from fedsim import Config
 from fedsim.data import read
 
 RATES = [1e-4, 3e-4, 1e-3, 3e-3]
@@ -97,14 +97,12 @@ def main(out: Path, small: bool = False, keep: Path | None = None) -> dict[str, 
         keep: file of the result as JSON.
     """
     base = BASE.replace(rounds=3, eval_every=3) if small else BASE
-    speed = Speed(checkpoint_every=1000)
     chosen = {name: METHODS[name] for name in FEW} if small else METHODS
-    choosing = Sweep(base=base.replace(dataset=str(domains(out / "other.npz", 30_000))), seeds=[100], speed=speed)
-    final = Sweep(base=base.replace(dataset=str(domains(out / "domains.npz", 0))), seeds=1 if small else 3, speed=speed)
-    found = methods.measured(choosing, final, chosen, [1e-3] if small else RATES, out)
-    if keep is not None:
-        methods.write(found, keep)
-    return found
+    other, own = (
+        base.replace(dataset=str(domains(out / name, first)))
+        for name, first in (("other.npz", 30_000), ("domains.npz", 0))
+    )
+    return methods.measured(other, own, chosen, [1e-3] if small else RATES, out, seeds=1 if small else 3, keep=keep)
 
 
 if __name__ == "__main__":

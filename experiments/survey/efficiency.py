@@ -36,10 +36,8 @@ PLACES = {  # examples of a client's device and network: all given
     "thin network": Place(download=0.5, upload=0.1, latency=200, peak=100e9, reached=0.3, computing=5, sending=1),
     "slow device": Place(download=200, upload=200, latency=10, peak=2e9, reached=0.3, computing=2, sending=1),
 }
-COLOURS = {
-    "full model": "#444444", "selective": "#0072b2", "additive": "#009e73", "reparametrised": "#d55e00", "quantised": "#cc79a7",
-    "sparse": "#e69f00", "seeds": "#000000",
-}  # fmt: skip
+NAMES = ("selective", "reparametrised", "additive", "quantised", "sparse", "seeds", "full model")
+COLOURS = dict(zip(NAMES, plots.COLORS, strict=True))
 
 
 def result(study: Study, target: float | None = None, peak: float | None = None) -> dict[str, Any]:

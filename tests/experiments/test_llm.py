@@ -43,12 +43,12 @@ def test_the_same_speakers_are_drawn_again(speakers: Any, tmp_path: Path) -> Non
     assert {row["split"] for row in rows} <= {"train", "validation", "test"}
 
 
-def test_all_methods_see_as_many_windows(speakers: Any) -> None:
-    """Federated: rounds of a cohort's steps; centralised: every step has all clients."""
+def test_centralised_takes_the_cohorts_steps(speakers: Any) -> None:
+    """As many windows a round, of the same size of batch."""
     base = speakers.BASE
-    central = speakers.compared(base, 1e-3)["centralised"]
-    seen = base.rounds * base.clients_per_round * base.steps
-    assert central["rounds"] * central["clients_per_round"] == pytest.approx(seen, abs=base.clients)
+    central = base.replace(**speakers.compared(base, 1e-3)["centralised"])
+    assert (central.clients, central.rounds, central.batch_size) == (1, base.rounds, base.batch_size)
+    assert central.steps == base.clients_per_round * base.steps
 
 
 @pytest.mark.slow

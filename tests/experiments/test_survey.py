@@ -175,7 +175,6 @@ def test_every_method_has_a_family_and_a_colour(here: Any) -> None:
     assert set(front.FAMILIES.values()) == set(rows.COLOURS)
 
 
-@pytest.mark.skipif(not KEPT.is_file(), reason="nothing is kept yet")
 def test_what_is_kept_is_whole_and_the_page_prints_it(here: Any) -> None:
     front, rows = here("front"), here("efficiency")
     found = json.loads(KEPT.read_text())

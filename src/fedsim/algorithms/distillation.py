@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from fedsim.algorithms.fed_dm import checked
+from fedsim.config import whole_number
 from fedsim.core import Batch, Cohort, Info, Metrics, Params, Task, Tree
 from fedsim.folds import Stacked, stack, weighted_sum
 from fedsim.training.local import fit
@@ -148,7 +148,7 @@ def students(
     Raises:
         ValueError: numbers out of range, an unknown optimizer, a language model.
     """
-    checked(server_steps=(steps, 0), server_batch=(batch, 1))
+    whole_number(server_steps=(steps, 0), server_batch=(batch, 1))
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < float("inf"):
         raise ValueError(f"Expected server_rate={rate!r} >= 0; leave it out.")
     if not all(one.classes for one in (task, *task.groups.values())):

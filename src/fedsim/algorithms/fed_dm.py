@@ -25,7 +25,7 @@ from jax import Array
 
 from fedsim.algorithms.prototypes import bits, flags
 from fedsim.algorithms.synthetic import chosen, cut, is_number, learnt, numbers, perturbed, radius, steps_of, whole
-from fedsim.config import one_of
+from fedsim.config import one_of, whole_number
 from fedsim.core import Algorithm, Batch, Client, Cohort, Local, Metrics, Params, Passes, Task, Tree
 from fedsim.engine.keys import key_for
 from fedsim.folds import Stacked, stack, uniform
@@ -117,8 +117,10 @@ def fed_dm(
     Raises:
         ValueError: numbers out of range, options that do not go together, a model without classes or features.
     """
-    checked(per_class=(per_class, 1), steps=(steps, 1), real=(real, 1), least=(least, 1), server_epochs=(server_epochs, 0),
-            server_batch=(server_batch, 1))  # fmt: skip
+    whole_number(
+        per_class=(per_class, 1), steps=(steps, 1), real=(real, 1), least=(least, 1), server_epochs=(server_epochs, 0),
+        server_batch=(server_batch, 1),
+    )  # fmt: skip
     floats = {"rho": rho or 0.0, "noise": noise, "server_rate": server_rate, "server_momentum": server_momentum}
     for name, value in {**floats, "server_decay": server_decay}.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
@@ -147,13 +149,6 @@ def fed_dm(
     )
     server = Training(server_epochs, server_batch, server_rate, server_momentum, server_decay)
     return Matching(task, recipe).algorithm(server, watch)
-
-
-def checked(**numbers: tuple[Any, int]) -> None:
-    """Raises `ValueError` for what is no whole number, or less than the least one; by name (value, least)."""
-    for name, (value, least) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"Expected {name}={value!r} >= {least}, a whole number; leave it out.")
 
 
 def apart(task: Task, held: Tree, params: Params, synthetic: Tree, real: Tree, mask: Array, has: Array) -> Array:

@@ -29,6 +29,7 @@ from jax import Array, lax
 from fedsim import wire
 from fedsim.algorithms.fed_avg import Server as Averaged
 from fedsim.algorithms.fed_avg import descend
+from fedsim.config import whole_number
 from fedsim.core import Algorithm, Batch, Client, Cohort, Metrics, Params, Population, Task, Tree, draw
 from fedsim.training.local import Fit, fit
 from fedsim.wire import Codec, Sent, coded, kept
@@ -146,11 +147,9 @@ def check(lam: float, beta: float | None, stage1: int, stage2: int, reference: s
     """Raises `ValueError` for options out of range; `nnadq` refuses a beta."""
     if isinstance(lam, bool) or not isinstance(lam, (int, float)) or not 0 <= lam <= 1:
         raise ValueError(f"Expected 0 <= lam={lam!r} <= 1, the share of entries that clients leave out; give lam=0.3.")
-    for name, value, least in (("stage1", stage1, 0), ("stage2", stage2, 0), ("patience", patience, 1)):
-        if value is None and name == "patience":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"Expected {name}={value!r} >= {least}, a whole number; give stage1=100, stage2=10.")
+    whole_number(stage1=(stage1, 0), stage2=(stage2, 0))
+    if patience is not None:
+        whole_number(patience=(patience, 1))
     if stage1 + stage2 == 0:
         raise ValueError(f"Expected stage1={stage1} + stage2={stage2} > 0, rounds; give stage1=100.")
     if reference not in ("server", "broadcast"):

@@ -26,7 +26,7 @@ from optax.tree_utils import tree_norm, tree_sub
 
 from fedsim.algorithms.fed_avg import Server as Averaged
 from fedsim.algorithms.fed_avg import descend
-from fedsim.config import one_of
+from fedsim.config import one_of, whole_number
 from fedsim.core import Algorithm, Batch, Client, Cohort, Local, Metrics, Params, Task, Tree
 from fedsim.training.local import fit, stepped
 from fedsim.training.server import trainer
@@ -91,14 +91,7 @@ def fed_ptr(
         ValueError: numbers out of range, words that are none, a space that the task does not have.
     """
     onward = unroll if onward is None else onward
-    for name, value, least in (
-        ("per_class", per_class, 1),
-        ("unroll", unroll, 1),
-        ("onward", onward, 0),
-        ("iterations", iterations, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"Expected {name}={value!r} >= {least}, a whole number; leave it out.")
+    whole_number(per_class=(per_class, 1), unroll=(unroll, 1), onward=(onward, 0), iterations=(iterations, 0))
     for name, value, open_ in (("lam", lam, False), ("data_rate", data_rate, True), ("first_rate", first_rate, True)):
         if (
             isinstance(value, bool)

@@ -29,7 +29,7 @@ from fedsim.algorithms.fed_avg import descend
 from fedsim.algorithms.parts import rate
 from fedsim.algorithms.tied import Shape, shape_of, thinned, tied, tiled, uniques
 from fedsim.backbones.load import draw
-from fedsim.config import one_of
+from fedsim.config import one_of, whole_number
 from fedsim.core import Algorithm, Batch, Client, Cohort, Local, Metrics, Params, Task, Tree
 from fedsim.training.local import Fit, fit
 from fedsim.training.server import trainer
@@ -100,11 +100,10 @@ def fed_sp(
     Raises:
         ValueError: numbers out of range, options that do not go together, a model that trains anything but its prefix.
     """
-    counts = {"distil_steps": (distil_steps, 0), "server_steps": (server_steps, 0), "reparam": (reparam, 0)}
-    counts |= {"unique": (unique, 1), "distil_batch": (distil_batch, 1), "server_batch": (server_batch, 1)}
-    for name, (count, least) in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < least:
-            raise ValueError(f"Expected {name}={count!r} >= {least}, a whole number; leave it out.")
+    whole_number(
+        distil_steps=(distil_steps, 0), server_steps=(server_steps, 0), reparam=(reparam, 0), unique=(unique, 1),
+        distil_batch=(distil_batch, 1), server_batch=(server_batch, 1),
+    )  # fmt: skip
     for name, step in (("distil_rate", distil_rate), ("server_rate", server_rate)):
         if isinstance(step, bool) or not isinstance(step, (int, float)) or not 0 <= step < math.inf:
             raise ValueError(f"Expected {name}={step!r} >= 0; leave it out for 5e-4.")

@@ -41,4 +41,4 @@ from fedsim.config.scores import (
     metric_of,
     metric_of_clients,
 )
-from fedsim.config.words import nearest, one_of, positive, require_known, shown
+from fedsim.config.words import nearest, one_of, positive, require_known, shown, whole_number

@@ -25,6 +25,13 @@ def positive(**values: Any) -> None:
             raise ValueError(f"Expected {name}={shown(value)} > 0; give a positive number.")
 
 
+def whole_number(**values: tuple[Any, int]) -> None:
+    """Raises `ValueError` for what is no whole number, or less than the least one; by name (value, least)."""
+    for name, (value, least) in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"Expected {name}={shown(value)} >= {least}, a whole number; leave it out, or give one.")
+
+
 def one_of(allowed: Sequence[str], **values: Any) -> None:
     """Raises `ValueError` unless every value is one of `allowed`, naming the nearest."""
     for name, value in values.items():

@@ -27,6 +27,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fedsim.config import whole_number
 from fedsim.core import Batch, Metrics, Params, Tree
 from fedsim.engine import processes
 from fedsim.engine.device_memory import exhausted
@@ -59,9 +60,7 @@ def trainer(loss: Loss, optimizer: optax.GradientTransformation, batch: int, ste
         ValueError: impossible numbers; of `run`: no examples, or of different lengths; a batch that does not fit into a
             device's memory.
     """
-    for name, value, least in (("batch", batch, 1), ("steps", steps, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"Expected {name}={value!r} >= {least} of the server's training; give a whole number.")
+    whole_number(batch=(batch, 1), steps=(steps, 0))
 
     @functools.cache
     def program(mesh: Mesh | None) -> Any:
