@@ -96,7 +96,7 @@ def test_values_that_are_no_changes_are_refused() -> None:
         return wire.coded({"w": jnp.zeros(3)}, change=False), client.memory, {}
 
     with pytest.raises(
-        ValueError, match=r"Expected codec_up='dp=local' to get changes alone.*choose dp=example or none"
+        ValueError, match=r"Expected codec_up='dp=local' to get changes alone.*choose dp=none, dp=example where"
     ):
         exchanged(average(), local=saying()._replace(finish=finish), up=noised(1.0, 1.0))
     with pytest.raises(ValueError, match=r"average='mean of private messages', but .* is not marked"):

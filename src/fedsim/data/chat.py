@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 ANSWERS = "assistant"  # role whose turns are answers
 ROLES = ("system", "user", "assistant", "tool")
+MARKS = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"  # which newer versions write, and which counts where it is there
 
 
 class Turn(NamedTuple):
@@ -96,8 +98,7 @@ def content_of(value: Any, where: str) -> str:
 
 def template_file(tokenizer_file: Path) -> Path | None:
     """The file beside a tokenizer that a chat template would be in; None where there is none."""
-    names = ("chat_template.jinja", "tokenizer_config.json")  # newer versions write the former, which counts
-    return next((file for name in names if (file := tokenizer_file.with_name(name)).is_file()), None)
+    return next((file for name in (TEMPLATE, MARKS) if (file := tokenizer_file.with_name(name)).is_file()), None)
 
 
 def marks(tokenizer_file: Path | None) -> Marks:
@@ -108,7 +109,7 @@ def marks(tokenizer_file: Path | None) -> Marks:
     """
     if tokenizer_file is None:
         return Marks()
-    file, alone = tokenizer_file.with_name("tokenizer_config.json"), tokenizer_file.with_name("chat_template.jinja")
+    file, alone = tokenizer_file.with_name(MARKS), tokenizer_file.with_name(TEMPLATE)
     said: dict[str, Any] = {}
     if file.is_file():
         try:
@@ -120,7 +121,7 @@ def marks(tokenizer_file: Path | None) -> Marks:
     template = said.get("chat_template")
     if isinstance(template, list):  # several by name
         template = next((t.get("template") for t in template if t.get("name") == "default"), None)
-    if alone.is_file():  # which newer versions write, and which counts where it is there
+    if alone.is_file():
         template = alone.read_text(encoding="utf-8")
     tokens = {
         name: token if isinstance(token, str) else token.get("content", "")

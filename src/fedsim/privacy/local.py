@@ -18,7 +18,7 @@ from fedsim.folds import mean, uniform
 from fedsim.privacy.clipping import clip
 from fedsim.wire import Codec, Sent
 
-INSTEAD = "choose dp=example or none, or an algorithm whose replies are changes"
+INSTEAD = "choose dp=none, dp=example where the algorithm takes it, or an algorithm whose replies are changes"
 
 
 def noised(clip_norm: float, noise_multiplier: float, behind: Codec | None = None) -> Codec:
