@@ -72,7 +72,7 @@ PAPERS = {
     "fed_dm": Paper("FedDM", "2207.09653", files("fed_dm", "few_rounds"), "FedDM", "a-g"),
     "fed_et": Paper("Fed-ET", "2204.12703", files("fed_et", "architectures"), "Fed-ET", "a-f", base="FedAvg, smallest"),
     "fed_pcl": Paper("FedPCL", "2209.10083", files("fed_pcl", "domains", "downlink"), "FedPCL", "a-f"),
-    "fed_sp": Paper("FedSP", "2311.06805", files("fed_sp", "speakers"), oracles="a-e", base="FedPrompt"),
+    "fed_sp": Paper("FedSP", "2311.06805", files("fed_sp", "speakers"), "FedSP", "a-e", base="FedPrompt"),
     "llm": Paper("FedIT, FFA-LoRA, FLoRA and FedSA-LoRA on a decoder", "2305.05644", files("llm", "speakers")),
     "survey": Paper(
         "A Survey on Efficient Federated Learning Methods for Foundation Model Training",

@@ -57,12 +57,11 @@ def test_json_holds_the_table(environment: dict[str, str]) -> None:
 TRAINED = {
     "superior_soups": "few_rounds", "fed_ptr": "trajectories", "fed_obd": "communication", "dfed_salt": "gossip",
     "fed_res": "concept_shift", "fed_pcl": "domains",
-    "fed_dm": "few_rounds", "fed_et": "architectures",
+    "fed_dm": "few_rounds", "fed_et": "architectures", "fed_sp": "speakers",
 }  # fmt: skip
 LISTED = {
     **TRAINED,
     "fed_pcl": "domains, downlink",
-    "fed_sp": "speakers",
     "llm": "speakers",
     "survey": "front, counted",
 }
