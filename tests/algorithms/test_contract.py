@@ -71,6 +71,7 @@ def spoilt(change: Callable[[Any, Any], Any]) -> Callable[[Task], Algorithm]:
     return make
 
 
+@pytest.mark.slow
 def test_what_is_wrong_in_one_group_is_found() -> None:
     """A state whose structure changes, a server that moves without a client, and bytes that are not there."""
     wider = spoilt(lambda server, _: {**server, "round": jnp.int32(1)})

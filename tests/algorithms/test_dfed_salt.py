@@ -40,6 +40,7 @@ def apart(parts):
     return lambda task: gossip(task, parts, alone, everybody(rule("full")))
 
 
+@pytest.mark.slow
 def test_oracle_a_salt_without_a_radius_is_alt():
     """And with a small one it is near, and with a large one not."""
     task, rounds = sgd_task(), (BOTH,) * 2

@@ -185,6 +185,7 @@ def classes_of(problem, id, least):
     return [c for c in range(CLASSES) if (y == c).sum() >= least]
 
 
+@pytest.mark.slow
 def test_labels_and_bytes_are_those_of_the_classes_that_clients_have():
     own = {id: classes_of(PROBLEM, id, EACH) for id in COHORT}
     assert 0 < sum(map(len, own.values())) < CLASSES * len(COHORT)
@@ -227,6 +228,7 @@ def test_the_order_of_clients_does_not_matter_to_a_full_batch():
     same(a.params, b.params, "clients in another order", rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bytes_of_images_may_be_eight_bits():
     """Images come as bytes: what is learnt are intensities, and with uint8 they go back as bytes."""
     x = np.random.default_rng(0).integers(0, 256, PROBLEM.x.shape).astype(np.uint8)
@@ -255,6 +257,7 @@ def test_noise_is_added_to_a_gradient_that_was_cut():
     assert abs(np.corrcoef(noise.ravel(), other.ravel())[0, 1]) < 0.05
 
 
+@pytest.mark.slow
 def test_privately_no_real_example_begins():
     """From noise, with a gradient cut to nothing: what is sent does not depend on the data."""
     options = {**QUICK, "clip": 1e-6, "noise": 0.0, "init": "noise"}
@@ -275,6 +278,7 @@ def test_bytes_are_rounded_and_clamped():
     np.testing.assert_array_equal(reply["x"], [[[3, 0, 255]]] * CLASSES)
 
 
+@pytest.mark.slow
 def test_masks_go_along_with_what_is_learnt():
     """Texts behind a frozen part are vectors of tokens and a mask of those that are real: the mask stays its example's."""
 

@@ -92,6 +92,7 @@ def learnt(lesson, lam, rate=0.5):
 # --- the oracles
 
 
+@pytest.mark.slow
 def test_a_of_one_architecture_all_of_it_shared_and_no_step_it_is_fed_avg():
     plain, _, before = run(fed_avg, PROBLEM, ONE, task=alone(SMALL))
     found, _, after = run(et(shared=("*",), server_steps=0), PROBLEM, ONE, task=ALIKE)
@@ -116,6 +117,7 @@ def with_head_of(task, other):
     return {path: (head if path.startswith("head/") else start)[path] for path in start}
 
 
+@pytest.mark.slow
 def test_c_without_diversity_and_votes_towards_probabilities_it_is_fed_df():
     options = {**QUICK, "server_optimizer": "sgd(momentum=0.9)"}
     expected, _, _ = run(lambda task: fed_df(task, cosine=False, **options), PROBLEM, ONE[:2], task=alone(SMALL))
@@ -348,6 +350,7 @@ def test_labels_of_public_examples_are_never_read():
         same(runs[0], run(et(lam=0.7), PROBLEM, BOTH, task=TASK)[0], "other examples", rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_all_models_share_their_head_and_clients_models_learn_nothing_else():
     """Bit for bit after a round; the bodies of clients' models are the plain means, whatever the server learns."""
     still, _, _ = run(et(server_steps=0), PROBLEM, BOTH, task=TASK)

@@ -101,6 +101,7 @@ def test_rounds_are_their_numpy_loop():
     by_hand.close(server.params, built(start, numbers, zs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [0.01, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_on_a_quadratic_the_two_point_slope_is_the_directional_derivative(epsilon):
     """Whatever epsilon: the second-order terms of both evaluations are the same. g = <grad, z>."""
@@ -120,6 +121,7 @@ def test_on_a_quadratic_the_two_point_slope_is_the_directional_derivative(epsilo
     assert np.count_nonzero(found) == 1
 
 
+@pytest.mark.slow
 def test_rebuilt_parameters_are_the_servers_bit_for_bit():
     """By a client alone, by clients in lanes, and from the numbers in plain calls."""
     sent = []
@@ -140,6 +142,7 @@ def test_rebuilt_parameters_are_the_servers_bit_for_bit():
     assert not np.array_equal(before.params["kernel"], server.params["kernel"])
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_pairs_and_of_k_numbers():
     """Down 4 K; up 8 for each seed that was drawn, at most 8 a step; each as long as what is really serialised."""
     seeds, sent = 50, []

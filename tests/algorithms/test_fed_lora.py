@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import fedsim
+from brief import brief
 from fedsim import peft, record, wire
 from fedsim.algorithms import find
 from fedsim.algorithms.lora.factors import means
@@ -180,7 +181,7 @@ def gap(a, b):
 # --- exactness
 
 
-@pytest.mark.parametrize("weight", [by_examples, uniform])
+@pytest.mark.parametrize("weight", brief([by_examples, uniform]))
 @pytest.mark.parametrize("text", ["ffa_lora", "flora", "flora(ranks=(1, 2))", "fed_ex_lora"])
 def test_exact_rules_reach_the_mean_of_products(text, weight):
     """For the weights that were used, those of equal clients among them; in every round, a client without examples too."""
@@ -324,6 +325,7 @@ def test_het_lora_with_equal_ranks_and_norms_is_fed_it():
     same(one.params, other.params, "equal norms", rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_pruned_ranks_are_kept_told_and_paid():
     """A client whose tail shrinks goes on with half its rank; the server asks, 4 bytes each, and sends no more than that."""
     text = "het_lora(gamma=0.5, penalty=0.1)"
@@ -559,6 +561,7 @@ def test_bytes_with_options(text):
     CHECKS["bytes equal the packed messages"](find(text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "up"),
     [
@@ -574,6 +577,7 @@ def test_bytes_under_codecs(text, up):
     CHECKS["bytes equal the packed messages"](find(text), up=wire.codec(up), down=wire.codec("quantise(8)"))
 
 
+@pytest.mark.slow
 def test_a_packet_that_claims_too_little_is_found():
     """The check of bytes can fail, for a reply and for a message, and for a codec that packs more than it says."""
     check = CHECKS["bytes equal the packed messages"]

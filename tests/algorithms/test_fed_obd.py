@@ -68,6 +68,7 @@ def test_a_nothing_left_out_and_no_codec_is_fed_avg_bit_for_bit():
     same(plain.params, found.params, "lam = 0 without a codec")
 
 
+@pytest.mark.slow
 def test_b_a_fine_codec_is_fed_avg_up_to_its_steps():
     plain, _, _ = run(fed_avg, PROBLEM, COHORTS, task=WIDE)
     found, _, _ = run(obd(lam=0.0, beta=1e-9), PROBLEM, COHORTS, task=WIDE)
@@ -89,6 +90,7 @@ def test_d_the_second_stage_is_fed_avg_of_everybody_an_epoch_a_round():
     same(plain.params, found.params, "stage two")
 
 
+@pytest.mark.slow
 def test_e_without_block_dropout_qsgd_is_fed_paq():
     codec = wire.codec("qsgd(9, 0)")
     paq, _, _ = run(find("fed_paq"), PROBLEM, COHORTS, task=WIDE)
@@ -96,6 +98,7 @@ def test_e_without_block_dropout_qsgd_is_fed_paq():
     same(paq.params, found.params, "255 levels")
 
 
+@pytest.mark.slow
 def test_f_one_client_is_plain_training():
     found, _, _ = run(obd(lam=0.0, beta=None), PROBLEM, ((7,),), task=WIDE)
     (change,) = changes(WIDE, (7,), 1, START)
@@ -177,6 +180,7 @@ def test_blocks_are_the_backbones_layers():
     assert of_block(["a/x", "a/y", "b"], ("a/*", "b")) == {"a/x": 0, "a/y": 0, "b": 1}
 
 
+@pytest.mark.slow
 def test_a_client_that_diverged_is_left_out_though_its_broken_block_is_not_sent():
     """NaN in a block that does not fit: the reply is not finite all the same. One step, as a second one would spread it."""
     once = Passes(1, None, 64)
@@ -215,6 +219,7 @@ def test_the_stages_follow_one_another():
     assert int(server.turn) == 4
 
 
+@pytest.mark.slow
 def test_a_kept_optimizer_goes_on_in_the_second_stage():
     """Two rounds of one client with an epoch each are one run of its optimizer over two epochs, but for the batches' order."""
     task = WIDE._replace(optimizer=lambda rate: optax.sgd(rate, momentum=0.9), passes=Passes(1, None, 64))

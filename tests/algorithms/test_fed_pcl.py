@@ -60,6 +60,7 @@ def filled(bank):
 # --- the oracles
 
 
+@pytest.mark.slow
 def test_a_it_is_not_fed_avg_but_cross_entropy_and_shared_parameters_are():
     plain, _, before = run(fed_avg, PROBLEM, COHORTS, task=TASK)
     probe, _, after = run(pcl(loss="ce"), PROBLEM, COHORTS, task=TASK)
@@ -106,6 +107,7 @@ def alike(copies):
     return PROBLEM._replace(rows=rows, offsets=np.arange(copies + 1) * 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "scale"), [("paper", 1), ("code", 3)])
 def test_c_identical_clients_train_as_one_alone(loss, scale):
     """The sum over sets of the code's form is three times as long, which a third of the rate undoes."""
@@ -256,6 +258,7 @@ def test_bytes_are_the_formulas():
     assert down["mean"] < down["two"] < down["all"]
 
 
+@pytest.mark.slow
 def test_clients_may_come_in_any_order():
     server, memory, _ = run(pcl(), PROBLEM, (COHORT,), task=TASK)
     other, turned, _ = run(pcl(), PROBLEM, (COHORT[::-1],), task=TASK)
@@ -320,6 +323,7 @@ def test_one_known_class_pulls_at_nothing():
         assert float(value) == 0 and float(jnp.abs(grads).max()) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["paper", "code"])
 def test_without_a_prototype_not_even_weight_decay_moves_a_client(loss):
     """As in the code's first round, whose Adam shrinks all weights before there is anything to learn from."""

@@ -42,6 +42,7 @@ def mean_of(ids):
     return (sets * has[..., None]).sum(axis=0) / has.sum(axis=0)[:, None]
 
 
+@pytest.mark.slow
 def test_without_a_pull_it_is_training_alone():
     _, alone, _ = run(local_only, PROBLEM, (COHORT, COHORT), task=TASK)
     _, found, _ = run(lambda task: fed_proto(task, lam=0.0), PROBLEM, (COHORT, COHORT), task=TASK)

@@ -43,6 +43,7 @@ def ptr(**options):
     return lambda task: fed_ptr(task, **{**QUICK, **options})
 
 
+@pytest.mark.slow
 def test_a_no_pull_is_fed_avg_whatever_the_projector():
     plain, _, _ = run(fed_avg, PROBLEM, COHORTS, task=TASK)
     for options in ({}, {"where": "client"}, {"send": "set"}):
@@ -50,6 +51,7 @@ def test_a_no_pull_is_fed_avg_whatever_the_projector():
         same(plain.params, found.params, f"lam = 0, {options}", rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [TASK, HEAD], ids=["inputs", "features"])
 @pytest.mark.parametrize("options", [{}, {"send": "set"}, {"where": "client"}], ids=str)
 def test_b_no_step_onward_is_fed_prox_from_the_second_round_on(options, task):
@@ -66,6 +68,7 @@ def test_b_no_step_onward_is_fed_prox_from_the_second_round_on(options, task):
     same(prox.params, found.params, "S' = 0", rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [TASK, HEAD], ids=["inputs", "features"])
 def test_c_clients_that_begin_alike_project_as_the_server_does(task):
     server, _, _ = run(ptr(lam=2.0, iterations=20), PROBLEM, COHORTS, task=task)
@@ -185,6 +188,7 @@ def test_bytes_are_two_models_down_or_one_and_the_set():
     assert each["set"] == [84 + 4 * (6 * 6 + 1), 84]  # two examples of each of three classes, and a rate
 
 
+@pytest.mark.slow
 def test_a_clients_own_batch_may_begin():
     found, _, _ = run(ptr(where="client", init="batch", lam=2.0), PROBLEM, COHORTS, task=HEAD)
     noise, _, _ = run(ptr(where="client", lam=2.0), PROBLEM, COHORTS, task=HEAD)

@@ -133,6 +133,7 @@ def test_oracle_c_no_steps_of_the_residual_are_as_good_as_a_rate_of_zero(scheme)
     same(memory.state()[0].residual, other.state()[0].residual, "the residuals")
 
 
+@pytest.mark.slow
 def test_oracle_d_identical_clients_agree_and_need_no_correction():
     """All of them hold the same rows, and one batch holds all."""
     rows = np.tile(PROBLEM.rows[:12], 3)
@@ -148,6 +149,7 @@ def test_oracle_d_identical_clients_agree_and_need_no_correction():
         close(kept(memory, id).control, doubles(two.control), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [optax.sgd, optax.adam])
 def test_oracle_e_with_one_step_the_mean_of_steps_is_a_step_on_the_mean(optimizer):
     """Of plain SGD anyhow, of Adam where each client takes the step, as the authors have it; one Adam at the server differs."""
@@ -159,6 +161,7 @@ def test_oracle_e_with_one_step_the_mean_of_steps_is_a_step_on_the_mean(optimize
     assert np.allclose(avg.params["kernel"], server.params["kernel"], rtol=1e-4) == (optimizer is optax.sgd)
 
 
+@pytest.mark.slow
 def test_oracle_f_in_the_first_round_the_two_averages_agree():
     one, two, three = (run(res(s), PROBLEM, COHORTS[:1], task=sgd_task())[0] for s in ("avg", "avg_ii", "naive"))
     same(one.params, two.params, "I and II", rtol=1e-6)
@@ -225,6 +228,7 @@ def test_quadratics_have_a_closed_form():
     assert abs(float(plain.params["w"]) - wanted).min() > 3.5
 
 
+@pytest.mark.slow
 def test_where_labels_mean_different_things_one_model_stays_at_chance_and_residuals_do_not():
     """Concept shift: half of the clients call class 0 what the others call class 1."""
     rng = np.random.default_rng(0)
@@ -249,6 +253,7 @@ def test_where_labels_mean_different_things_one_model_stays_at_chance_and_residu
     assert np.mean(right["res"]) > 0.97
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_shared_part_whatever_the_residual_has():
     """2 P more with controls, nothing else; of a head alone as residual no less."""
     for scheme, factor in (("avg", 1), ("sgd", 1), ("naive", 1), ("avg_ii", 2)):
@@ -274,6 +279,7 @@ def changed(memory: Memory, id: int) -> Memory:
     return copy
 
 
+@pytest.mark.slow
 def test_a_residual_never_leaves_its_client():
     """Another one at client 7 changes what the others keep in no bit of this round."""
     first, memory, _ = run(res(), PROBLEM, COHORTS[:1], task=sgd_task())
@@ -312,6 +318,7 @@ def test_corrections_cancel_over_all_clients(codec):
     close(server.control, doubles(total), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_residual_begins_at_zero_outputs_and_learns():
     """With a head by zeroing it; every leaf gets a gradient then, which an all-zero model would not give."""
     task = tiny_head_task()

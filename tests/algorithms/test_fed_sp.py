@@ -80,6 +80,7 @@ def test_a_of_the_same_model_without_stage_a_and_server_steps_it_is_fed_prompt()
     assert min(moved.values()) > 1e-3
 
 
+@pytest.mark.slow
 def test_b_of_one_client_it_is_prefix_tuning_with_one_optimizer():
     """Adam's state goes on from round to round; `keep_optimizers=False` begins anew."""
     task, cohorts = task_of(optimizer=optax.adam, lr=lambda client, message: jnp.float32(0.05)), ((7,), (7,), (7,))
@@ -129,6 +130,7 @@ def test_d_without_server_steps_the_server_has_the_weighted_mean():
     same(mean, found.params, "the weighted mean", rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_e_frozen_clients_are_fed_avg_over_the_auxiliary_model():
     options = {"distil_steps": 3, "distil_batch": 4, "server_steps": 0, "freeze_aux": True}
     found, _, _ = run(sp(**options), PROBLEM, TWICE, task=TASK)
@@ -143,6 +145,7 @@ def test_e_frozen_clients_are_fed_avg_over_the_auxiliary_model():
 # --- properties
 
 
+@pytest.mark.slow
 def test_each_stage_moves_its_own_part_alone():
     _, _, _, sent = whole()
     first = sent[0]
@@ -341,6 +344,7 @@ def made(name, **options):
     return task, trained, frozen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["small", GPT2])
 def test_without_prompts_the_model_is_the_plain_one(decoders, name):
     name = name.replace("small", "short")

@@ -38,6 +38,7 @@ def test_fed_paq_with_many_levels_is_fed_avg():
     same(plain.params, fine.params, "16 bits", rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_what_fed_paq_sends_is_a_level_beside_the_value():
     """|v|_2 l / s with l one of the two whole numbers around s |v_i| / |v|_2, and the sign of v."""
     sent = []

@@ -220,6 +220,7 @@ def test_local_training_is_its_numpy_loop_and_sends_nothing():
     assert all(sum(way.values()) == 0 for cohort in cohorts for way in cohort.traffic())
 
 
+@pytest.mark.slow
 def test_a_client_answers_with_what_it_keeps():
     """And one that never came with what all began from."""
     task = sgd_task()
@@ -253,6 +254,7 @@ def test_what_is_refused(text, says):
         find(text)(tiny_head_task(**({"weight": uniform} if "=" in text and "avg_ii" not in text else {})))
 
 
+@pytest.mark.slow
 def test_rounds_of_nobody_change_nothing_of_what_is_kept():
     for make, of in ((scaffold, "control"), (fed_dyn, "gradient")):
         before, _, _ = run(make, PROBLEM, COHORTS[:1], task=sgd_task())

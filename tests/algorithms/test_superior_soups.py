@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from brief import brief
 from fedsim import wire
 from fedsim.algorithms import find
 from fedsim.algorithms.fed_avg import fed_avg, fed_prox
@@ -41,6 +42,7 @@ def test_a_the_codes_form_with_one_model_is_fed_avg():
     same(plain.params, found.params, "one model", rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_b_the_codes_form_with_one_model_and_affinity_is_fed_prox():
     mu = 0.6
     plain, _, _ = run(lambda task: fed_prox(task, mu), PROBLEM, COHORTS, task=TASK)
@@ -120,7 +122,7 @@ def said(own, older, points, batch, task, form):
     return value + 0.5 * (away**2).sum() - 0.4 * volume
 
 
-@pytest.mark.parametrize("form", ["paper", "code"])
+@pytest.mark.parametrize("form", brief(["paper", "code"]))
 def test_a_client_is_its_loop_over_a_list_of_models(form):
     """With interpolation, affinity and diversity: a loop with a list as pool, and gradients of what the equations say."""
     recipe, sent = Recipe(form, 3, 0.5, 0.4, form == "paper", 2), []
@@ -235,6 +237,7 @@ def test_affinity_and_diversity_pull_as_their_equations_say():
     np.testing.assert_allclose(jax.grad(told)(jnp.asarray(own)), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_a_bound_models_run_away_and_it_is_said():
     """lambda_d above lambda_a: the farther the better."""
     with pytest.warns(UserWarning, match=r"lambda_d=30 is above lambda_a=0: .*give lambda_d <= lambda_a"):
@@ -246,6 +249,7 @@ def test_without_a_bound_models_run_away_and_it_is_said():
     assert norm(far) > 2 * norm(tame)
 
 
+@pytest.mark.slow
 def test_the_pool_never_leaves_the_client():
     """FedAvg's bytes, whatever the number of models."""
     for models in (1, 4):

@@ -126,6 +126,7 @@ def test_padding_on_the_left_has_gradients_as_on_the_right(name: str) -> None:
         np.testing.assert_allclose(left[path], right[path], atol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_row_of_padding_only_has_finite_output_and_gradient() -> None:
     model = peft.build("bert_tiny", 3, peft="full")
     trained, frozen = peft.start(model, "random", 0)

@@ -57,6 +57,7 @@ def test_what_is_trained_is_one_layer_and_the_head_and_equals_numpy() -> None:
     np.testing.assert_allclose(model.apply(trained, frozen, x), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_random_encoders_of_one_name_are_two() -> None:
     model = peft.build("fused('vit_tiny', 'vit_tiny')", 5, peft="last_k", input_shape=(16, 16))
     _, frozen = peft.start(model, "random", 0)
@@ -64,6 +65,7 @@ def test_two_random_encoders_of_one_name_are_two() -> None:
     assert np.abs(r[:, :32] - r[:, 32:]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_encoders_run_once_for_each_example(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "a.npz", x=rng.integers(0, 256, (60, 16, 16)).astype(np.uint8), y=np.arange(60) % 5)

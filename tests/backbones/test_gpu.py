@@ -109,6 +109,7 @@ def test_cudnn_gets_what_the_plain_form_means(
     assert stand_in and all(one == {"depth": depth, "lengths": lengths} for one in stand_in)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [20, 21])
 def test_a_token_that_is_added_is_seen_by_none(
     tokens: int, stand_in: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
@@ -136,6 +137,7 @@ def test_a_token_that_is_added_is_seen_by_none(
 IMAGE, TEXT = ("vit_tiny", (24, 24, 3)), ("bert_tiny", (19,))  # 37 and 19 tokens: odd
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "shape", "kind"),
     [(*IMAGE, "bias"), (*IMAGE, "prompt"), (*TEXT, "lora"), (*TEXT, "prefix")],

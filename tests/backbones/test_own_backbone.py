@@ -295,6 +295,7 @@ def test_cached_head_tuning_equals_uncached(file: Path, blobs: Callable[..., Pat
         assert not np.allclose(leaf, peft.start(make(file, "bare", "head"), None, 0)[0][path])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [form if form == "bare" else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
 )

@@ -317,6 +317,7 @@ driver.loop(driver.options(), lambda number: time.sleep(0.05 * number), lambda: 
 """
 
 
+@pytest.mark.slow
 def test_a_system_is_timed_round_by_round_and_ended_with_its_children(tmp_path: Path) -> None:
     script, out = tmp_path / "system.py", tmp_path / "out.npz"
     script.write_text(SCRIPT.format(peers=str(PEERS)))

@@ -266,6 +266,7 @@ def test_debug_shows_the_traceback_of_what_is_refused(here: Path, capsys: pytest
     assert shown.startswith("Traceback") and "parse_from" in shown and shown.endswith(said)
 
 
+@pytest.mark.slow
 def test_debug_in_a_process_of_its_own(environment: dict[str, str], here: Path) -> None:
     """A fault in code of the user's own is shown with the line of its file."""
     (here / "mine.py").write_text("def fed_mine(task):\n    return 1 // 0\n")
@@ -450,6 +451,7 @@ def test_data_list_and_show(here: Path, blobs: Callable[..., Path], capsys: pyte
     assert "blobs" in capsys.readouterr().out and (here / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_profile_and_data_show_say_what_they_start_from(
     here: Path, blobs: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -500,6 +502,7 @@ def test_without_a_command_the_commands_are_shown(capsys: pytest.CaptureFixture[
     assert all(f"  {name} " in said for name in cli.COMMANDS)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_compared_as_it_was_asked(
     here: Path, blobs: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import fedsim
+from brief import brief
 from fedsim import algorithms, peft, wire
 from fedsim.backbones import BACKBONES, Row, load
 from fedsim.backbones.vit import Vit, VitConfig
@@ -129,6 +130,7 @@ def test_a_row_equals_the_serialised_message(kind: str, codec: str) -> None:
 PERSONAL = ("ditto", "dfed_alt", "fed_rep", "fed_res", "local_only")  # clients are given more than the backbone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", PERSONAL)
 def test_what_clients_are_given_once_counts_what_they_start_from(
     algorithm: str, tmp_path: Path, blobs: Callable[..., Path], compile_once: None
@@ -184,6 +186,7 @@ def test_a_row_equals_what_a_run_reports(
     assert row.head_rounds == head_rounds
 
 
+@pytest.mark.slow
 def test_a_row_of_groups_equals_what_a_run_reports(
     tmp_path: Path, blobs: Callable[..., Path], capsys: pytest.CaptureFixture[str], compile_once: None
 ) -> None:
@@ -315,7 +318,10 @@ def test_weights_of_a_row_are_compared_and_not_fetched(
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [n for n in BACKBONES if n != "linear"])  # which has nothing but the head
+WITH_BODY = ["resnet18", *sorted(set(BACKBONES) - {"linear", "resnet18"})]  # "linear" has nothing but the head
+
+
+@pytest.mark.parametrize("name", brief(WITH_BODY, 9))
 def test_full_fine_tuning_sends_what_it_is_compared_with(name: str) -> None:
     """Batch norm's statistics are neither trained nor sent, so they count in no total."""
     row = cost.cost(
@@ -412,6 +418,7 @@ def test_an_algorithm_whose_round_needs_numbers_is_refused(tmp_path: Path, capsy
     assert "to be priced by shapes, but its round reads values" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_huge_model_is_a_matter_of_seconds(environment: dict[str, str]) -> None:
     """ViT-H/14 has 2.5 GB of parameters; none of them is allocated."""
     code = (

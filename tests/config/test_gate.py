@@ -102,6 +102,7 @@ def test_every_option_against_every_odd_value_of_a_loaded_config(kind: type, nam
             assert clear(str(error), name), str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "value", ["nan", "-1", "", "9" * 30, "x({[]: 1})"]
 )  # the other odd ones meet the options above

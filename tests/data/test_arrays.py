@@ -134,6 +134,7 @@ CONFIG = Config(dataset="arrays", backbone="linear", peft="head", head_rounds=0,
                 min_size=1, partition="iid", lr=0.1)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after a round and resumed with the same arrays: the same bits; other arrays are refused."""
     rng = np.random.default_rng(0)

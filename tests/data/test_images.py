@@ -230,6 +230,7 @@ def test_every_command_asks_first(
     assert not (cache / "runs").exists()
 
 
+@pytest.mark.slow
 def test_commands_that_accept(
     elpv: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,6 +245,7 @@ def test_commands_that_accept(
     assert cli.main(["run", "--dry-run", *what, *accept]) == 0 and "Nothing was trained" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_and_its_continuation(elpv: Path, tmp_path: Path) -> None:
     """What was accepted once is part of the run's config: a resumed run does not ask again."""
     run = fedsim.run(ELPV, out=tmp_path / "run", quiet=True)

@@ -157,6 +157,7 @@ def test_a_damaged_archive_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         shakespeare()
 
 
+@pytest.mark.slow
 @pytest.mark.assets
 def test_the_real_plays_in_windows() -> None:
     for name in ("shakespeare", "smollm2_135m"):

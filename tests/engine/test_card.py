@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from brief import brief
 from fedsim.algorithms import ALGORITHMS
 from fedsim.core import Batch, Passes
 from fedsim.engine.client_memory import Memory
@@ -61,9 +62,9 @@ def card(held, x, y, rows, task):
     return start, mean(stack)
 
 
-@pytest.mark.parametrize("parallel", ["shard_map", "pmap"])
+@pytest.mark.parametrize("parallel", brief(["shard_map", "pmap"]))
 @pytest.mark.parametrize("devices", [1, DEVICES])
-@pytest.mark.parametrize("lanes", [1, 3, CLIENTS])
+@pytest.mark.parametrize("lanes", brief([3, 1, CLIENTS]))
 def test_engine_equals_the_card(stacked, lanes, devices, parallel):
     held, x, y, offsets, rows, task = stacked
     start, expected = card(held, x, y, rows, task)

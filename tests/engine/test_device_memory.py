@@ -88,6 +88,7 @@ def test_a_round_without_memory_goes_on_from_the_checkpoint(
     assert run.rounds[-1]["total_bytes_up"] == whole.rounds[-1]["total_bytes_up"]
 
 
+@pytest.mark.slow
 def test_before_the_first_checkpoint_it_starts_anew_and_may_halve_twice(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +125,7 @@ def test_what_clients_keep_is_that_of_the_checkpoint(
         np.testing.assert_allclose(run.parameters[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_keeps_the_lanes_that_fitted(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from brief import brief
 from fedsim import network, wire
 from fedsim.algorithms import find
 from fedsim.algorithms.fed_avg import fed_avg
@@ -74,6 +75,7 @@ def moved(round: int) -> Tree:
 # --- the algorithm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lanes", "devices"), [(2, 1), (3, 8)])
 def test_messages_and_parameters_are_those_of_ef21_p(lanes: int, devices: int) -> None:
     """EF21-P (arXiv 2209.15218, algorithm 1) in NumPy: w += C(x - w), and x goes by the mean gradient at w.
@@ -129,7 +131,7 @@ CODECS = (
 )
 
 
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("name", brief(CODECS, 3))
 def test_bytes_are_those_of_packed_messages_which_unpack_to_what_clients_read(name: str) -> None:
     """A receiver in NumPy: it unpacks what was really packed, adds it to its copy, and has what the clients have, bit for bit."""
     e = engine(tiny_problem(), down=wire.codec(name))
@@ -159,6 +161,7 @@ def test_bytes_are_those_of_packed_messages_which_unpack_to_what_clients_read(na
             np.testing.assert_array_equal(found[n], mine[n], f"round {round}")
 
 
+@pytest.mark.slow
 def test_powersgd_starts_from_its_last_factors() -> None:
     """The warm start is kept, and nothing else: no rest, which the next difference has by itself."""
     codec = wire.of_changes(wire.codec("powersgd(1)"))
@@ -195,7 +198,7 @@ def named_task(name: str) -> tuple[Any, Task]:
     return find(name), tasks.get(name, tiny_task())
 
 
-@pytest.mark.parametrize("name", ["fed_avg", "scaffold", "fed_it", "flora", "fed_res"])
+@pytest.mark.parametrize("name", brief(["fed_avg", "scaffold", "fed_it", "flora", "fed_res"], 2))
 def test_a_codec_that_loses_nothing_is_as_none(name: str) -> None:
     make, task = named_task(name)
     plain_, coded = (
@@ -209,6 +212,7 @@ def test_a_codec_that_loses_nothing_is_as_none(name: str) -> None:
 # --- which messages
 
 
+@pytest.mark.slow
 def test_every_message_of_a_round_has_a_copy_of_its_own() -> None:
     """By what the exchange's randomness is named, and which of these it is; `wire.again` reads what was decoded."""
     e = engine(tiny_problem(), down=wire.codec("topk(0.3)"))

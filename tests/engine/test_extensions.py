@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax import Array
 
+from brief import brief
 from fedsim import network, wire
 from fedsim.core import Average, Averaged, Batch, Client, Graph, Local, Passes, Peers, Population, Reduce, Tree, poisson
 from fedsim.engine.client_memory import Memory
@@ -28,8 +29,8 @@ pytestmark = pytest.mark.usefixtures("compile_once")
 
 N = len(SIZES)
 TABLE = np.random.default_rng(5).normal(size=(N, 7)).astype(np.float32)  # what each client has to say
-GRIDS = [(1, 1), (16, 1), (1, 2), (3, 8)]  # lanes of a device, devices
-SOME = [GRIDS[1], GRIDS[3]]
+GRIDS = [(1, 1), (3, 8), (16, 1), (1, 2)]  # lanes of a device, devices
+SOME = [GRIDS[1], GRIDS[2]]
 ONE = Passes(1, None, 4)
 
 
@@ -86,7 +87,7 @@ def kept(memory: Memory) -> dict[int, Any]:
 
 
 def by_grid(*grids: tuple[int, int]) -> Any:
-    return pytest.mark.parametrize(("lanes", "devices"), grids)
+    return pytest.mark.parametrize(("lanes", "devices"), brief(grids, 2))
 
 
 # --- nobody, and cohorts of nobody
@@ -242,6 +243,7 @@ def test_an_average_that_adapts_equals_a_loop(lanes: int, devices: int) -> None:
         assert (float(info.weight), int(info.reported)) == (len(rows), len(rows))
 
 
+@pytest.mark.slow
 def test_what_an_average_cannot_honour_is_refused() -> None:
     """Own folds, replies that are no changes, peers, one exchange too many; for a plain mean all of it is allowed."""
     e = engine(tiny_problem())
@@ -397,6 +399,7 @@ def test_a_client_that_diverges_keeps_its_residual() -> None:
     assert np.abs(rest[2][0] - rest[1][0]).max() > 0 and np.isfinite(rest[2][7]).all()
 
 
+@pytest.mark.slow
 def test_a_codec_draws_for_every_client_round_and_exchange_by_itself() -> None:
     """Errors of one draw for all would not cancel. The draws follow from the seed, not from lanes or devices."""
     local = saying(lambda message, client: wire.coded(jnp.ones(200)))
@@ -492,8 +495,8 @@ GRAPHS = {"ring": ring, "dense": dense, "irregular": irregular}
 PEERS = (2, 0, 7, 4, 9, 1, 6, 5, 10, 11)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
-@pytest.mark.parametrize("lanes", [1, 16])
+@pytest.mark.parametrize("devices", brief([1, 8, 2], 2))
+@pytest.mark.parametrize("lanes", brief([16, 1]))
 @pytest.mark.parametrize("name", GRAPHS)
 def test_peers_hear_the_mixture(name: str, lanes: int, devices: int) -> None:
     """W Z in NumPy; the absent member 7 and member 9, who drops out, are heard by nobody and keep what they had."""
@@ -826,6 +829,7 @@ def test_clients_that_choose_their_rows_equal_a_loop(resident: str, lanes: int, 
 # --- finishing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["none", "topk(0.2)"])
 def test_lanes_that_end_together_or_apart_reply_the_same(name: str) -> None:
     """Twelve clients of 0 to 40 examples: in 16 lanes few end at a time, in one lane one does; two rounds, real training."""

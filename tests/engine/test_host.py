@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from brief import brief
 from fedsim.config import Speed
 from fedsim.engine import host
 from fedsim.engine.lanes import Lanes
@@ -177,7 +178,7 @@ except KeyboardInterrupt as stop:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", brief([1, 2]))
 def test_a_signal_stops_a_run_after_its_round_and_says_the_way_on(
     tmp_path: Path, environment: dict[str, str], number: signal.Signals, times: int
 ) -> None:

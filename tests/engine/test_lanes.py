@@ -29,12 +29,7 @@ from fedsim.training.local import fit
 pytestmark = pytest.mark.usefixtures("compile_once")
 
 
-BRIEF = (
-    "fed_avg",
-    "fed_prox",
-    "flora",
-    "scaffold",
-)  # of different kinds; the others, and what takes long, run with -m slow
+BRIEF = ("fed_avg", "flora")  # of different kinds; the others, and what takes long, run with -m slow
 LONG = "lanes and devices agree"
 AND = {("fed_avg", LONG), *((name, "bytes equal the packed messages") for name in ("fed_res", "dfed_salt", "fed_pcl"))}
 CONTRACT = [
@@ -166,6 +161,7 @@ def test_examples_stay_on_the_host_where_they_do_not_fit(monkeypatch):
     assert not engine(problem).resident
 
 
+@pytest.mark.slow
 def test_auto_halves_the_lanes_until_the_program_fits(monkeypatch):
     """The program's own analysis decides: with memory for little more than one lane, few remain, and nothing else changes."""
     problem, task = tiny_problem(), tiny_task(passes=Passes(1, 3, 4))

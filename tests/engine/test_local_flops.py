@@ -151,6 +151,7 @@ def test_steps_without_data_count_whole() -> None:
     assert of(dreams, holes) == 2 * 7 * 6 * 5 and of(dreams) == 0
 
 
+@pytest.mark.slow
 def test_a_round_adds_its_exchanges_up() -> None:
     """Examples times their price; where rows are one's own, steps times that."""
 

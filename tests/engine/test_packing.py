@@ -28,6 +28,7 @@ def work(sizes: np.ndarray, passes: Passes) -> packing.Work:
     return packing.work_of(sizes, packing.steps_of(sizes, passes), passes)
 
 
+@pytest.mark.slow
 @given(SIZES, PASSES, st.integers(0, 4))
 @LAW
 def test_work_counts_what_batches_visit(sizes: list[int], passes: Passes, limit: int) -> None:

@@ -197,6 +197,7 @@ def command(folder: Path, number: int, at: str, *more: str) -> list[str]:
     return ["-m", "fedsim", "run", "options.py", "--no-head-baseline", *pair, *more]
 
 
+@pytest.mark.slow
 def test_other_options_in_another_process_are_refused(folder, environment):
     at = f"127.0.0.1:{free_port()}"
     ended = started([command(folder, i, at, "--lr", str(0.1 + i)) for i in range(2)], folder, environment)

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("compile_once")
 COHORTS = ((0, 1, 2, 5, 7, 9), (3, 11, 10, 6, 5, 8))
 
 
+@pytest.mark.slow
 def test_narrow_steps_give_what_whole_batches_give():
     """Plain SGD over two rounds, on one device and on three, to the order of summation; less is computed."""
     task = tiny_task(passes=Passes(2, None, 8))

@@ -39,6 +39,7 @@ def batch(x: np.ndarray, y: np.ndarray, mask: np.ndarray) -> Batch:
     return Batch(jnp.asarray(x), jnp.asarray(y), jnp.asarray(mask), jax.random.key(0), zero, jnp.array(False))
 
 
+@pytest.mark.slow
 def test_loss_is_the_mean_over_real_rows(problem: dict) -> None:
     """Padding changes neither value nor gradient, not even padding with the largest floats."""
     loss = classification_loss(linear)

@@ -87,6 +87,7 @@ def test_padding_changes_no_gradient(texts: tuple[np.ndarray, np.ndarray]) -> No
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_batch_without_tokens_has_loss_and_gradient_zero(texts: tuple[np.ndarray, np.ndarray]) -> None:
     ids, table = texts
     loss = loss_of(language.criterion(PAD), lambda params, held, x: params[x])

@@ -43,6 +43,7 @@ def test_seconds_are_of_the_last_phase_without_compiling(methods: Any) -> None:
     assert methods.last_phase(rounds[:2]) == [0.25, 0.25]
 
 
+@pytest.mark.slow
 def test_a_row_has_the_figures_of_its_runs(methods: Any, blobs: Callable[..., Path], tmp_path: Path) -> None:
     """Of a tuned sweep: scores by seed, the chosen rate and whether it is at the edge, bytes both ways, bytes to a target."""
     base = fedsim.Config(

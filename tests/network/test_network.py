@@ -404,6 +404,7 @@ def test_a_network_without_faults_changes_no_bit(config: Config, run: Callable[.
     assert (other.directory / "accuracy_time.png").exists() and not (plain.directory / "accuracy_time.png").exists()
 
 
+@pytest.mark.slow
 def test_a_round_without_a_reply_leaves_the_server_as_it_was(
     config: Config, run: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -450,6 +451,7 @@ def test_only_an_algorithm_or_average_that_says_so_goes_on_without_a_reply(there
         assert (sum(cohort.traffic()[0].values()) > 0) == there
 
 
+@pytest.mark.slow
 def test_a_resumed_run_meets_the_same_clients(config: Config, run: Callable[..., Run], tmp_path: Path) -> None:
     unsure = config.replace(
         availability="diurnal(period=3, peak=0.9, low=0.2)", dropout=0.2, over_selection=1.5, compute="lognormal(10, 1)",

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from brief import brief
 from fedsim import peft
 
 TRANSFORMERS = ("vit_tiny", "bert_tiny", "roberta_tiny")
@@ -84,7 +85,7 @@ def plain() -> dict[str, np.ndarray]:
     return answer
 
 
-@pytest.mark.parametrize(("name", "variant"), EVERY)
+@pytest.mark.parametrize(("name", "variant"), brief(EVERY, 22))
 def test_start_and_gradients(name: str, variant: str, plain: dict[str, np.ndarray]) -> None:
     """The promised start; a gradient for every trained leaf at the start, or after a step where one factor is zero."""
     model = make(name, variant)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import fedsim
+from brief import brief
 from fedsim import peft
 from fedsim.config import Config, Speed
 from fedsim.engine.flops import equations
@@ -44,7 +45,7 @@ def parts(name: str, shape: tuple[int, ...], kind: str) -> tuple[peft.Model, Any
     return model, trained, frozen, x, loss
 
 
-@pytest.mark.parametrize(("name", "shape", "kind"), CASES)
+@pytest.mark.parametrize(("name", "shape", "kind"), brief(CASES, 8))
 def test_bfloat16_leaves_float32(name: str, shape: tuple[int, ...], kind: str) -> None:
     """Under strict promotion: float32 logits, loss and gradients; a frozen part of half the size."""
     model, trained, frozen, _, loss = parts(name, shape, kind)
@@ -101,6 +102,7 @@ def test_a_cached_prefix_is_that_of_the_precision(tmp_path: Path, blobs: Callabl
     assert set(problem.cache) == {("float32", 2), ("bfloat16", 2)}
 
 
+@pytest.mark.slow
 def test_what_an_algorithm_writes_stays_float32() -> None:
     """FedEx starts from the frozen kernels and sends them: they keep their width, and so their price."""
     config = Config(backbone="vit_tiny", peft="lora", algorithm="fed_ex_lora", clients=4, clients_per_round=2)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from brief import brief
 from fedsim.cli import main as cli
 from fedsim.config.privacy import SUPPORTED, terms_of
 from fedsim.privacy import accounting
@@ -55,7 +56,7 @@ def test_three_gaussians_of_variance_three() -> None:
 
 @pytest.mark.parametrize(
     ("epsilon", "delta", "sigma"),
-    [(2.25, 4.0834087e-4, math.sqrt(2)), (5, 1e-3, 0.689842), (5, 1e-5, 0.891868), (1, 1e-3, 2.574657)],
+    brief([(2.25, 4.0834087e-4, math.sqrt(2)), (5, 1e-3, 0.689842), (5, 1e-5, 0.891868), (1, 1e-3, 2.574657)]),
 )
 def test_one_release_is_the_analytic_gaussian(epsilon: float, delta: float, sigma: float) -> None:
     """pfl-research's value, and three of dp-accounting's; not the classic formula, which holds below epsilon 1 alone."""
@@ -67,14 +68,17 @@ def test_one_release_is_the_analytic_gaussian(epsilon: float, delta: float, sigm
 
 @pytest.mark.parametrize(
     ("per_round", "accountant", "delta", "noise"),
-    [
-        (8, "pld", 1e-3, 0.9166),
-        (8, "pld", 1e-5, 1.1450),
-        (8, "rdp", 1e-3, 1.0057),
-        (8, "rdp", 1e-5, 1.2268),
-        (64, "pld", 1e-3, 4.8779),
-        (64, "pld", 1e-5, 6.3065),
-    ],
+    brief(
+        [
+            (8, "rdp", 1e-3, 1.0057),
+            (64, "pld", 1e-5, 6.3065),
+            (8, "pld", 1e-3, 0.9166),
+            (8, "pld", 1e-5, 1.1450),
+            (8, "rdp", 1e-5, 1.2268),
+            (64, "pld", 1e-3, 4.8779),
+        ],
+        2,
+    ),
 )
 def test_noise_of_fifty_rounds(per_round: int, accountant: str, delta: float, noise: float) -> None:
     """Where one accounting takes long, that the noise a thousandth above and below it lies on both sides of epsilon."""

@@ -171,6 +171,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, blobs: Callable[..., Path])
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resume(config: Config, tmp_path: Path) -> None:
     """Epsilon rises when the first cohort comes again; cut back to each round and gone on with, the same bits."""
     whole = fedsim.run(config, SPEED, out=tmp_path / "whole", quiet=True)

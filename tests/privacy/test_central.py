@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from brief import brief
 from fedsim import network, wire
 from fedsim.core import Average, Local, Passes, Tree
 from fedsim.engine.client_memory import Memory
@@ -82,7 +83,7 @@ def sum_of(ids: Sequence[int], bound: float, table: np.ndarray = TABLE) -> np.nd
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("bound", [1.0, 30.0, 1e6])
+@pytest.mark.parametrize("bound", brief([30.0, 1.0, 1e6]))
 def test_expected_denominator(grid: tuple[int, int], bound: float) -> None:
     """The sum is divided by the expected cohort, whoever came; clipped before it is summed, in whichever lanes."""
     for ids in (COHORT, (2, -1, 0, -1), (-1, -1, -1)):

@@ -83,6 +83,7 @@ def test_the_noise_is_calibrated_for_all_rounds(config: Config, run: Callable[..
     assert done.rounds[0]["privacy"]["noise_multiplier"] > 0.5
 
 
+@pytest.mark.slow
 def test_a_run_stops_before_it_overspends(config: Config, run: Callable[..., Run]) -> None:
     """Two rounds fit; the third would not."""
     two, three = (accounting.epsilon(private.terms(config), 0.5, rounds) for rounds in (2, 3))
@@ -91,6 +92,7 @@ def test_a_run_stops_before_it_overspends(config: Config, run: Callable[..., Run
     assert spent(done)[-1] == pytest.approx(two) and done.rounds[-1]["validation"] is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantile", [None, 0.5])
 def test_resume_neither_spends_again_nor_forgets(
     config: Config, run: Callable[..., Run], tmp_path: Path, quantile: float | None
@@ -110,6 +112,7 @@ def test_resume_neither_spends_again_nor_forgets(
         np.testing.assert_array_equal(again.parameters[name], value)
 
 
+@pytest.mark.slow
 def test_all_phases_are_accounted(config: Config, run: Callable[..., Run]) -> None:
     """The head's rounds count, and its noise is that of the whole run's rounds."""
     both = run(config.replace(head_rounds=1, peft="bias"))
@@ -120,6 +123,7 @@ def test_all_phases_are_accounted(config: Config, run: Callable[..., Run]) -> No
     assert len({line["privacy"]["noise_multiplier"] for line in both.rounds}) == 1
 
 
+@pytest.mark.slow
 def test_an_empty_round_adds_noise_and_spends(config: Config, run: Callable[..., Run]) -> None:
     """One of eight on average: some rounds have nobody, and move the server all the same."""
     alone = config.replace(clients_per_round=1, rounds=6, seed=1)
@@ -133,6 +137,7 @@ def test_an_empty_round_adds_noise_and_spends(config: Config, run: Callable[...,
     assert all(a < b for a, b in itertools.pairwise(spent(done)))
 
 
+@pytest.mark.slow
 def test_cohorts_are_poisson_samples(config: Config, run: Callable[..., Run]) -> None:
     done = run(config.replace(rounds=8, eval_every=8))
     assert len({line["clients"] for line in done.rounds}) > 1
@@ -141,6 +146,7 @@ def test_cohorts_are_poisson_samples(config: Config, run: Callable[..., Run]) ->
     assert fixed.rounds[0]["privacy"]["relation"] == "replace_one"
 
 
+@pytest.mark.slow
 def test_a_larger_cohort_than_compiled_loses_nobody(
     config: Config, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +166,7 @@ def test_a_larger_cohort_than_compiled_loses_nobody(
     assert not private.unusual(found, many, 2, 2)
 
 
+@pytest.mark.slow
 def test_every_client_counts_alike(config: Config, run: Callable[..., Run]) -> None:
     """A weight by examples would tell how many there are: under dp the option changes nothing."""
     one, other = run(config), run(config.replace(weighting="uniform"))
@@ -167,6 +174,7 @@ def test_every_client_counts_alike(config: Config, run: Callable[..., Run]) -> N
         np.testing.assert_array_equal(other.parameters[name], value)
 
 
+@pytest.mark.slow
 def test_no_use_of_unclipped_values(config: Config, run: Callable[..., Run]) -> None:
     """A step ten times as long is cut to the same change: whatever is called private is the same."""
     short = config.replace(steps=1, batch_size=64, lr=5.0, clip_norm=1e-3, noise_multiplier=0.1)
@@ -181,6 +189,7 @@ def test_no_use_of_unclipped_values(config: Config, run: Callable[..., Run]) -> 
         np.testing.assert_allclose(ten.parameters[name], value, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_is_logged_is_listed(config: Config, run: Callable[..., Run]) -> None:
     """Every field of a line is said to be private or not, and the summary names those that are not."""
     done = run(config.replace(rounds=1))
@@ -202,6 +211,7 @@ def test_phases_and_runs_share_programs_not_noise(config: Config, run: Callable[
             np.testing.assert_array_equal(shared.parameters[name], value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "unit", "relation", "times"),
     [
@@ -330,6 +340,7 @@ def test_algorithms_that_leak_are_refused(
         run(config.replace(algorithm=f"{tmp_path / 'leaks.py'}:{algorithm}", local_test=0.2))
 
 
+@pytest.mark.slow
 def test_training_twice_a_round_is_refused_by_example(config: Config, run: Callable[..., Run], tmp_path: Path) -> None:
     """The account counts one exchange over the run's epochs; more would be spent without a word. No round is recorded."""
     (tmp_path / "leaks.py").write_text(LEAKS)

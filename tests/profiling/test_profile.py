@@ -35,6 +35,7 @@ def config(blobs: Callable[..., Path], tmp_path: Path) -> Config:
     )
 
 
+@pytest.mark.slow
 def test_a_profile_adds_up_and_is_written(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     speed = Speed(lanes=2, devices=1, compilation_cache=False)
     out = tmp_path / "out"

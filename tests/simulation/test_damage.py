@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import fedsim
+from brief import brief
 from fedsim import record
 from fedsim.config import Config, Speed
 from fedsim.report import tables
@@ -211,7 +212,7 @@ def test_the_remedy_for_a_damaged_end_works(runs: tuple[Run, Run], folder: Path,
     assert fedsim.load(folder).clients() == runs[0].clients()
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "other types", "deep", "another run's"])
+@pytest.mark.parametrize("damage", brief(["cut", "flipped", "emptied", "other types", "deep", "another run's"], 3))
 def test_checkpoints(runs: tuple[Run, Run], folder: Path, damage: str) -> None:
     """The newest one is set aside, or refused if it is another run's; what was lost is trained again to the same bits."""
     (folder / record.SUMMARY).unlink()
@@ -276,6 +277,7 @@ def hurt(file: Path, damage: str, other: Path) -> None:
 WAYS = ("cut", "flipped", "emptied", "deleted", "another run's")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", WAYS)
 def test_rows_of_clients_memory(remembering: tuple[Run, Run], stopped: Path, damage: str) -> None:
     """No checkpoint that needs a damaged row is used; what was lost is trained again to the same bits."""
@@ -343,6 +345,7 @@ def test_a_lock_of_odd_bytes_and_one_that_is_a_folder(runs: tuple[Run, Run], fol
         pass
 
 
+@pytest.mark.slow
 def test_no_checkpoints_are_kept_where_none_are_wanted(runs: tuple[Run, Run], tmp_path: Path) -> None:
     for keep, rounds in ((0, []), (1, ["3"])):
         speed = dataclasses.replace(SPEED, keep_checkpoints=keep)

@@ -14,6 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import fedsim
+from brief import brief
 from fedsim import peft
 from fedsim.backbones import BACKBONES, decoder_row
 from fedsim.backbones.decoder import DecoderConfig
@@ -77,7 +78,9 @@ CASES = [(name, "full", {}) for name in ROWS] + [
 ]
 
 
-@pytest.mark.parametrize(("name", "kind", "options"), CASES, ids=[f"{n}-{k}{'-s' * bool(o)}" for n, k, o in CASES])
+@pytest.mark.parametrize(
+    ("name", "kind", "options"), brief(CASES, 4), ids=[f"{n}-{k}{'-s' * bool(o)}" for n, k, o in CASES]
+)
 def test_kept_keys_and_values_change_no_token(name: str, kind: str, options: dict[str, Any]) -> None:
     """Texts of several lengths side by side, each as if it were alone and computed anew."""
     model, leaves = made(name, kind, **options)
@@ -144,6 +147,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> fedsim.Run:
     return fedsim.run(config, Speed(devices=1, lanes=2), out=folder / "run", quiet=True)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_texts(run: fedsim.Run) -> None:
     """It ends where its examples ended, one text or several."""
     assert run.generate("the cat says", tokens=12).strip() == "meow"

@@ -84,6 +84,7 @@ def test_weights_that_change_after_the_start(tmp_path: Path, monkeypatch: pytest
         fedsim.run(resume=tmp_path / "run", quiet=True, data=data)
 
 
+@pytest.mark.slow
 def test_weights_of_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each group's are known by hash, refused where they changed, and found where they were moved."""
     config = VitConfig(width=16, depth=2, heads=4, hidden=24, patch=4, image=12)
@@ -137,6 +138,7 @@ def test_weights_of_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         fedsim.load(tmp_path / "again").predict(x[:4])
 
 
+@pytest.mark.slow
 def test_a_groups_own_backbone_is_code_too(
     tmp_path: Path, blobs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -276,6 +278,7 @@ def refused(out: Path, copy: Path) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_is_known_by_names_and_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
@@ -312,6 +315,7 @@ def test_a_folder_of_images_is_known_by_names_and_contents(tmp_path: Path, monke
     assert fedsim.run(resume=out, quiet=True).summary is not None
 
 
+@pytest.mark.slow
 def test_a_prepared_set_is_known_by_its_files(tmp_path: Path) -> None:
     fixtures = Path(__file__).parents[1] / "fixtures" / "data"
     shutil.copytree(fixtures, tmp_path / "sets")
@@ -349,6 +353,7 @@ def test_many_files_are_hashed_once_and_by_name(tmp_path: Path) -> None:
     assert files_sha256(files) != first
 
 
+@pytest.mark.slow
 def test_a_graphs_file_is_known_by_hash_and_found_again(
     tmp_path: Path, blobs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,7 @@ def test_labels_are_spread_and_not_learned(config: Config) -> None:
     assert found.shape == (*problem.dataset.x[:3].shape, 64)
 
 
+@pytest.mark.slow
 def test_a_target_is_reached_from_above_and_patience_waits_for_less(
     config: Config, whole: fedsim.Run, tmp_path: Path
 ) -> None:
@@ -120,6 +121,7 @@ def test_a_target_is_reached_from_above_and_patience_waits_for_less(
     assert (still.summary or {})["stopped"] == "patience" and len(still.rounds) <= 5
 
 
+@pytest.mark.slow
 def test_other_scores_may_judge(config: Config, tmp_path: Path) -> None:
     run = fedsim.run(config.replace(metric="accuracy", target=0.2, rounds=20), SPEED, out=tmp_path / "run", quiet=True)
     assert (run.summary or {})["stopped"] == "target" and run.rounds[-1]["validation"]["accuracy"] >= 0.2
@@ -162,6 +164,7 @@ def test_two_runs_are_compared_by_perplexity(config: Config, whole: fedsim.Run, 
     assert f"{finals[1] - finals[0]:+.4f}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_runs_of_two_tasks_are_compared_by_both_metrics(config: Config, whole: fedsim.Run, tmp_path: Path) -> None:
     classes = config.replace(task="classification", peft="head", rounds=1)
     other = fedsim.run(classes, SPEED, out=tmp_path / "classes", quiet=True)
@@ -185,6 +188,7 @@ def test_what_a_language_model_cannot_is_refused(config: Config, whole: fedsim.R
             build.problem(classes.replace(metric=metric), SPEED)
 
 
+@pytest.mark.slow
 def test_a_decoder_classifies_too(config: Config, tmp_path: Path) -> None:
     classes = config.replace(task="classification", rounds=6, partition="iid", lr=3e-3)
     run = fedsim.run(classes, SPEED, out=tmp_path / "run", quiet=True)
@@ -192,6 +196,7 @@ def test_a_decoder_classifies_too(config: Config, tmp_path: Path) -> None:
     assert run.predict(["the cat sat", "a dog ran"]) == ["kind 0", "kind 1"]
 
 
+@pytest.mark.slow
 def test_progress_names_the_metric(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = fedsim.run(config.replace(rounds=1), SPEED, out=tmp_path / "run")
     tables.print_summary(run.summary or {})
@@ -201,6 +206,7 @@ def test_progress_names_the_metric(config: Config, tmp_path: Path, capsys: pytes
     assert json.loads((run.directory / record.SUMMARY).read_text())["metric"] == "perplexity"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "last_k"])
 def test_a_loss_may_be_about_some_tokens_alone(config: Config, tmp_path: Path, kind: str) -> None:
     """Texts and masks through the whole run, from kept features too: only what is asked is learned and scored."""
@@ -223,6 +229,7 @@ def test_a_loss_may_be_about_some_tokens_alone(config: Config, tmp_path: Path, k
     assert plain.parameters.keys() == run.parameters.keys() and plain.rounds[0]["loss"] != run.rounds[0]["loss"]
 
 
+@pytest.mark.slow
 def test_pairs_are_learned_by_their_answers(config: Config, tmp_path: Path) -> None:
     """What a prompt is cannot be known, what its completion is can be learned: only the latter is scored."""
     rng = np.random.default_rng(0)

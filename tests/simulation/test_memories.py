@@ -123,6 +123,7 @@ def files(folder: Path) -> dict[str, bytes]:
 # --- whole runs
 
 
+@pytest.mark.slow
 def test_an_export_is_what_clients_keep(ran: tuple[Run, Any, np.ndarray], tmp_path: Path) -> None:
     """Every leaf of every client that was ever there, ascending; visits are those of the drawing."""
     run, rows, ids = ran
@@ -141,6 +142,7 @@ def test_an_export_is_what_clients_keep(ran: tuple[Run, Any, np.ndarray], tmp_pa
     assert files(tmp_path / "again") == files(file.parent)
 
 
+@pytest.mark.slow
 def test_eight_devices_keep_the_same(ran: tuple[Run, Any, np.ndarray], config: Config, tmp_path: Path) -> None:
     run = fedsim.run(config, dataclasses.replace(SPEED, devices=8), out=tmp_path / "run", quiet=True)
     wide, _ = read(run.export("memories", tmp_path / "wide").parent)
@@ -178,6 +180,7 @@ def test_rows_stay_where_checkpoints_do_not(ran: tuple[Run, Any, np.ndarray], co
     assert fedsim.run(resume=run.directory, quiet=True).export("memories", tmp_path / "later").is_file()
 
 
+@pytest.mark.slow
 def test_groups_have_a_folder_each(config: Config, tmp_path: Path) -> None:
     """Every group's clients, with the leaves that they keep; the server's own group has none."""
     (tmp_path / "grouped.py").write_text(GROUPED)
@@ -201,6 +204,7 @@ def test_groups_have_a_folder_each(config: Config, tmp_path: Path) -> None:
         np.testing.assert_array_equal(each, np.broadcast_to(small["visits"][:, None], each.shape))
 
 
+@pytest.mark.slow
 def test_a_client_answers_with_what_was_exported(config: Config, tmp_path: Path) -> None:
     """FedSA-LoRA: the published model with a client's own B scores on its test rows as the run's own test of it says."""
     kept = config.replace(

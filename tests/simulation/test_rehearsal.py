@@ -104,6 +104,7 @@ def test_lanes_that_do_not_fit_in_a_phase_are_refused_before_the_first(
     assert appended == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_batch_too_large_for_one_lane_is_refused_before_the_first_phase(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_batch_too_large_for_one_lane_is_refused_before_the_first_phase(
     assert not looked, "far from the limit nothing is compiled twice"
 
 
+@pytest.mark.slow
 def test_a_codec_that_keeps_something_can_be_rehearsed(config: Config, tmp_path: Path) -> None:
     """What it keeps at clients is brought to the host after an exchange, as in a real one."""
     owing = config.replace(codec_up="topk(0.1)", head_rounds=0)

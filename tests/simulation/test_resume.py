@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import fedsim
+from brief import brief
 from fedsim import record
 from fedsim.simulation import tasks
 from remembers import REMEMBERS, TIMES
@@ -325,6 +326,7 @@ def test_resuming_a_complete_run_does_no_harm(place: Place, uninterrupted: Calla
     assert_same(reference, record.load(place.folder / "complete"))
 
 
+@pytest.mark.slow
 def test_a_run_in_progress_is_not_resumed_by_another_process(place: Place) -> None:
     process = place.start(*place.options("plain"), "--rounds", "100000", "--out", "busy")
     try:
@@ -388,7 +390,7 @@ def killed_after(round: int, monkeypatch: pytest.MonkeyPatch, start: Callable[[]
             start()
 
 
-@pytest.mark.parametrize("case", ["codec", "average", "copies"])
+@pytest.mark.parametrize("case", brief(["codec", "average", "copies"]))
 def test_killed_in_this_process(
     blobs: Callable[..., Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     case: str,

@@ -98,8 +98,8 @@ def one(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     "speed",
     [
         Speed(lanes=1, devices=1, compilation_cache=False),
-        Speed(lanes=16, devices=1, segment_steps=3, compilation_cache=False),
-        Speed(lanes=1, devices=8, compilation_cache=False),
+        pytest.param(Speed(lanes=16, devices=1, segment_steps=3, compilation_cache=False), marks=pytest.mark.slow),
+        pytest.param(Speed(lanes=1, devices=8, compilation_cache=False), marks=pytest.mark.slow),
         Speed(lanes=3, devices=2, eval_batch=7, compilation_cache=False),
         pytest.param(
             Speed(lanes=2, devices=2, parallel="pmap", compilation_cache=False),
@@ -129,6 +129,7 @@ def test_cached_features_change_no_result(config: Config, run: Callable[..., Run
     assert cached.rounds[0]["setup_bytes"] > 0, "caching is the simulator's: clients are given the backbone"
 
 
+@pytest.mark.slow
 def test_a_shared_problem_changes_no_result(done: Run, config: Config, run: Callable[..., Run]) -> None:
     problem = build.problem(config, SPEED)
     for _ in range(2):  # the second one finds what the first one has computed
@@ -190,6 +191,7 @@ def test_a_target_stops_the_run(config: Config, run: Callable[..., Run]) -> None
     assert seen[-1] >= 0.8 and all(a < 0.8 for a in seen[:-1])
 
 
+@pytest.mark.slow
 def test_a_run_recorded_before_metrics_had_names_goes_on(
     config: Config, run: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,6 +226,7 @@ def test_patience_stops_the_run(config: Config, run: Callable[..., Run]) -> None
     assert result.summary["stopped"] == "patience" and len(result.rounds) == 3
 
 
+@pytest.mark.slow
 def test_patience_begins_anew_after_the_head(config: Config, run: Callable[..., Run]) -> None:
     """What the head has used up of it does not count: the second phase has its own two evaluations."""
     result = run(config.replace(rounds=50, head_rounds=4, peft="bias", lr=1e-12, patience=2))
@@ -263,6 +266,7 @@ def test_a_client_is_given_the_backbone_once(config: Config, run: Callable[..., 
     assert 4 < sum(given) // backbone <= config.clients
 
 
+@pytest.mark.slow
 def test_a_cast_halves_the_bytes(done: Run, config: Config, run: Callable[..., Run]) -> None:
     """Each way by itself, and what is learned stays about the same."""
     whole = done.rounds[0]
@@ -302,6 +306,7 @@ def fed_broken(task, broken=()):
 """
 
 
+@pytest.mark.slow
 def test_replies_that_are_not_finite_are_left_out(config: Config, run: Callable[..., Run], tmp_path: Path) -> None:
     """As if their weight were zero, which a reply of zero change with everybody's weight would not be."""
     (tmp_path / "mine.py").write_text(BROKEN)

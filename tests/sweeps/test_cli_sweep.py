@@ -145,6 +145,7 @@ def test_a_file_that_defines_none_or_fails_is_named(tmp_path: Path) -> None:
         assert said in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_whole_way(blobs: Callable[..., Path], environment: dict[str, str], tmp_path: Path) -> None:
     blobs(tmp_path)
 

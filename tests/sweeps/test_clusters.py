@@ -111,6 +111,7 @@ def test_slurm_gets_one_array_and_a_job_that_is_taken_away_goes_on(
     assert [len(each) for each in ran] == [1] * 4
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_jobs_of_slurm_and_the_same_command_looks_at_them_again(
     slurm: Path, crew_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

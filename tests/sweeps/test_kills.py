@@ -126,6 +126,7 @@ def deterministic(place: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines(place)]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_in_the_middle_of_its_cell(place: Place) -> None:
     """Rounds before the last checkpoint are not repeated: their lines, with their times, are those of before the kill."""
     place.file({"lr": [5e-3]}, seeds=2, rounds=40)
@@ -154,6 +155,7 @@ def test_a_killed_sweep_goes_on_in_the_middle_of_its_cell(place: Place) -> None:
     assert "1 stopped" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stop_ends_driver_and_processes_after_their_round(place: Place, number: int, status: int) -> None:
     place.file({"lr": [5e-3]}, seeds=2, rounds=400)

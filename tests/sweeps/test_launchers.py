@@ -157,6 +157,7 @@ def test_a_stop_says_that_the_same_command_goes_on_and_gives_the_cell_back(
     assert states(tmp_path, made) == ["waiting"] * 4
 
 
+@pytest.mark.slow
 def test_a_cell_of_other_devices_or_another_jax_is_begun_anew_and_a_damaged_one_fails_alone(
     tmp_path: Path, blobs: Callable[..., Path]
 ) -> None:

@@ -173,6 +173,7 @@ def test_nothing_is_run_twice_and_a_larger_sweep_runs_only_what_is_new(
         fedsim.sweep(small, out=second.places[second.cells[0].key], quiet=True)
 
 
+@pytest.mark.slow
 def test_a_failed_cell_keeps_its_error_and_ends_nothing_else(
     base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

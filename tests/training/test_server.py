@@ -92,6 +92,7 @@ def close(a: Any, b: Any) -> None:
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_is_a_loop_of_steps() -> None:
     """Keys, numbers and the last step reach the loss; a schedule counts on from run to run."""
     problem, task = tiny_problem(), tiny_task()
@@ -322,6 +323,7 @@ def config(blobs: Callable[..., Path], tmp_path: Path) -> Config:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_counts_it_apart(config: Config, tmp_path: Path) -> None:
     """Examples, seconds and FLOPs are in the record; nothing of it is a client's."""
     tuned = config.replace(algorithm=f"{MINE}:fed_tuned")
@@ -390,6 +392,7 @@ def test_frozen_features_of_the_server_are_cached(config: Config) -> None:
     same(jax.device_get(trainer.engine.public), jax.device_get(trainer.engine.x)[held.public], "of the others")
 
 
+@pytest.mark.slow
 def test_it_is_not_rehearsed(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rehearsal, and a dry run, trace the loss and run nothing; a round behind it trains."""
     from fedsim.cli.estimate import dry_run
@@ -448,6 +451,7 @@ def test_clients_that_own_what_the_server_holds_are_refused(config: Config, tmp_
         fedsim.run(config, SPEED, out=tmp_path / "run", quiet=True, problem=problem)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fed_tuned", "fed_distilled"])
 def test_a_stopped_run_goes_on_bit_for_bit(config: Config, tmp_path: Path, name: str) -> None:
     """Adam's moments and its schedule are the server's state; 8 devices."""
@@ -464,6 +468,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(config: Config, tmp_path: Path, name:
     assert (whole.directory / record.TRAINED).read_bytes() == (resumed.directory / record.TRAINED).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_model_of_the_server_alone_learns_from_groups(config: Config, tmp_path: Path) -> None:
     """The server's model is never sent; public examples lie on the devices once, whatever the number of groups."""
     groups = tuple(f"{n}(backbone='mlp', peft='{p}'{s})" for n, p, s in (
