@@ -18,6 +18,8 @@ from typing import Any
 
 import jax
 import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import axes
@@ -103,7 +105,7 @@ def measured(found: Mapping[str, Any]) -> str:
     for row in found["rows"]:
         rounds, sent = row["rounds_to_target"], row["bytes_to_target"]
         rate = f"{row['rate']:g}{' (edge)' if row['at_the_edge'] else ''}"
-        reached = ["–"] * 3 if rounds is None else [f"{rounds:g}", size(sent), f"{rounds * row['steps']:,.0f}"]
+        reached = ["–"] * 3 if rounds is None else [f"{rounds:.3g}", size(sent), f"{rounds * row['steps']:,.0f}"]
         lines.append(
             line(
                 row["method"], row["family"], methods.spread(row["scores"]), rate,
@@ -143,8 +145,6 @@ def line(*cells: object) -> str:
 
 def draw(found: Mapping[str, Any], file: Path) -> Path:
     """Test accuracy against the bytes of all clients and rounds, and against FLOPs; the Pareto fronts as steps."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     rows = found["rows"]
@@ -173,18 +173,23 @@ def draw(found: Mapping[str, Any], file: Path) -> Path:
                 label=family,
                 zorder=2,
             )
-        for i in best:
-            first = i == best[0]
-            axis.annotate(
-                rows[i]["method"], (costs[i], scores[i]), xytext=(6, -11) if first else (-7, 5), textcoords="offset points",
-                ha="left" if first else "right", fontsize=8,
-            )  # fmt: skip
-        axis.margins(x=0.25, y=0.1)
+        axis.margins(x=0.3, y=0.1)
+        label(figure, axis, [(costs[i], scores[i], rows[i]["method"]) for i in best])
     left.set_ylabel("test accuracy")
     left.set_title("communication: the grey line is the front", fontsize=10, loc="left")
     right.set_title("computation", fontsize=10, loc="left")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8, frameon=False)
     return plots.write(figure, file)
+
+
+def label(figure: Figure, axis: Axes, points: Sequence[tuple[float, float, str]], line: float = 10) -> None:
+    """Names to the left of points (x, y, name), none on another: each at least `line` points of height above the one below it."""
+    figure.draw_without_rendering()  # before that there is no place on the page
+    lowest = -float("inf")
+    for x, y, name in sorted(points, key=lambda point: point[1]):
+        height = axis.transData.transform((x, y))[1] * 72 / figure.dpi
+        lowest = max(height + 3, lowest + line)
+        axis.annotate(name, (x, y), xytext=(-7, lowest - height), textcoords="offset points", ha="right", fontsize=8)
 
 
 def main(

@@ -14,10 +14,9 @@ Shows:    test accuracy, bytes of a client and round each way, counted FLOPs, me
           places that are given (`axes.py`), and bytes, rounds and steps until a validation accuracy.
 Fails if: no method is cheaper than full fine-tuning on both axes and within 0.05 of its accuracy (the premise that PEFT pays), or
           FedKSeed does not send the least up.
-Machine:  2 cores of a shared AMD EPYC, 23 GiB, Python 3.11, JAX 0.10.2; 2026-11-30, beside other work (load 6).
-Time:     15:51 min after a first part of 2:30, 17 of processor time in all; alone on two cores it was not timed.
-Result:   LoRA in all blocks 0.674, full fine-tuning 0.209 (its rate at the edge of the grid, 32 steps), the head 0.318, FedKSeed on
-          it 0.309 with a tenth of the bytes up. docs/efficiency.md has the tables.
+Time:     12:40 min on 2 cores of a shared AMD EPYC, almost alone; 2026-11-30.
+Result:   full fine-tuning 0.693, LoRA in all blocks 0.554 with a 284th of its bytes: the first condition of failure occurred, at
+          rounds as few as these. The head 0.265, FedKSeed on it 0.284 with a tenth of the bytes up. Tables: docs/efficiency.md.
 """
 
 from dataclasses import replace
