@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from brief import brief
 from fedsim import peft
 from fedsim.backbones import BACKBONES, decoder_row
 from fedsim.backbones.decoder import DecoderConfig
@@ -137,7 +138,7 @@ KINDS = ["full", "norm", "lora", "ffa_lora", "adapter", "prefix", "prompt", "ia3
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("small", k) for k in KINDS] + [("small_gpt2", k) for k in [*KINDS, "bias"]]
+    ("name", "kind"), brief([("small_gpt2", k) for k in [*KINDS, "bias"]] + [("small", k) for k in KINDS], 10)
 )
 def test_kinds_train_what_they_take(name: str, kind: str) -> None:
     """A gradient reaches every trained leaf; where the kind adds nothing at the start, outputs are the backbone's own."""

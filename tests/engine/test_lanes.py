@@ -29,7 +29,7 @@ from fedsim.training.local import fit
 pytestmark = pytest.mark.usefixtures("compile_once")
 
 
-BRIEF = ("fed_avg", "flora")  # of different kinds; the others, and what takes long, run with -m slow
+BRIEF = ("fed_avg",)  # the others, and what takes long, run with -m slow
 LONG = "lanes and devices agree"
 AND = {("fed_avg", LONG), *((name, "bytes equal the packed messages") for name in ("fed_res", "dfed_salt", "fed_pcl"))}
 CONTRACT = [

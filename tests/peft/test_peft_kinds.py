@@ -85,7 +85,7 @@ def plain() -> dict[str, np.ndarray]:
     return answer
 
 
-@pytest.mark.parametrize(("name", "variant"), brief(EVERY, 22))
+@pytest.mark.parametrize(("name", "variant"), brief(EVERY, 13))
 def test_start_and_gradients(name: str, variant: str, plain: dict[str, np.ndarray]) -> None:
     """The promised start; a gradient for every trained leaf at the start, or after a step where one factor is zero."""
     model = make(name, variant)

@@ -89,7 +89,7 @@ def owned(run: Run, good: Run) -> None:
     assert run.clients() == good.clients()
 
 
-@pytest.mark.parametrize("name", END)
+@pytest.mark.parametrize("name", brief(END, 2))
 def test_bytes(runs: tuple[Run, Run], folder: Path, name: str) -> None:
     """Cut, emptied, with a bit changed, replaced by another run's: noticed."""
     file = folder / name
