@@ -31,8 +31,9 @@ def contract(devices: int | None) -> tuple[dict[str, np.ndarray], list[Any]]:
 
     from fedsim import algorithms
     from fedsim.testing import toys as testing
+    from fedsim.testing.tasks import tiny_task
 
-    task = testing.tiny_task(optimizer=optax.sgd)
+    task = tiny_task(optimizer=optax.sgd)
     make = algorithms.find("mine.py:fed_remembers")
     cohorts = (testing.COHORT, (2, 0, 3, 7, 5, 8))
     server, memory, done = testing.run(make, testing.tiny_problem(), cohorts, task=task, devices=devices)
