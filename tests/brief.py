@@ -11,5 +11,5 @@ import pytest
 def brief(cases: Iterable[Any], keep: int = 1) -> list[Any]:
     """The cases for `parametrize`, all but the first `keep` of them slow; a tuple is one of several arguments."""
     found = list(cases)
-    later = [case if isinstance(case, tuple) else (case,) for case in found[keep:]]
+    later = [case if type(case) is tuple else (case,) for case in found[keep:]]
     return [*found[:keep], *(pytest.param(*case, marks=pytest.mark.slow) for case in later)]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from by_hand import close, doubles, gradient, kept, mean, sgd_task, start_of, trained
 
+from brief import brief
 from fedsim.algorithms import find
 from fedsim.algorithms.dfed_salt import dfed_alt, dfed_salt, everybody, gossip, sharpness_aware
 from fedsim.algorithms.fed_avg import fed_avg
@@ -53,7 +54,7 @@ def test_oracle_a_salt_without_a_radius_is_alt():
         assert np.allclose(plain.params["kernel"], salt.params["kernel"], atol=1e-3) == near
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize("devices", brief([8, 1, 2]))
 def test_oracle_b_a_full_graph_that_shares_all_is_fed_avg(devices):
     """With the same shuffled batches: full participation, uniform weights, one copy for all."""
     task, rounds = sgd_task(), (BOTH,) * 2
@@ -74,6 +75,7 @@ def test_oracle_c_personal_heads_on_a_full_graph_are_fed_rep():
     np.testing.assert_allclose(heads.state()[0]["bias"], memory.state()[0]["bias"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_oracle_d_nobody_hears_anybody_is_local_training():
     """No byte, and every client as if it was alone."""
     rounds = ((2, 0, 7, 4), (7, 2, 5, 1))
@@ -83,6 +85,7 @@ def test_oracle_d_nobody_hears_anybody_is_local_training():
     assert all(sum(way.values()) == 0 for cohort in cohorts for way in cohort.traffic())
 
 
+@pytest.mark.slow
 def test_oracle_e_nothing_shared_is_local_training():
     """In batches of the personal part."""
     rounds, task = ((2, 0, 7, 4),) * 2, sgd_task(passes=Passes(1, None, 4))
@@ -152,6 +155,7 @@ def test_salt_is_its_numpy_loop():
         close(kept(memory, id), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_does_not_move_stays_bit_for_bit():
     """The phase of the head leaves the body alone, and the other way round; mixing leaves the head."""
     sent: list = []

@@ -131,6 +131,7 @@ def test_codecs_halve_the_bytes_and_change_the_values():
     np.testing.assert_allclose(plain.params["kernel"], coded.params["kernel"], atol=0.02)
 
 
+@pytest.mark.slow
 def test_uniform_weighting_is_the_plain_mean():
     problem = tiny_problem()
     task = tiny_task(weight=uniform)

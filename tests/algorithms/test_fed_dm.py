@@ -97,6 +97,7 @@ def test_a_of_all_real_examples_the_server_trains_on_the_pool():
     same(params, server.params, "training on the pool", rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_b_one_step_on_the_pool_is_fed_avg_with_one_full_batch():
     """Clients of 12, 8 and 12 examples: the mean over the pool weighs them by their numbers."""
     task = STILL._replace(passes=Passes(1, None, 40))
@@ -199,6 +200,7 @@ def test_labels_and_bytes_are_those_of_the_classes_that_clients_have():
     assert count.tolist() == [EACH * sum(c in each for each in own.values()) for c in range(CLASSES)]
 
 
+@pytest.mark.slow
 def test_weights_by_examples_restore_fed_avgs_objective():
     """Of each class n / I, so that a client's examples weigh as much as it has real ones of these classes."""
     _, ((_, y, w),) = shown(lambda t, **o: fed_dm(t, **{**QUICK, "weighted": True}, **o), PROBLEM, (COHORT,), TASK)
@@ -221,6 +223,7 @@ def test_rows_are_of_the_class_topped_up_with_replacement():
     assert steps(labels) == 7 and steps(labels[:3]) == 1 and steps(labels[:0]) == 0
 
 
+@pytest.mark.slow
 def test_the_order_of_clients_does_not_matter_to_a_full_batch():
     make = dm(server_batch=200, server_epochs=1)
     a, _, _ = run(make, PROBLEM, (COHORT,), task=TASK)

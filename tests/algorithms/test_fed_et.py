@@ -102,6 +102,7 @@ def test_a_of_one_architecture_all_of_it_shared_and_no_step_it_is_fed_avg():
         assert [sum(way.values()) for way in one.traffic()] == [sum(way.values()) for way in other.traffic()]
 
 
+@pytest.mark.slow
 def test_b_of_one_architecture_and_no_step_the_clients_model_is_fed_avgs():
     plain, _, _ = run(fed_avg, PROBLEM, ONE, task=alone(SMALL)._replace(init=lambda key: with_head_of(SMALL, LARGE)))
     found, _, _ = run(et(server_steps=0), PROBLEM, ONE, task=OTHER)

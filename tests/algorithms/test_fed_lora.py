@@ -203,7 +203,7 @@ def test_fed_it_is_the_product_of_means():
 ALL = ["fed_it", "flora", "het_lora", "flex_lora", "fed_ex_lora"]
 
 
-@pytest.mark.parametrize("text", [*ALL, "ffa_lora"])
+@pytest.mark.parametrize("text", brief([*ALL, "ffa_lora"], 3))
 def test_with_one_client_every_rule_is_exact(text):
     for one in rounds(text, cohorts=((7,), (0,))):
         assert gap(effective(one.algorithm, one.after), ideal(text, one, np.ones(1))) < 2e-5
@@ -217,6 +217,7 @@ def test_with_one_client_the_rules_agree():
         assert gap(effective(one.algorithm, one.after), plain) < 2e-5, text
 
 
+@pytest.mark.slow
 def test_a_server_optimizer_moves_what_is_averaged():
     """A rate of zero: head and FedIT's factors stay, what FLoRA writes into the kernels does not depend on it."""
     still = lora_task(server_optimizer=optax.sgd(0.0))
@@ -345,6 +346,7 @@ def test_pruned_ranks_are_kept_told_and_paid():
     assert done[2].cohort.done[1].info.metrics["rank"] == np.mean(after)
 
 
+@pytest.mark.slow
 def test_the_penalty_pulls_at_the_tail():
     """What training leaves of the last rank is less with a pull, for every client; without pruning there is no tail."""
 

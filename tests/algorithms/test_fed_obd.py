@@ -77,6 +77,7 @@ def test_b_a_fine_codec_is_fed_avg_up_to_its_steps():
     assert float(jnp.abs(coarse.params["kernel"] - plain.params["kernel"]).max()) > 0.01
 
 
+@pytest.mark.slow
 def test_c_everything_left_out_moves_nothing_and_sends_nothing_up():
     found, _, (cohort, _) = run(obd(lam=1.0), PROBLEM, COHORTS, task=WIDE)
     same(START, found.params, "lam = 1")
@@ -252,6 +253,7 @@ def test_what_is_refused(text, says):
         find(text)(WIDE)
 
 
+@pytest.mark.slow
 def test_a_codec_of_the_runs_beside_its_own_is_refused():
     with pytest.raises(ValueError, match=r"codec_up='quantise\(8\)' acts on; it marks nothing"):
         _, _, (cohort,) = run(obd(), PROBLEM, task=WIDE, up=wire.codec("quantise(8)"))

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from brief import brief
 from fedsim import wire
 from fedsim.algorithms import find
 from fedsim.algorithms.fed_avg import fed_avg
@@ -133,6 +134,7 @@ def test_c_identical_clients_train_as_one_alone(loss, scale):
     np.testing.assert_allclose(both, 2 * shared, rtol=1e-6)  # L_p is L_g
 
 
+@pytest.mark.slow
 def test_d_of_one_client_the_mean_is_its_prototype():
     server, _, _ = run(pcl(), PROBLEM, ((7,),), task=TASK)
     y, rows = PROBLEM.y, PROBLEM.rows[PROBLEM.offsets[7] : PROBLEM.offsets[8]]
@@ -141,6 +143,7 @@ def test_d_of_one_client_the_mean_is_its_prototype():
         np.testing.assert_allclose(server.mean[c], z[y[rows] == c].mean(axis=0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_e_of_the_mean_alone_it_is_softmax_with_its_prototypes_as_weights():
     z, y, mask, bank = example()
     alone = bank._replace(sets=bank.sets[:0], has=bank.has[:0])
@@ -206,7 +209,7 @@ def test_the_codes_loss_is_its_loop():
     np.testing.assert_allclose(found, by_hand_code(z, y, mask, bank, 0.1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["paper", "code"])
+@pytest.mark.parametrize("loss", brief(["paper", "code"]))
 def test_a_client_descends_the_loss_of_what_it_was_sent(loss):
     """One step of SGD on all of its examples: the gradient is that of the loss with the prototypes fixed."""
     task = TASK._replace(
@@ -340,6 +343,7 @@ def test_without_a_prototype_not_even_weight_decay_moves_a_client(loss):
     assert float(jnp.abs(after.params["hidden"] - own.params["hidden"]).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_classes_that_a_client_has_not_got_are_never_its_answer():
     y, rows = PROBLEM.y.copy(), PROBLEM.rows[PROBLEM.offsets[7] : PROBLEM.offsets[8]]
     y[rows] = 1

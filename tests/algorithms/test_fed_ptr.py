@@ -112,6 +112,7 @@ def test_d_a_linear_projector_on_quadratics_has_a_closed_form():
     np.testing.assert_allclose(found.before["w"], w[-2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_e_the_first_round_is_fed_avgs_bytes_included():
     plain, _, (before,) = run(fed_avg, PROBLEM, COHORTS[:1], task=TASK)
     found, _, (cohort,) = run(ptr(), PROBLEM, COHORTS[:1], task=TASK)

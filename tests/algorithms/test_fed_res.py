@@ -103,6 +103,7 @@ def test_oracle_a_and_then_the_corrected_scheme_is_scaffold():
     same(memory.state()[0], own.state()[0].control, "the clients' controls", rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_oracle_a_and_then_the_scheme_of_one_step_is_fed_sgd():
     """One step on the gradient over all that the steps see, which is FedAvg with one batch."""
     task = sgd_task(passes=Passes(1, None, 4))
@@ -211,6 +212,7 @@ def targets(values, rate=0.1, steps=7):
     return problem, task, {"public": None, "shard": None}
 
 
+@pytest.mark.slow
 def test_quadratics_have_a_closed_form():
     """K steps leave (1 - rate)^K of the distance to what the other part leaves over."""
     wanted, rounds, left = np.array([3.0, -5.0]), 6, 0.9**7
@@ -356,6 +358,7 @@ def test_moments_are_kept_where_it_is_asked_for(keeps):
     np.testing.assert_allclose(kept(memory, 0).residual["w"] - 0.5, b, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_changes_its_inputs_where_the_run_does():
     """The joint loss augments once for both parts, as the task's own loss does."""
     task = sgd_task(augment=lambda key, x: 0.0 * x)  # nothing is left but the biases' gradient

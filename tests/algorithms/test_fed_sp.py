@@ -99,6 +99,7 @@ def test_b_of_one_client_it_is_prefix_tuning_with_one_optimizer():
     assert max(float(jnp.abs(anew.params[path] - leaf).max()) for path, leaf in params.items()) > 1e-3
 
 
+@pytest.mark.slow
 def test_c_at_a_rate_of_zero_the_prompts_rest():
     still = task_of(lr=lambda client, message: jnp.float32(0))
     found, _, _ = run(sp(**ALONE), PROBLEM, TWICE, task=still)
@@ -161,6 +162,7 @@ def fresh(id):
     return fed_sp(TASK, **ALONE).memory(key_for(jax.random.key(0), "memory", id), HELD)
 
 
+@pytest.mark.slow
 def test_clients_keep_auxiliary_models_of_their_own():
     """They differ after the first round; what the server sent is not changed by them, and G by nobody."""
     server, memory, cohorts, sent = whole()
@@ -240,6 +242,7 @@ def test_bytes_are_the_prompts_and_the_auxiliary_model_once(options):
         assert len(wire.serialise(wire.unmarked(whole()[3][0].message)["prompts"])) == P
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_bytes_of_a_table_and_its_map(hidden):
     """b (p d + d h + h + 2 L d h + 2 L d) each way, and the exported prompts are those that it makes."""
@@ -271,6 +274,7 @@ def test_prompts_of_several_blocks_become_their_mean_and_come_back():
     assert set(tiled(few, shape)) == set(deep)
 
 
+@pytest.mark.slow
 def test_a_shallower_auxiliary_model_gets_fewer_prompts():
     """Half of them go each way, and both blocks of G then have the same."""
     server, _, (cohort,) = run(sp(depth=1, **ALONE), PROBLEM, ((2, 4),), task=TASK)
@@ -391,6 +395,7 @@ def test_blocks_behind_the_depth_do_nothing(decoders, name, short):
     np.testing.assert_allclose(task.logits(a, model.on_client(few), IDS), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_distillation_is_about_real_tokens(decoders):
     """What A makes of padding counts for nothing."""
     task, prompts, held = made("small")

@@ -22,6 +22,7 @@ START = tiny_wide_task().init(jax.random.key(5))
 WIDE = tiny_wide_task(init=lambda key: START)
 
 
+@pytest.mark.slow
 def test_fed_paq_is_fed_avg_under_the_runs_qsgd_bit_for_bit():
     paq, _, (cohort, _) = run(fed_paq, PROBLEM, COHORTS, task=WIDE)
     coded, _, (other, _) = run(fed_avg, PROBLEM, COHORTS, task=WIDE, up=wire.codec("qsgd(9, 0)"))
@@ -32,6 +33,7 @@ def test_fed_paq_is_fed_avg_under_the_runs_qsgd_bit_for_bit():
     assert sum(up.values()) == 6 * sum(-(-n * 9 // 8) + 4 for n in (24, 12, 3))
 
 
+@pytest.mark.slow
 def test_fed_paq_with_many_levels_is_fed_avg():
     plain, _, _ = run(fed_avg, PROBLEM, COHORTS, task=WIDE)
     fine, _, _ = run(lambda task: fed_paq(task, bits=16), PROBLEM, COHORTS, task=WIDE)
@@ -53,6 +55,7 @@ def test_what_fed_paq_sends_is_a_level_beside_the_value():
         assert (np.abs(level - exact) < 1 + 1e-4).all()
 
 
+@pytest.mark.slow
 def test_fed_dropout_avg_that_drops_nothing_is_fed_avg():
     plain, _, _ = run(fed_avg, PROBLEM, COHORTS, task=WIDE)
     found, _, _ = run(lambda task: fed_dropout_avg(task, rate=0.0), PROBLEM, COHORTS, task=WIDE)

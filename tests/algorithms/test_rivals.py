@@ -164,6 +164,7 @@ def test_fed_rep_is_its_numpy_loop():
     assert [sum(way.values()) for way in cohorts[0].traffic()] == [4 * 72, 4 * 72]  # the body alone
 
 
+@pytest.mark.slow
 def test_fed_rep_whose_heads_stay_is_fed_avg_of_the_body():
     """The head is then a frozen part of the model, and the batches are those that FedAvg draws."""
     task = tiny_head_task(weight=sgd_task().weight)

@@ -50,12 +50,14 @@ def test_b_the_codes_form_with_one_model_and_affinity_is_fed_prox():
     same(plain.params, found.params, "affinity", rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_c_the_papers_form_with_one_model_that_is_alone_is_fed_avg():
     plain, _, _ = run(fed_avg, PROBLEM, COHORTS, task=TASK)
     found, _, _ = run(soups(models=1, anchor=False, lambda_a=0.0, lambda_d=0.0), PROBLEM, COHORTS, task=TASK)
     same(plain.params, found.params, "one model", rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_d_what_the_server_sent_in_the_pool_is_half_a_servers_rate():
     half, _, _ = run(fed_avg, PROBLEM, COHORTS, task=TASK._replace(server_optimizer=optax.sgd(0.5)))
     recipe = Recipe("paper", 1, 0.0, 0.0, anchor=True, samples=1)

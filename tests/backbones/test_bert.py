@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from brief import brief
 from fedsim import peft
 from fedsim.backbones import BACKBONES, bert_row
 from fedsim.backbones.bert import BertConfig
@@ -108,7 +109,7 @@ def test_bert_counts_columns_and_pools_the_first_real_token(small, pool: str) ->
     np.testing.assert_allclose(model.prefix(frozen, padded), model.prefix(shifted, ids), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["bert_tiny", "roberta_tiny"])
+@pytest.mark.parametrize("name", brief(["bert_tiny", "roberta_tiny"]))
 def test_padding_on_the_left_has_gradients_as_on_the_right(name: str) -> None:
     model = peft.build(name, 3, peft="full", pool="cls")
     trained, frozen = peft.start(model, "random", 0)

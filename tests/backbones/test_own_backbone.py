@@ -349,6 +349,7 @@ def test_resume_and_predict_in_other_processes(
     assert a.predict(X) == b.predict(X)
 
 
+@pytest.mark.slow
 def test_other_parameters_are_noticed(file: Path, blobs: Callable[..., Path], tmp_path: Path) -> None:
     """A file that draws its parameters anew would give other answers in another process."""
     run = fedsim.run(config(file, blobs(tmp_path), "changing", peft="head"), out=tmp_path / "run", quiet=True)

@@ -296,6 +296,7 @@ def test_compiling_counts_nested_and_parallel_spans_once(monkeypatch: pytest.Mon
     assert clock.seconds == 3.5
 
 
+@pytest.mark.slow
 def test_padded_vmap_on_two_devices_learns_the_same() -> None:
     few = {"clients": 6, "cohort": 4, "depth": 1, "classes": 5, "probe": 8}
     w = dataclasses.replace(workloads.WORKLOADS["W3-16"], **few)

@@ -164,7 +164,7 @@ def test_every_algorithm_is_priced_from_the_command_line(algorithm: str, capsys:
     assert (row["bytes_up"] == 0) == (algorithm == "local_only")
 
 
-@pytest.mark.parametrize(("kind", "head_rounds"), [("bias", 1), ("full", 0), ("head", 0)])
+@pytest.mark.parametrize(("kind", "head_rounds"), brief([("bias", 1), ("full", 0), ("head", 0)]))
 def test_a_row_equals_what_a_run_reports(
     kind: str, head_rounds: int, tmp_path: Path, blobs: Callable[..., Path], compile_once: None
 ) -> None:

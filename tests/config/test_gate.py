@@ -213,6 +213,7 @@ def test_what_nothing_reads_is_refused_where_it_was_asked_for() -> None:
 # --- where a run starts from
 
 
+@pytest.mark.slow
 def test_naming_a_default_changes_nothing() -> None:
     usual = main_job()
     for name in (f.name for f in dataclasses.fields(Config)):

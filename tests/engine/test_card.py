@@ -79,6 +79,7 @@ def test_engine_equals_the_card(stacked, lanes, devices, parallel):
         np.testing.assert_allclose(server.params[name], leaf, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_256_lanes_hold_one_backbone():
     """256 clients train side by side in one program, whose memory holds the frozen backbone once."""
     width, lanes = 512, 256

@@ -107,6 +107,7 @@ def test_messages_and_parameters_are_those_of_ef21_p(lanes: int, devices: int) -
     assert np.abs(np.asarray(x) - w).max() > 1e-3, "something is still to be sent"
 
 
+@pytest.mark.slow
 def test_what_did_not_arrive_is_sent_in_the_end() -> None:
     """A server that stands still is reached: each difference has what the one before left, and nothing twice."""
     e = engine(tiny_problem(), down=wire.codec("topk(0.3)"))
@@ -240,6 +241,7 @@ def test_every_message_of_a_round_has_a_copy_of_its_own() -> None:
     assert copies is not None and set(copies) == set(held)
 
 
+@pytest.mark.slow
 def test_a_message_with_other_leaves_travels_whole() -> None:
     e = engine(tiny_problem(), down=wire.codec("topk(0.3)"))
     copies, bytes_down = None, []

@@ -134,6 +134,7 @@ def test_zeros_lie_where_xla_takes_them(shape: tuple[int, ...], dtype: type) -> 
     assert made.size == 0 or made.ctypes.data % host.ALIGNMENT == 0
 
 
+@pytest.mark.slow
 def test_a_cpu_that_the_user_has_divided_stays_so(tmp_path: Path, environment: dict[str, str]) -> None:
     code = "from fedsim.engine.host import divide_cpu; import jax; divide_cpu(2); print(len(jax.devices()))"
     for name, value in (("XLA_FLAGS", "--xla_force_host_platform_device_count=3"), ("JAX_NUM_CPU_DEVICES", "3")):

@@ -192,6 +192,7 @@ def test_lanes_are_halved_at_once_to_what_should_fit():
     assert lanes_module.halved(256, Need(math.inf, 0), 120.0) == 128, "how much too large it is is not known"
 
 
+@pytest.mark.slow
 def test_fewer_lanes_take_longer_segments(monkeypatch):
     """The steps of a segment follow from the lanes that fit, not from those that were tried first."""
     problem, task = tiny_problem(), tiny_task(passes=Passes(1, 3, 4))
@@ -292,6 +293,7 @@ def test_keys_of_another_round_and_exchange_are_others():
     assert len({*first, *second, *exchange}) == 3 * len(COHORT)
 
 
+@pytest.mark.slow
 def test_keys_depend_on_round_and_client_only():
     problem = tiny_problem()
     a = run(counting, problem, lanes=1)[2][0].done[0].info.clients["key"]
@@ -392,6 +394,7 @@ def test_uniform_weights_count_clients_with_examples():
     assert info.weight == 2.0
 
 
+@pytest.mark.slow
 def test_nobody_with_examples_changes_nothing():
     """A round of total weight zero leaves the server as it was, its optimizer's momentum included."""
     task = tiny_task(server_optimizer=optax.adam(0.1))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from brief import brief
 from fedsim import wire
 from fedsim.algorithms.fed_avg import fed_avg
 from fedsim.config import Config, Speed
@@ -63,7 +64,7 @@ def compiled() -> Iterator[list[str]]:
     monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("algorithm", ["fed_avg", "fed_prox(mu=0.1)"])
+@pytest.mark.parametrize("algorithm", brief(["fed_prox(mu=0.1)", "fed_avg"]))
 @pytest.mark.parametrize(
     ("backbone", "kind", "speed"),
     [

@@ -44,6 +44,7 @@ def test_work_counts_what_batches_visit(sizes: list[int], passes: Passes, limit:
     np.testing.assert_array_equal(np.bincount(made.who, minlength=len(n)), made.spans)
 
 
+@pytest.mark.slow
 @given(SIZES, PASSES, st.integers(1, 4), st.integers(1, 9), st.sets(st.integers(0, 8)))
 @LAW
 def test_the_width_is_the_narrowest_that_holds_every_lane(

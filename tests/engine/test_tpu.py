@@ -127,6 +127,7 @@ def exchange(case: Case) -> Texts:
     return texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", some(sorted(peft.KINDS)))
 def test_a_peft_kinds_programs_lower_for_tpu(kind: str) -> None:
     exchange(case("vit_tiny", kind))

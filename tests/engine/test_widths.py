@@ -41,6 +41,7 @@ def test_narrow_steps_give_what_whole_batches_give():
                 assert b.done[0].occupancy[1] > a.done[0].occupancy[1] + 0.05
 
 
+@pytest.mark.slow
 def test_widths_are_chosen_by_the_population():
     """So every cohort finds them compiled, whatever its own sizes."""
     task = tiny_task(passes=Passes(1, None, 8))
@@ -123,6 +124,7 @@ def test_whole_batches_where_the_carry_depends_on_the_rows():
     same(kept, run(keeping, tiny_problem(), COHORTS, task=task, widths=(8,))[0], "whole batches")
 
 
+@pytest.mark.slow
 def test_random_changes_of_an_example_do_not_depend_on_the_width():
     """What is drawn for the first rows is the same, however many are drawn: of keys, numbers, images."""
     key = jax.random.key(3)

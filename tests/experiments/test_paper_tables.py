@@ -188,6 +188,7 @@ def test_a_table_is_made_again_by_its_sweep(
     assert before == {folder.name: (folder / "summary.json").stat().st_mtime_ns for folder in done} and len(done) == 2
 
 
+@pytest.mark.slow
 def test_fed_pcls_downlink_grows_with_its_clients(tables: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     """4 d C (m + 1) bytes and the flags; the page holds the rows."""
     tables.main(tables.Options("fed_pcl", "downlink", json_=True))

@@ -298,6 +298,7 @@ def test_who_left_in_the_first_exchange_is_not_sent_the_second() -> None:
     assert not cohort.reports.any() and cohort.traffic() == ({"w": 20 * (6 + reported)}, {"message": 4 * reported})
 
 
+@pytest.mark.slow
 def test_partial_work_equals_a_loop_with_fewer_steps() -> None:
     """Each reply alone, batch by batch, over the steps that fit; weights stay the numbers of examples."""
     speeds = np.array([3.0, 1.0, 2.0, 50.0, 1.0, 0.1])

@@ -150,7 +150,7 @@ def test_no_noise_is_no_privacy() -> None:
     assert accounting.curve(SMALL, 0.0, 3)(0) == 0 and accounting.curve(SMALL, 0.0, 3)(1) == math.inf
 
 
-@pytest.mark.parametrize("asked", [SMALL, SMALL._replace(accountant="rdp"), SMALL._replace(sampling="none")])
+@pytest.mark.parametrize("asked", brief([SMALL, SMALL._replace(accountant="rdp"), SMALL._replace(sampling="none")]))
 def test_the_curve_is_epsilon_round_by_round(asked: Terms) -> None:
     """No running sum of epsilons: composition grows more slowly."""
     after = accounting.curve(asked, 1.2, 12)
@@ -161,6 +161,7 @@ def test_the_curve_is_epsilon_round_by_round(asked: Terms) -> None:
     assert again(12) == after(12)  # the same bits, asked at once or round by round
 
 
+@pytest.mark.slow
 def test_a_coarser_grid_gives_no_smaller_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
     fine = accounting.epsilon(SMALL, 0.5, 200)
     monkeypatch.setattr(accounting, "POINTS", 20_000)
@@ -238,6 +239,7 @@ def test_command_gives_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["unit"], found["sampling"], found["relation"]) == ("client", "poisson", "add_or_remove_one")
 
 
+@pytest.mark.slow
 def test_command_says_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     text = command(capsys, "--clients 1000 --rounds 5 --epsilon 0.9 --noise-multiplier 1 --delta 1e-3")
     for word in ("one client", "add or remove one", "Poisson sampling", "PLD", "RDP", "delta 0.001", "warning"):

@@ -100,6 +100,7 @@ def test_the_norm_finds_its_quantile(start: float) -> None:
     assert abs(float((norms <= float(norm)).mean()) - aim) < 0.1
 
 
+@pytest.mark.slow
 def test_lanes_and_devices_count_once() -> None:
     """Of (3 lanes, 8 devices) as of one: the count is summed before its noise."""
     norms = np.linalg.norm(TABLE, axis=1)

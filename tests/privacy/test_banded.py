@@ -151,6 +151,7 @@ def test_the_sum_is_as_without_bands(grid: tuple[int, int]) -> None:
     assert int(info.reported) == 5 and int(cohort.averaging["count"]) == 1
 
 
+@pytest.mark.slow
 def test_the_first_exchange_gives_the_key() -> None:
     """Of another round another one, so that each phase of a run has noise of its own; lanes change nothing."""
     average = central(1.0, 1.0, 1.0, inverse=inverse(strategy(3), 4))

@@ -223,6 +223,7 @@ def test_impossible_numbers_are_refused(name: str, value: float) -> None:
         central(**given)
 
 
+@pytest.mark.slow
 def test_codecs_come_before_the_norm() -> None:
     """The server clips what it has decoded, so that no codec moves the sum by more: topk feeds back what grows."""
     bound = 0.5

@@ -120,6 +120,7 @@ def test_noise_independence() -> None:
     np.testing.assert_array_equal(numbers, drawn(keys))
 
 
+@pytest.mark.slow
 def test_tokens_weigh_as_they_did() -> None:
     """A task that says how much a batch weighs, as a language model's does, keeps its mean and its weight."""
 

@@ -161,6 +161,7 @@ def test_peaks_are_found_by_the_names_that_jax_gives(kind: str, name: str, bfloa
     assert 0 < found.float32 <= found.bfloat16 and 1e11 < found.bandwidth < 1e13 and found.source
 
 
+@pytest.mark.slow
 def test_an_unknown_device_is_measured() -> None:
     assert peaks.known("cpu") is None and peaks.known("TPU v4 lite") is None and peaks.known("NVIDIA H100 NVL") is None
     assert peaks.known("NVIDIA GH200 480GB") is None and peaks.known("NVIDIA GB200") is None

@@ -288,7 +288,7 @@ def test_rows_of_clients_memory(remembering: tuple[Run, Run], stopped: Path, dam
     assert (stopped / record.CHECKPOINTS / "damaged-2").is_dir()
 
 
-@pytest.mark.parametrize("name", [record.MEMORIES, "memory-peft.rows"])
+@pytest.mark.parametrize("name", brief([record.MEMORIES, "memory-peft.rows"]))
 def test_what_an_export_of_memories_reads(remembering: tuple[Run, Run], tmp_path: Path, name: str) -> None:
     """The table and the rows of a finished run: damaged in every way they are refused by name, and the remedy works."""
     folder, out = tmp_path / "run", tmp_path / "kept"

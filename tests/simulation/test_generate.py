@@ -161,6 +161,7 @@ def test_a_run_goes_on_with_texts(run: fedsim.Run) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_likeliest_answer_is_chosen(run: fedsim.Run) -> None:
     """By the sum of its tokens' log-likelihoods, or their mean: those of the outputs at the tokens before."""
     assert run.choose("the cat says", [" bark", " meow"]) == " meow"

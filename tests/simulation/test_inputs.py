@@ -236,6 +236,7 @@ def test_code_at_another_place_or_changed_is_not_run_unasked(
         fedsim.run(resume=place / "run", quiet=True)
 
 
+@pytest.mark.slow
 def test_a_record_of_before_asks_before_it_runs_code(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     about = json.loads((place / "run" / record.CONFIG).read_text())

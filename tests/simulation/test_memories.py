@@ -152,6 +152,7 @@ def test_eight_devices_keep_the_same(ran: tuple[Run, Any, np.ndarray], config: C
         np.testing.assert_allclose(wide[path], one[path], rtol=1e-5, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_exports_the_same_bits(ran: tuple[Run, Any, np.ndarray], tmp_path: Path) -> None:
     """Rows lie in other slots after a resume; what is exported is the same."""
     folder = tmp_path / "run"
@@ -228,6 +229,7 @@ def test_a_client_answers_with_what_was_exported(config: Config, tmp_path: Path)
     assert tested >= 3
 
 
+@pytest.mark.slow
 def test_a_run_whose_clients_keep_nothing(config: Config, tmp_path: Path) -> None:
     run = fedsim.run(config.replace(algorithm="fed_avg", rounds=1), SPEED, out=tmp_path / "run", quiet=True)
     assert not (run.directory / record.MEMORIES).exists()

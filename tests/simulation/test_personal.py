@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fedsim
+from brief import brief
 from fedsim.cli import job
 from fedsim.config import Config, Speed
 from fedsim.engine.cohort import Cohort
@@ -38,7 +39,7 @@ def correct(logits: jax.Array, y: np.ndarray) -> float:
     return float((np.asarray(logits).argmax(axis=1) == y).mean())
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", brief([4, 1]))
 def test_scores_equal_a_loop_over_clients(config: Config, devices: int) -> None:
     """Tuned: two epochs of SGD with momentum over the client's rows in their order, written out."""
     problem, now = ready(config, Speed(devices=devices, lanes=2, compilation_cache=False))
@@ -137,6 +138,7 @@ def test_a_run_tells_how_its_clients_fare(config: Config, tmp_path: Path) -> Non
     assert sum(line["bytes_up"] for line in run.rounds) == (run.summary or {})["bytes"]["up"], "tests cost no bytes"
 
 
+@pytest.mark.slow
 def test_without_local_tests_nothing_is_said_of_clients(config: Config, tmp_path: Path) -> None:
     run = fedsim.run(config.replace(local_test=0.0, personal_epochs=0), SPEED, out=tmp_path / "run", quiet=True)
     assert (run.summary or {})["final"]["clients"] is None and run.clients() == []

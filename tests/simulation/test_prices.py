@@ -119,7 +119,7 @@ def test_gossip_costs_every_transmission(graph: str) -> None:
     assert found.total_up.tolist() == [72 * each] * len(SIZES)
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "quantise(3)", "nf4(16)"])
+@pytest.mark.parametrize("name", brief(["quantise(3)", "bfloat16", "nf4(16)"]))
 def test_codecs_of_messages_and_replies(name: str) -> None:
     codecs: dict[str, Any] = {"up": wire.codec(name), "down": wire.codec(name)}
     same(priced(fed_avg, tiny_task(), **codecs), real(fed_avg, tiny_task(), **codecs))
@@ -166,7 +166,7 @@ def test_a_message_of_changes_to_some_clients_has_no_price() -> None:
         priced(fed_avg, tiny_task(), down=wire.codec("topk(0.3)"))
 
 
-@pytest.mark.parametrize("name", ["eden(2)", "powersgd(1)", "sketch(1)+quantise(8)", "qsgd(4, 5)"])
+@pytest.mark.parametrize("name", brief(["sketch(1)+quantise(8)", "eden(2)", "powersgd(1)", "qsgd(4, 5)"], 2))
 def test_codecs_of_changes_have_exact_prices_where_values_do_not_matter(name: str) -> None:
     codec = wire.codec(name)
     found, (_, up) = priced(fed_avg, tiny_task(), up=codec), real(fed_avg, tiny_task(), up=codec)
@@ -175,14 +175,17 @@ def test_codecs_of_changes_have_exact_prices_where_values_do_not_matter(name: st
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "nnadq(0.01)",
-        "topk(0.5)+nnadq(0.01)",
-        "randomk(0.3)",
-        "topk(0.5)+eden(2)",
-        "topk(0.9)+nf4(1)",
-        "blocks(0.5, 4)+rotate+nf4",
-    ],
+    brief(
+        [
+            "topk(0.5)+nnadq(0.01)",
+            "randomk(0.3)",
+            "nnadq(0.01)",
+            "topk(0.5)+eden(2)",
+            "topk(0.9)+nf4(1)",
+            "blocks(0.5, 4)+rotate+nf4",
+        ],
+        2,
+    ),
 )
 def test_codecs_whose_prices_follow_from_values_have_bounds(name: str) -> None:
     codec = wire.codec(name)
@@ -212,6 +215,7 @@ def masked(entries: Callable[[Any, Client, Any], Any], axis: int | None = None) 
     return make
 
 
+@pytest.mark.slow
 def test_masks_of_a_clients_own_are_exact_and_those_of_values_are_bounds() -> None:
     by_id = masked(lambda leaf, client, carry: client.id % 6 + 1, axis=0)
     found = priced(by_id, tiny_task())
@@ -241,6 +245,7 @@ def test_what_classes_send_is_bounded_by_clients_that_have_all(name: str) -> Non
     assert found.up[path].sum() == whole and up[path] == whole * 8 // 9  # the smallest lacks one
 
 
+@pytest.mark.slow
 def test_what_pruning_leaves_is_a_bound() -> None:
     found = priced(named("het_lora(ranks=[1, 2], gamma=0.5, penalty=0.1)"), tiny_lora_task())
     assert set(found.bounded["up"]) == set(found.bounded["down"]) == {"lora_a", "lora_b"}

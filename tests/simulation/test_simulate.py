@@ -323,6 +323,7 @@ def test_replies_that_are_not_finite_are_left_out(config: Config, run: Callable[
     assert_close(run(everyone.replace(algorithm=f"{tmp_path}/mine.py:fed_broken()"), problem=without), result)
 
 
+@pytest.mark.slow
 def test_a_round_in_which_nobody_counts_changes_nothing(
     config: Config, run: Callable[..., Run], tmp_path: Path
 ) -> None:
@@ -342,6 +343,7 @@ def test_what_is_refused_leaves_no_folder(config: Config, tmp_path: Path) -> Non
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_shared_problem_takes_the_run_s_own_speed(
     config: Config, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -434,6 +436,7 @@ def diverging(**changes: Any) -> tuple[Config, Any]:
     return Config(**{**options, **changes}), fedsim.arrays(x, y)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_no_number_has_no_scores_and_reaches_no_target(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

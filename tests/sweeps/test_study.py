@@ -267,6 +267,7 @@ def test_cells_given_one_by_one(base: Config, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_data_of_another_content_than_finished_cells_have_read_are_refused(
     base: Config, blobs: Callable[..., Path], tmp_path: Path
 ) -> None:

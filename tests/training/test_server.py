@@ -142,6 +142,7 @@ def fresh(problem: Any) -> Memory:
     return Memory(lambda key, held: (), problem.held)
 
 
+@pytest.mark.slow
 def test_the_server_is_taught_what_the_clients_answer() -> None:
     """One round of `fed_distilled` against NumPy: clients alone, their mean, and the gradient of softmax regression."""
     problem, task, steps, batch, lr = tiny_problem(), tiny_task(), 5, 8, 0.1
@@ -352,6 +353,7 @@ def test_a_run_counts_it_apart(config: Config, tmp_path: Path) -> None:
     assert run.rounds[-1]["metrics"]["server_loss"] < run.rounds[0]["metrics"]["server_loss"]
 
 
+@pytest.mark.slow
 def test_shares_that_nobody_reads_are_said(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fedsim.run(config.replace(algorithm=f"{MINE}:fed_tuned", rounds=1), SPEED, out=tmp_path / "run")
     said = capsys.readouterr().out

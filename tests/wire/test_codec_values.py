@@ -108,6 +108,7 @@ def test_qsgd_errs_as_lemma_3_1_says() -> None:
         assert 0.05 * min(d / s**2, math.sqrt(d) / s) < error <= min(d / s**2, math.sqrt(d) / s)
 
 
+@pytest.mark.slow
 def test_terngrad_clips_at_so_many_deviations() -> None:
     value = np.zeros(100, np.float32)
     value[[0, 1]] = 100, -100
@@ -264,6 +265,7 @@ def test_the_bias_of_drive_in_four_dimensions(value: list[float], mean: tuple[fl
     assert np.abs(np.mean(found, axis=0) - value).max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_bias_of_drive_falls_with_the_dimension() -> None:
     """Of one large entry among small ones, the worst of what was tried."""
     found = {}
