@@ -15,7 +15,7 @@ Failure:  FedPCL (paper form) is not above local training, or below FedProto, by
 Time:     8:48 min alone on 2 cores of a shared AMD EPYC; 43 min beside three others' work (the kept result, for which a fifth rate,
           3e-5, was tried, and chosen by no method); 2026-11-30.
 Result:   FedPCL 0.669, in the code's form 0.681; FedProto 0.675, local training 0.634, FedAvg 0.629; one encoder 0.622.
-          Prototypes help; the paper's order shows for the code's form alone, and not in a repeat. docs/algorithms/fed_pcl.md has the table.
+          Prototypes help; the paper's order shows for the code's form alone, and not in a repeat. Table: docs/algorithms/fed_pcl.md.
 Rows:     "FedAvg, by prototypes" is FedAvg whose clients answer as FedPCL's do, each by the prototypes of what it trained last.
 """
 
