@@ -14,6 +14,7 @@ them for people. One that is trained is a sweep file, `sweep` its small form and
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,10 +30,10 @@ from fedsim import load_sweep, own, record
 from fedsim.cli import sweeping
 from fedsim.config import one_of
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = ROOT / "experiments"
 RESULTS = EXPERIMENTS / "results"
-ALGORITHMS = Path(__file__).parents[1] / "src" / "fedsim" / "algorithms"
-PAGES = Path(__file__).parents[1] / "docs" / "algorithms"
+PAGES = ROOT / "docs" / "algorithms"
 DEPARTS = "Where it departs from the paper"  # heading of a page
 
 
@@ -42,9 +43,12 @@ class Paper(NamedTuple):
     title: str
     arxiv: str
     tables: Mapping[str, Path]
-    row: str = ""  # of its first table, which stands for it in --summary
+    row: str = ""  # which stands for it in --summary
     oracles: str = ""  # those of its specification that are tests, by letter
     base: str = "FedAvg"  # the row that it is compared with
+    table: str = ""  # of that row; the first one where it is not said
+    page: str = ""  # where it is not docs/algorithms/NAME.md
+    code: str = ""  # pattern of its files, where it is not algorithms/NAME.py
 
 
 def files(folder: str, *names: str) -> dict[str, Path]:
@@ -54,7 +58,17 @@ def files(folder: str, *names: str) -> dict[str, Path]:
 
 FEDPEFT = ("communication", "client_stability", "data_distribution", "data_scarcity", "domain_gap", "privacy")
 PAPERS = {
-    "fedpeft": Paper("FedPEFT", "2210.01708", files("fedpeft", *FEDPEFT)),
+    "fedpeft": Paper(
+        "FedPEFT",
+        "2210.01708",
+        files("fedpeft", *FEDPEFT),
+        "none, LoRA q, v, r = 4",
+        "–",
+        base="none, full",
+        table="privacy",
+        page="docs/fedpeft.md",
+        code="src/fedsim/algorithms/fed_avg.py",
+    ),
     "superior_soups": Paper(
         "Local Superior Soups",
         "2410.23660",
@@ -78,6 +92,11 @@ PAPERS = {
         "A Survey on Efficient Federated Learning Methods for Foundation Model Training",
         "2401.04472",
         files("survey", "front", "counted"),
+        "LoRA, all blocks",
+        "5.5",
+        base="full",
+        page="docs/efficiency.md",
+        code="experiments/survey/*.py",
     ),
 }
 # Either reads a sweep's folder, and prints it as it does a kept result.
@@ -147,7 +166,7 @@ def summary() -> str:
     """Markdown: a row for each system, of its kept result and of its file."""
     methods = own.execute(METHODS, "table", beside=True)
     columns = [
-        "`--algorithm`",
+        "system",
         "oracles",
         "score",
         "FedAvg's",
@@ -160,14 +179,15 @@ def summary() -> str:
     for name, paper in PAPERS.items():
         if not paper.row:
             continue
-        kept = json.loads((RESULTS / f"{name}_{next(iter(paper.tables))}_small.json").read_text())
+        kept = json.loads((RESULTS / f"{name}_{paper.table or next(iter(paper.tables))}_small.json").read_text())
         rows = {row["method"]: row for row in kept["rows"]}
         one, base = rows[paper.row], rows[paper.base]
         scores = [methods.spread(row["scores"]) for row in (one, base)]
         ratios = [methods.ratio(one[key], base[key]) for key in ("bytes", "seconds")]
-        count = (ALGORITHMS / f"{name}.py").read_text(encoding="utf-8").count("\n")
-        points = departures((PAGES / f"{name}.md").read_text(encoding="utf-8"))
-        link = f"[{points}]({name}.md#{DEPARTS.lower().replace(' ', '-')})"
+        code = ROOT.glob(paper.code or f"src/fedsim/algorithms/{name}.py")
+        count = sum(file.read_text(encoding="utf-8").count("\n") for file in code)
+        page = ROOT / (paper.page or f"docs/algorithms/{name}.md")
+        link = f"[{departures(page.read_text(encoding='utf-8'))}]({os.path.relpath(page, PAGES)}#{DEPARTS.lower().replace(' ', '-')})"
         lines.append(f"| {' | '.join([f'`{name}`', paper.oracles, *scores, *ratios, str(count), link])} |")
     return "\n".join(lines)
 
