@@ -16,7 +16,7 @@ Shows:    perplexity of clients' own tests (mean over clients, and the worst), o
           their own B. Bytes both ways, of all clients and rounds, the model itself left out. The model has probably read these plays:
           only the gain over zero-shot says something.
 Fails if: a federated method does not gain on zero-shot, or FedIT is more than a tenth above centralised.
-Time:     about 22 min on 2 cores of a shared AMD EPYC, by the 1:11 to 1:43 min that a method took for a seed; 2026-11-30.
+Time:     12:27 min alone on 2 cores of a shared AMD EPYC; 2026-11-30.
 Result:   zero-shot 179, FedIT 89, FLoRA 96, centralised 94, FFA-LoRA 112, FedSA-LoRA 113. docs/language_models.md has the table.
 """
 
