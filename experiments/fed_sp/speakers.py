@@ -18,9 +18,9 @@ Failure:  FedSP is not below what its server reaches alone, with its shard and n
           prompt. FedPrompt, whose clients have the whole model, and central prefix tuning should be below both.
 Size:     64 + 64 local steps in a run, where the paper's scripts have 500 and more for each of ten clients, and 40 steps of
           distillation where they have 5,000: a step of SmolLM2 is dear on two cores. So this says whether the system works on a
-          real decoder, and nothing of how good the paper's is. A failure is to be expected: after 60 steps the auxiliary model's
-          loss was still 18 nats a token, where guessing has 10.8.
-Time:     21 min on 2 cores of a shared AMD EPYC, almost alone; 2026-11-30. A third of it compiles; a run of FedSP takes 2 min.
+          real decoder, and nothing of how good the paper's is. A failure is to be expected: after these the auxiliary model's
+          loss is still 18 nats a token and more, where guessing has 10.8.
+Time:     21 min on 2 cores of a shared AMD EPYC, almost alone; 2026-11-30. A run of FedSP takes 2 min.
 Result:   zero-shot 266, FedPrompt 144, central prefix 126; FedSP 207, server alone 224 +- 21. So FedSP is better than no prompt,
           and better than its server alone in the mean, but not by two deviations: by the rule above it fails.
           docs/algorithms/fed_sp.md has the table.

@@ -145,21 +145,8 @@ def test_the_summary_is_in_the_document(tables: ModuleType, capsys: pytest.Captu
     tables.main(tables.Options(summary=True))
     printed = capsys.readouterr().out.strip().splitlines()
     assert len(printed) == 2 + len(TRAINED) + 2 == 13  # FedPEFT, ten related systems, two lines of a head
-    page = (ROOT / "docs" / "algorithms" / "README.md").read_text(encoding="utf-8").splitlines()
-    kept = page[page.index(printed[0]) :][: len(printed)]
-    assert [without_lines(row) for row in printed] == [without_lines(row) for row in kept]
-    for now, then in zip(printed[2:], kept[2:], strict=True):  # a mended line is no reason to print the table again
-        assert abs(lines_of(now) - lines_of(then)) <= 20, now
-
-
-def lines_of(row: str) -> int:
-    """The column `lines`, the last but one."""
-    return int(row.split(" | ")[-2])
-
-
-def without_lines(row: str) -> list[str]:
-    cells = row.split(" | ")
-    return [*cells[:-2], cells[-1]]
+    page = (ROOT / "docs" / "algorithms" / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(printed) in page, "a result, or the length of a system's file, is another: print the table again"
 
 
 @pytest.mark.slow

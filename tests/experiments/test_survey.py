@@ -169,6 +169,19 @@ def test_the_tables_say_what_is_measured_and_what_is_given(here: Any, tmp_path: 
     assert rows.draw(found, tmp_path / "front.png").stat().st_size > 10_000
 
 
+def test_names_of_near_points_do_not_lie_on_one_another(here: Any) -> None:
+    from matplotlib.figure import Figure
+
+    rows, figure = here("efficiency"), Figure()
+    axis = figure.subplots()
+    axis.scatter([1, 1, 1, 2], [0.1, 0.5, 0.501, 0.9])
+    rows.label(figure, axis, [(1, 0.501, "c"), (1, 0.1, "a"), (1, 0.5, "b"), (2, 0.9, "d")])
+    heights = {t.get_text(): axis.transData.transform(t.xy)[1] * 72 / figure.dpi + t.xyann[1] for t in axis.texts}
+    assert sorted(heights, key=heights.__getitem__) == ["a", "b", "c", "d"]
+    assert heights["c"] - heights["b"] == pytest.approx(10)
+    assert axis.texts[0].xyann == pytest.approx((-7, 3))  # where there is room, a name stays beside its point
+
+
 def test_every_method_has_a_family_and_a_colour(here: Any) -> None:
     front, rows = here("front"), here("efficiency")
     assert list(front.FAMILIES) == list(front.methods())

@@ -314,7 +314,7 @@ def test_what_an_export_of_memories_reads(remembering: tuple[Run, Run], tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ["cut", "flipped", "another run's"])
+@pytest.mark.parametrize("damage", WAYS)
 def test_arrays_of_a_checkpoint(remembering: tuple[Run, Run], stopped: Path, tmp_path: Path, damage: str) -> None:
     """Every file of Orbax' in the newest checkpoint: it is read right, or the one before is taken."""
     for file in sorted(p for p in (stopped / record.CHECKPOINTS / "2").rglob("*") if p.is_file()):

@@ -214,7 +214,7 @@ def kill_at(place: Place, name: str, process: subprocess.Popen[str], when: str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["head-first", "memory", "server", "codec"])
+@pytest.mark.parametrize("case", ["head-first", "memory", "server", "codec", "average"])
 def test_killed_again_and_again(place: Place, uninterrupted: Callable[[str], record.Run], case: str) -> None:
     """kill -9 in the middle of rounds and of saves, whatever the moment; then on, until it is done."""
     reference, rng = uninterrupted(case), random.Random(case)

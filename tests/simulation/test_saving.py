@@ -70,15 +70,8 @@ def test_a_full_disk_is_one_line(place: Place, trained: bytes, size: int) -> Non
     goes_on(place, trained, ["2", "4"])
 
 
-@pytest.mark.parametrize(
-    ("number", "second"),
-    [
-        (signal.SIGINT, (OURS, 2)),
-        (signal.SIGTERM, (ORBAX, 2)),
-        (signal.SIGINT, (BEHIND, 2)),
-        (signal.SIGTERM, (WAIT, 3)),
-    ],
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [(OURS, 2), (ORBAX, 2), (BEHIND, 2), (WAIT, 3)])
 def test_a_second_signal_while_it_is_saved_stops_at_once(
     place: Place, trained: bytes, second: tuple[str, int], number: int
 ) -> None:

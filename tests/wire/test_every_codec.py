@@ -43,7 +43,6 @@ MORE = [
     ),
     *("low_rank(2)+nf4", "topk(0.5)+powersgd(1)"),
 ]
-ALL = [*ALONE, *TOGETHER, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 REMEMBER = [
     *(
         "topk(0.1)",
