@@ -112,8 +112,11 @@ def test_marks_are_read_beside_the_tokenizer(tmp_path: Path) -> None:
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
     assert chat.marks(tmp_path / "tokenizer.json") == Marks("a", {"bos_token": "<s>", "eos_token": "</s>"})
+    assert chat.template_file(tmp_path / "tokenizer.json") == tmp_path / "tokenizer_config.json"
     (tmp_path / "chat_template.jinja").write_text("b")
     assert chat.marks(tmp_path / "tokenizer.json").template == "b"
+    assert chat.template_file(tmp_path / "tokenizer.json") == tmp_path / "chat_template.jinja"
+    assert chat.template_file(tmp_path / "else" / "tokenizer.json") is None
     assert chat.marks(tmp_path / "else" / "tokenizer.json") == Marks() == chat.marks(None)
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ValueError, match="to hold a JSON object, not a list"):
