@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ CONFIG, ROUNDS, SUMMARY, TRAINED = "config.json", "rounds.jsonl", "summary.json"
 CLIENTS, MEMORIES = "clients.json", "memories.safetensors"
 CHECKPOINTS = "checkpoints"  # folder of `record.checkpoint.Checkpoints`
 CHECKSUM = "checksum"  # field of every JSON object in these files; runs of before have none
+SEAL = re.compile("[0-9a-f]{16}")  # what `checksum` gives
 ANEW = "restore the file or run anew"
 
 
@@ -83,14 +85,24 @@ def checked(found: Any, shape: Shape, what: str, remedy: str = ANEW, salt: str =
     if isinstance(schema, int) and schema > SCHEMA:
         raise ValueError(f"Expected schema={schema} <= {SCHEMA} in {what}; use the newer fedsim.")
     rest = {name: value for name, value in found.items() if name != CHECKSUM}
-    if CHECKSUM in found and found[CHECKSUM] != checksum(rest, salt):
+    seal = CHECKSUM if CHECKSUM in found else _misnamed_seal(found, shape)
+    if seal is not None and (seal != CHECKSUM or found[seal] != checksum(rest, salt)):
         raise ValueError(
             f"Expected {what} to be as this run wrote it, but its checksum differs; {remedy} (if you changed it on purpose, "
-            f"take {CHECKSUM!r} out of it)."
+            f"take {seal!r} out of it)."
         )
     if wrong := fault(rest, shape):
         raise ValueError(f"Expected {wrong} in {what}; {remedy}.")
     return rest
+
+
+def _misnamed_seal(found: dict[str, Any], shape: Shape) -> str | None:
+    """The last field, if it is a checksum whose name was damaged: with the name the comparison would go unnoticed."""
+    if not found:
+        return None
+    name, value = next(reversed(found.items()))
+    known = {field.removesuffix("?") for field in shape}
+    return name if name not in known and isinstance(value, str) and SEAL.fullmatch(value) else None
 
 
 def read_bytes(path: Path, remedy: str = ANEW) -> bytes:
