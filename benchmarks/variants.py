@@ -10,12 +10,13 @@ from typing import Any
 import report
 from fedsim import Config
 from fedsim.profiling import rounds
-from fedsim.simulation import build
+from fedsim.simulation import build, needs
 from fedsim.simulation.current import Current, prepare
 
 
 def prepared(config: Config, lanes: int) -> Current:
     """The run's only phase, before its first round."""
+    needs.fetch_missing(config)
     problem = build.problem(config, dataclasses.replace(report.speed(), lanes=lanes))
     return prepare(problem, build.phases(config)[0], None)
 
