@@ -19,10 +19,10 @@ Failure:  FedSP is not below what its server reaches alone, with its shard and n
 Size:     48 + 48 local steps in a run, where the paper's scripts have 500 and more for each of ten clients, and 40 steps of
           distillation where they have 5,000: a step of SmolLM2 is dear on two cores. So this says whether the system works on a
           real decoder, and nothing of how good the paper's is. A failure is to be expected: after these the auxiliary model's
-          loss is still 18 nats a token and more, where guessing has 10.8.
-Time:     21 min on 2 cores of a shared AMD EPYC, almost alone; 2026-11-30. A run of FedSP takes 2 min.
-Result:   zero-shot 266, FedPrompt 144, central prefix 126; FedSP 207, server alone 224 +- 21. So FedSP is better than no prompt,
-          and better than its server alone in the mean, but not by two deviations: by the rule above it fails.
+          loss is still 17 nats a token and more, where guessing has 10.8.
+Time:     14:36 min on 2 cores of a shared AMD EPYC, almost alone; 2026-12-01. A run of FedSP takes a minute and a half.
+Result:   zero-shot 266, FedPrompt 178, central prefix 130; FedSP 242, server alone 249 +- 29. So FedSP is better than no prompt,
+          and better than its server alone in two seeds of three, but not by two deviations: by the rule above it fails.
           docs/algorithms/fed_sp.md has the table.
 """
 
